@@ -1,0 +1,86 @@
+"""The base of every config: all keys, with defaults that suit the embedded digits.
+
+A config file starts from `get_config()` and changes what it is about; any key can be
+overridden on the command line as --config.section.key=value. None stands for "the
+published value" or "not used".
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config():
+    """Returns the base config."""
+    config = ConfigDict()
+    config.seed = 0
+    config.plots = True  # pictures at the end of a run
+
+    config.model = ConfigDict()
+    config.model.name = 'simple_cnn'
+    config.model.layer = 'convnorm'
+    config.model.width = config_dict.placeholder(int)  # channels of the first stage
+    config.model.depth = config_dict.placeholder(tuple)  # blocks of each stage, e.g. (1,1,1)
+    config.model.stem = ''  # ResNet: cifar (the default) or imagenet
+    config.model.activation = 'relu'  # or shifted_relu
+    config.model.dtype = 'float32'  # or bfloat16
+    config.model.convnorm = ConfigDict()
+    config.model.convnorm.use_affine = True
+    config.model.convnorm.use_batch_norm = True
+    config.model.convnorm.momentum = config_dict.placeholder(float)  # None: the published schedule
+    config.model.convnorm.spectrum = 'running'  # at inference; or exact
+    config.model.groupnorm = ConfigDict()
+    config.model.groupnorm.groups = 32
+
+    config.data = ConfigDict()
+    config.data.name = 'digits'
+    config.data.data_dir = ''  # TFDS directory, or a folder with the official archive
+    config.data.batch_size = 128
+    config.data.augmentation = 'crop_flip'  # none, crop, crop_flip
+    config.data.crop_padding = 4
+    config.data.validation = 'held_out'  # or published: part of the training set, still trained on
+    config.data.validation_fraction = 0.1
+    config.data.subset_fraction = 1.0  # of every class
+    config.data.label_noise = ConfigDict()
+    config.data.label_noise.kind = 'none'  # symmetric, asymmetric
+    config.data.label_noise.rate = 0.0
+
+    config.train = ConfigDict()
+    config.train.algorithm = 'clean'
+    config.train.epochs = 120.0  # or steps, or examples: the first of steps, examples, epochs that is not 0
+    config.train.steps = 0
+    config.train.examples = 0
+    config.train.label_smoothing = 0.0
+    config.train.ema_decay = 0.0  # 0: no average of the parameters
+    config.train.early_stopping_epochs = 0  # 0: never
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = 'sgd'  # or adamw
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.momentum = 0.9
+    config.optimizer.weight_decay = 1e-4
+
+    config.schedule = ConfigDict()
+    config.schedule.kind = 'step'  # cosine, constant
+    config.schedule.milestones = (1 / 3, 2 / 3)  # shares of the run
+    config.schedule.factor = 0.1
+    config.schedule.warmup_epochs = 0.0
+
+    config.attack = ConfigDict()
+    config.attack.names = ('fgsm', 'pgd')
+    config.attack.epsilon = 8.0  # in 1/255, as step_size
+    config.attack.step_size = 2.0
+    config.attack.pgd_steps = 10
+    config.attack.restarts = 1
+    config.attack.loss = 'cross_entropy'  # or margin
+
+    config.eval = ConfigDict()
+    config.eval.batch_size = 256
+    config.eval.examples = 0  # attack only the first so many test examples; 0: all
+    config.eval.checkpoint = 'best'  # by validation accuracy; or latest
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 1000  # beside one at the end of every epoch; 0: only those
+    config.checkpoint.keep = 2  # latest ones, beside the best
+
+    config.log = ConfigDict()
+    config.log.every_steps = 20
+    return config

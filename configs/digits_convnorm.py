@@ -1,0 +1,21 @@
+"""SimpleCNN with ConvNorm on scikit-learn's digits: no download, about a minute on a laptop.
+
+    python -m experiments.main --config=configs/digits_convnorm.py
+
+RESULT
+"""
+
+from configs import default
+
+
+def get_config():
+    """Returns the config."""
+    config = default.get_config()
+    config.model.name = 'simple_cnn'
+    config.model.width = 16
+    config.data.name = 'digits'
+    config.data.batch_size = 64
+    config.data.augmentation = 'crop'  # a mirrored digit is no digit
+    config.data.crop_padding = 1
+    config.train.epochs = 30.0
+    return config

@@ -1,0 +1,9 @@
+"""Data sets as arrays, their splits, augmentation, and the order of examples.
+
+sources   a data set's name -> uint8 images and int32 labels in memory
+splits    training / validation / test, subsets, label noise, and the record that reproduces them
+augment   crop, flip, normalise: pure JAX functions on the device
+pipeline  which examples make up which batch, as a pure function of (seed, epoch)
+
+A leaf: nothing here imports another part of convnorm_jax.
+"""

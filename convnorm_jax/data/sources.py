@@ -1,0 +1,266 @@
+"""A data set's name -> its images and labels in memory, without TensorFlow and without the network."""
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from convnorm_jax.data import archives, cache
+
+NAMES = ('digits', 'cifar10', 'cifar100', 'svhn', 'fashion_mnist')
+
+_DIGITS_SPLIT_SEED = 0  # fixed: the test set of a data set must not depend on an experiment's seed
+_CHUNK = 1000  # records per __getitems__: five times faster than one by one
+_CACHED = ('train_images', 'train_labels', 'test_images', 'test_labels', 'class_names')
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    tfds_name: str
+    title: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+# Per-channel mean and standard deviation of the training set as they are usually published.
+_FACTS = {
+    'cifar10': _Facts('cifar10', 'CIFAR-10', (.4914, .4822, .4465), (.2023, .1994, .2010)),
+    'cifar100': _Facts('cifar100', 'CIFAR-100', (.5071, .4867, .4408), (.2675, .2565, .2761)),
+    'svhn': _Facts('svhn_cropped', 'SVHN', (.4377, .4438, .4728), (.1980, .2010, .1970)),
+    'fashion_mnist': _Facts('fashion_mnist', 'Fashion-MNIST', (.2860,), (.3530,)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images and labels of one part of a data set.
+
+    Attributes:
+        images: uint8 [N, H, W, C], NumPy, 0 to 255.
+        labels: int32 [N], NumPy.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set as published, before any splitting.
+
+    Attributes:
+        name: one of `NAMES`.
+        description: what to call it beside a figure, e.g. 'CIFAR-10 (JPEG q75)'.
+        train, test: the published splits.
+        num_classes: number of classes.
+        class_names: one str for each class.
+        mean, std: one float for each channel, in pixel units of [0, 1].
+    """
+
+    name: str
+    description: str
+    train: Split
+    test: Split
+    num_classes: int
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """Where a data set lies: a TFDS version folder, or an official archive (`layout` says which)."""
+
+    path: Path
+    files: tuple[Path, ...]
+    layout: archives.Layout | None = None
+
+
+def check_available(name, data_dir=None):
+    """Raise unless `load_source(name, data_dir)` can find the data set; reads no data, waits for nothing.
+
+    Args:
+        name: one of `NAMES`.
+        data_dir: folder to look in, or None for the TFDS default ($TFDS_DATA_DIR or ~/tensorflow_datasets).
+
+    Raises:
+        ValueError: the name is unknown, or nothing usable lies in the folder; says how to provide it.
+    """
+    if name not in NAMES:
+        raise ValueError(f'name={name!r}: expected one of {", ".join(NAMES)}; set --config.data.name to one of them')
+    if name != 'digits':
+        _find(name, data_dir)
+
+
+def load_source(name, data_dir=None):
+    """Load a data set into memory.
+
+    A TFDS-prepared folder is preferred to an official archive beside it. What was decoded is kept in
+    $CONVNORM_CACHE (default ~/.cache/convnorm_jax) and read back from there the next time.
+
+    Args:
+        name: one of `NAMES`.
+        data_dir: folder to look in, or None for the TFDS default ($TFDS_DATA_DIR or ~/tensorflow_datasets).
+            Not used for 'digits'.
+
+    Returns:
+        A `Source`.
+
+    Raises:
+        ValueError: unknown name, data set not found, or damaged files.
+    """
+    check_available(name, data_dir)
+    if name == 'digits':
+        return _load_digits()
+    found = _find(name, data_dir)
+    folder = cache.cache_folder(name, found.path, found.files)
+    arrays = _read_cache(folder)
+    if arrays is None:
+        arrays = _decode(found)
+        cache.write_arrays(folder, arrays)
+    return _to_source(name, found, arrays)
+
+
+def _decode(found):
+    read = _read_tfds(found.path) if found.layout is None else archives.read_archive(found.layout, found.path)
+    *arrays, class_names = read
+    return dict(zip(_CACHED, (*arrays, np.array(class_names)), strict=True))
+
+
+def _to_source(name, found, arrays):
+    facts = _FACTS[name]
+    class_names = tuple(str(c) for c in arrays['class_names'])
+    return Source(name=name, description=facts.title + _provenance(found.path),
+                  train=Split(arrays['train_images'], arrays['train_labels']),
+                  test=Split(arrays['test_images'], arrays['test_labels']),
+                  num_classes=len(class_names), class_names=class_names, mean=facts.mean, std=facts.std)
+
+
+def _read_cache(folder):
+    arrays = cache.read_arrays(folder, _CACHED)
+    if arrays is None:
+        return None
+    for part in ('train', 'test'):
+        images, labels = arrays[f'{part}_images'], arrays[f'{part}_labels']
+        whole = (images.dtype == np.uint8 and images.ndim == 4 and labels.dtype == np.int32
+                 and labels.shape == images.shape[:1])
+        if not whole:
+            cache.warn_ignored(folder, f'its {part} arrays do not fit together')
+            return None
+    return arrays
+
+
+# --- where a data set lies ---------------------------------------------------------------------------
+
+
+def _find(name, data_dir):
+    root = Path(data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets').expanduser()
+    found = _find_tfds(name, root)
+    if found:
+        return found
+    archive = archives.find_archive(name, root)
+    if archive:
+        layout, path = archive
+        return _Found(path, archives.source_files(layout, path), layout)
+    raise ValueError(_how_to_provide(name, root))
+
+
+def _how_to_provide(name, root):
+    tfds_name = _FACTS[name].tfds_name
+    where = f'data_dir={str(root)!r}' + ('' if root.is_dir() else ' (no such folder)')
+    layouts = archives.LAYOUTS.get(name, ())
+    archive = ' or '.join(layout.archive for layout in layouts) + ', or its extracted folder, in that DIR'
+    return (f'{where}: expected it to hold the data set name={name!r}; provide it in one of these ways: '
+            f'(1) --config.data.data_dir=DIR where DIR/{tfds_name} is TFDS-prepared (elsewhere, with '
+            f'`tfds build {tfds_name} --file_format=array_record`), '
+            f'(2) the official archive {archive if layouts else "(read for cifar10 and cifar100 only)"}, '
+            '(3) --config.data.name=digits, which is embedded')
+
+
+def _find_tfds(name, root):
+    """The newest prepared version, found by looking: asking TFDS by name can start a download."""
+    tfds_name = _FACTS[name].tfds_name
+    prepared = [info.parent for info in (root / tfds_name).glob('*/dataset_info.json')]
+    if not prepared:
+        return None
+    path = max(prepared, key=_version)
+    file_format = _file_format(path / 'dataset_info.json')
+    if file_format != 'array_record':
+        raise ValueError(f'data_dir={str(root)!r}: expected {tfds_name}/{path.name} to be prepared as array_record, '
+                         f'but its dataset_info.json says {file_format}; prepare it again with '
+                         f'`tfds build {tfds_name} --file_format=array_record`')
+    return _Found(path, tuple(f for f in path.iterdir() if f.is_file()))
+
+
+def _version(path):
+    return tuple(int(n) for n in re.findall(r'\d+', path.name))
+
+
+def _file_format(path):
+    try:
+        return json.loads(path.read_text()).get('fileFormat', 'no file format')
+    except (OSError, ValueError, AttributeError):
+        return 'nothing readable'
+
+
+def _provenance(path):
+    """What to add to a data set's title where its folder says that it is not the official build.
+
+    A JPEG copy is named with its quality; anything else points at the file that explains it.
+    """
+    note = path / 'PROVENANCE.md'
+    if not note.is_file():
+        return ''
+    text = ' '.join(note.read_text(encoding='utf-8', errors='replace').split())
+    quality = re.search(r'\bJPE?G\b[^.]*?\b(?:quality\W{0,3}|q)(\d{1,3})\b', text, re.IGNORECASE)
+    return f' (JPEG q{quality[1]})' if quality else ' (not the official build: see its PROVENANCE.md)'
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+def _read_tfds(path):
+    import tensorflow_datasets as tfds
+
+    try:
+        # From the folder, not by name: any prepared version will do, and nothing can be downloaded.
+        builder = tfds.builder_from_directory(path)
+        if not builder.is_prepared():
+            raise ValueError('TFDS does not find it prepared')
+        arrays = [array for split in ('train', 'test') for array in _read_tfds_split(builder, split)]
+        return (*arrays, tuple(builder.info.features['label'].names))
+    except (ValueError, KeyError, RuntimeError, OSError) as error:  # array_record's own are RuntimeErrors
+        reason = ' '.join(str(error).split())
+        raise ValueError(f'data_dir={str(path.parent.parent)!r}: expected an intact TFDS-prepared folder '
+                         f'{path.parent.name}/{path.name}, but reading failed ({reason}); '
+                         'copy it or prepare it again') from error
+
+
+def _read_tfds_split(builder, split):
+    records = builder.as_data_source(split=split)
+    images = np.empty((len(records), *builder.info.features['image'].shape), np.uint8)
+    labels = np.empty(len(records), np.int32)
+    for start in range(0, len(records), _CHUNK):
+        rows = records.__getitems__(range(start, min(start + _CHUNK, len(records))))
+        for i, row in enumerate(rows, start):
+            images[i], labels[i] = row['image'], row['label']
+    return images, labels
+
+
+def _load_digits():
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    labels = digits.target.astype(np.int32)
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels,
+                                   random_state=_DIGITS_SPLIT_SEED)
+    pixels = images[train] / 255.0
+    return Source(name='digits', description='digits (scikit-learn, 8x8)',
+                  train=Split(images[train], labels[train]), test=Split(images[test], labels[test]),
+                  num_classes=10, class_names=tuple(str(n) for n in digits.target_names),
+                  mean=(float(pixels.mean()),), std=(float(pixels.std()),))

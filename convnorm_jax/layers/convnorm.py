@@ -1,0 +1,198 @@
+"""ConvNorm, convolutional normalization, as a Linen module (arXiv 2103.00673)."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from flax.linen.module import merge_param
+
+from convnorm_jax.layers import spectral
+from convnorm_jax.layers.batch_norm import BatchNorm
+from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init
+
+SPECTRUM_MODES = ('running', 'exact')
+
+# The published schedule of the running spectrum: half a cosine over this many updates,
+# down to this weight for the new value.
+RAMP_UPDATES = 40000
+FINAL_WEIGHT = 0.01
+
+
+def update_weight(count):
+  """Weight of the new spectrum in update number `count` (from 1), float32 scalar."""
+  phase = jnp.minimum(count, RAMP_UPDATES).astype(jnp.float32) / RAMP_UPDATES
+  return jnp.maximum(0.5 * (1 + jnp.cos(jnp.pi * phase)), FINAL_WEIGHT)
+
+
+def canonical_padding(padding, image_size, kernel_size, strides):
+  """Padding as pairs ((top, bottom), (left, right)).
+
+  Args:
+    padding: 'SAME' or 'VALID' (as in `jax.lax`), one int for all sides, or a pair of
+      ints or of pairs, one for each axis.
+    image_size: (H, W); kernel_size: (kh, kw); strides: (sh, sw).
+
+  Raises:
+    ValueError: another form, or a padding outside 0 ... k-1, which ConvNorm's crop of
+      the full convolution can not give.
+  """
+  if isinstance(padding, str):
+    if padding not in ('SAME', 'VALID'):
+      raise ValueError(f"padding={padding!r}: expected 'SAME', 'VALID', an int or a pair for each axis")
+    pairs = jax.lax.padtype_to_pads(image_size, kernel_size, strides, padding)
+  elif isinstance(padding, (int, np.integer)):
+    pairs = [(padding, padding)] * 2
+  else:
+    if len(padding) != 2:
+      raise ValueError(f'padding={padding!r}: expected a pair for each of the two axes')
+    pairs = [(p, p) if isinstance(p, (int, np.integer)) else tuple(p) for p in padding]
+  for pair, k in zip(pairs, kernel_size):
+    if len(pair) != 2 or not all(0 <= p <= k - 1 for p in pair):
+      raise ValueError(
+          f'padding={padding!r} with kernel_size={tuple(kernel_size)}: '
+          'expected between 0 and kernel_size - 1 on each side')
+  return tuple((int(a), int(b)) for a, b in pairs)
+
+
+def _pair(value, name):
+  pair = (value, value) if isinstance(value, (int, np.integer)) else tuple(value)
+  if len(pair) != 2 or not all(isinstance(v, (int, np.integer)) and v >= 1 for v in pair):
+    raise ValueError(f'{name}={value!r}: expected a positive int or two of them')
+  return tuple(int(v) for v in pair)
+
+
+class ConvNorm(nn.Module):
+  """Convolution whose output channels are normalized by their power spectrum.
+
+  Stands in for "convolution, then normalization": full convolution, division by the
+  square root of each output channel's power spectrum, crop and stride, a learned
+  channel-wise convolution with bias and, by default, batch normalization.
+
+  Training uses the spectrum of the current kernel, inference its running average, kept
+  in `batch_stats` (`preconditioner`, float32 [Hf, Wf, features], and `count`, int32, the
+  number of updates) beside BatchNorm's statistics.
+
+  Attributes:
+    features: output channels.
+    kernel_size: int or (kh, kw).
+    strides: int or (sh, sw).
+    padding: 'SAME', 'VALID', int, or pairs, between 0 and k-1 on each side. 'SAME' is
+      XLA's: with strides it can be one less on the top and left than PyTorch's.
+    use_affine: the channel-wise convolution (and BatchNorm's scale and bias).
+    use_batch_norm: BatchNorm at the end.
+    use_running_average: inference (here or in the call).
+    momentum: share of the old running spectrum that an update keeps; None is the
+      published schedule, see `update_weight`.
+    spectrum: at inference, 'running' takes the running average, 'exact' recomputes the
+      spectrum from the kernel: for pictures of another size than those trained on.
+    batch_norm_momentum, batch_norm_epsilon: BatchNorm's.
+    dtype: of the computation and the output, as in `flax.linen.Conv`; statistics are
+      float32 always.
+    param_dtype: of the parameters.
+    precision: of the convolution's products (`jax.lax.Precision`).
+  """
+
+  features: int
+  kernel_size: int | Sequence[int] = (3, 3)
+  strides: int | Sequence[int] = (1, 1)
+  padding: str | int | Sequence[int | tuple[int, int]] = 'SAME'
+  use_affine: bool = True
+  use_batch_norm: bool = True
+  use_running_average: bool | None = None
+  momentum: float | None = None
+  spectrum: str = 'running'
+  batch_norm_momentum: float = 0.9
+  batch_norm_epsilon: float = 1e-5
+  dtype: jnp.dtype | None = None
+  param_dtype: jnp.dtype = jnp.float32
+  precision: jax.lax.PrecisionLike = None
+
+  @nn.compact
+  def __call__(self, x, use_running_average=None):
+    """Applies the layer.
+
+    Args:
+      x: [B, H, W, C], float.
+      use_running_average: True at inference, False in training.
+
+    Returns:
+      [B, H', W', features], with H' and W' those of a convolution with the same
+      padding and strides.
+
+    Raises:
+      ValueError: x of another rank; padding outside 0 ... k-1; at inference in
+        'running' mode, pictures of another size than those trained on.
+    """
+    use_running_average = merge_param(
+        'use_running_average', self.use_running_average, use_running_average)
+    if x.ndim != 4:
+      raise ValueError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
+    if self.spectrum not in SPECTRUM_MODES:
+      raise ValueError(f'spectrum={self.spectrum!r}: expected one of {SPECTRUM_MODES}')
+    kernel_size, strides = _pair(self.kernel_size, 'kernel_size'), _pair(self.strides, 'strides')
+    padding = canonical_padding(self.padding, x.shape[1:3], kernel_size, strides)
+    kernel = self.param('kernel', torch_kernel_init,
+                        (*kernel_size, x.shape[-1], self.features), self.param_dtype)
+    v = self._preconditioner(kernel, x.shape[1:3], use_running_average)
+    x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
+    if kernel_size == (1, 1):
+      y = self._pointwise(x, kernel, v, strides)
+    else:
+      y = self._normalized_convolution(x, kernel, v, padding, strides)
+    if self.use_affine:
+      y = self._affine(y, kernel_size)
+    if self.use_batch_norm:
+      y = BatchNorm(
+          use_running_average=use_running_average, momentum=self.batch_norm_momentum,
+          epsilon=self.batch_norm_epsilon, use_affine=self.use_affine,
+          param_dtype=self.param_dtype, name='batch_norm')(y)
+    return y
+
+  def _preconditioner(self, kernel, image_size, use_running_average):
+    """V of this pass, float32 [Hf, Wf, features]; updates the running average in training."""
+    grid = spectral.grid_size(image_size, kernel.shape[:2])
+    if self.spectrum == 'exact' and use_running_average:
+      return spectral.preconditioner(kernel, grid)
+    running = self.variable(
+        'batch_stats', 'preconditioner', lambda: spectral.preconditioner(kernel, grid))
+    count = self.variable('batch_stats', 'count', lambda: jnp.zeros((), jnp.int32))
+    self._check_size(running.value.shape[:2], grid, kernel.shape[:2])
+    if use_running_average:
+      return running.value
+    v = spectral.preconditioner(kernel, grid)
+    if not self.is_initializing():
+      count.value = count.value + 1
+      weight = update_weight(count.value) if self.momentum is None else 1 - self.momentum
+      running.value = weight * v + (1 - weight) * running.value
+    return v
+
+  def _check_size(self, stored, grid, kernel_size):
+    if kernel_size == (1, 1) or tuple(stored) == grid:
+      return
+    trained, given = (tuple(n - k + 1 for n, k in zip(g, kernel_size)) for g in (stored, grid))
+    raise ValueError(
+        f'{"/".join(self.path) or "ConvNorm"}: the running spectrum is of {trained[0]}x{trained[1]} pictures, '
+        f"got {given[0]}x{given[1]}; give {trained[0]}x{trained[1]}, or set spectrum='exact', "
+        'which recomputes it from the kernel at inference')
+
+  def _pointwise(self, x, kernel, v, strides):
+    # A flat spectrum scales the kernel itself, and nothing is computed that a stride drops.
+    return jax.lax.conv_general_dilated(
+        x, kernel * v.astype(kernel.dtype), strides, 'VALID',
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'), precision=self.precision)
+
+  def _normalized_convolution(self, x, kernel, v, padding, strides):
+    y = spectral.full_convolution(x, kernel, self.precision)
+    kept = spectral.crop_indices(y.shape[1:3], kernel.shape[:2], padding, strides)
+    return spectral.filter_and_crop(y, v, kept)
+
+  def _affine(self, y, kernel_size):
+    fan_in = kernel_size[0] * kernel_size[1]
+    kernel = self.param('affine_kernel', torch_kernel_init,
+                        (*kernel_size, 1, self.features), self.param_dtype)
+    bias = self.param('affine_bias', torch_bias_init(fan_in), (self.features,), self.param_dtype)
+    y, kernel, bias = promote_dtype(y, kernel, bias, dtype=self.dtype)
+    return spectral.channelwise_convolution(y, kernel[:, :, 0]) + bias

@@ -1,0 +1,18 @@
+"""Initial values of the published nets: PyTorch's defaults, uniform in +-1/sqrt(fan_in)."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+# Variance of a uniform distribution on +-1/sqrt(fan_in) is 1/(3 fan_in).
+torch_kernel_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+
+def torch_bias_init(fan_in):
+  """Initializer of a bias: uniform in +-1/sqrt(fan_in), any shape."""
+  bound = fan_in ** -0.5
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init

@@ -1,0 +1,1 @@
+"""Training steps: pure functions (state, batch) -> (state, metrics)."""
