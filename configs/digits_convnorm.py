@@ -17,5 +17,7 @@ def get_config():
     config.data.batch_size = 64
     config.data.augmentation = 'crop'  # a mirrored digit is no digit
     config.data.crop_padding = 1
-    config.train.epochs = 30.0
+    config.train.epochs = 40.0
+    config.optimizer.learning_rate = 0.05
+    config.schedule.kind = 'cosine'
     return config

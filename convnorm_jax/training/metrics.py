@@ -79,14 +79,13 @@ class Progress:
   def __init__(self, total_steps, step, enabled=True):
     self._bar = tqdm(total=total_steps, initial=step, unit='step', disable=not enabled, file=sys.stderr,
                      dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30,
-                     bar_format='{desc} {percentage:3.0f}% {n_fmt}/{total_fmt} steps {postfix} [left {remaining}]')
+                     bar_format='{desc} [{percentage:.0f}% of {total_fmt} steps, left {remaining}]')
 
   def update(self, step, epoch, epochs, values, examples_per_second):
     """Shows the figures at a step."""
-    self._bar.set_description_str(f'epoch {epoch}/{epochs}', refresh=False)
-    self._bar.set_postfix_str(
-        f'loss {values["loss"]:.4f} accuracy {values["accuracy"]:.4f} {examples_per_second:,.0f} examples/s',
-        refresh=False)
+    self._bar.set_description_str(
+        f'epoch {epoch}/{epochs}  loss {values["loss"]:.4f}  accuracy {values["accuracy"]:.4f}  '
+        f'{examples_per_second:,.0f} examples/s', refresh=False)
     self._bar.update(step - self._bar.n)
 
   def line(self, text):
