@@ -39,9 +39,7 @@ _STYLE = {
 }
 
 
-def learning_curves(
-    rows: Sequence[Mapping], path: str | os.PathLike, title: str | None = None
-) -> pathlib.Path:
+def learning_curves(rows: Sequence[Mapping], path: str | os.PathLike, title: str | None = None) -> pathlib.Path:
     """Loss (nats) and accuracy (%) of training and validation against the epoch.
 
     Args:
@@ -126,9 +124,7 @@ def attack_grid(
         return _write(figure, path)
 
 
-def layer_spectra(
-    spectra: Sequence, path: str | os.PathLike, title: str | None = None
-) -> pathlib.Path:
+def layer_spectra(spectra: Sequence, path: str | os.PathLike, title: str | None = None) -> pathlib.Path:
     """Power spectrum and singular values of up to six layers, before and after normalization.
 
     Left: power gain of the output channels against radial frequency (cycles per sample): median
@@ -245,9 +241,7 @@ def _check_grid(clean, attacked, predictions, epsilon):
     if not epsilon > 0:
         raise ValueError(f'epsilon={epsilon}: expected above 0, in pixel units of [0, 1]')
     if set(attacked) != set(predictions):
-        raise ValueError(
-            f'attacked_predictions={sorted(predictions)}: expected those of {sorted(attacked)}'
-        )
+        raise ValueError(f'attacked_predictions={sorted(predictions)}: expected those of {sorted(attacked)}')
     for name, images in attacked.items():
         if np.shape(images) != np.shape(clean):
             shapes = f'{np.shape(images)}: expected {np.shape(clean)}'

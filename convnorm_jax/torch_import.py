@@ -34,134 +34,161 @@ _IGNORED = re.compile(r'num_batches_tracked$')
 
 
 def import_state_dict(model, state_dict, input_shape):
-  """Variables of a net from the published implementation's state dict.
+    """Variables of a net from the published implementation's state dict.
 
-  Args:
-    model: a net made by `create_model` with the layer the weights were trained with.
-    state_dict: mapping of published names to NumPy arrays in PyTorch's layout. Running
-      statistics may be absent: BatchNorm's then start at 0 and 1, ConvNorm's spectrum is
-      that of the given kernel. BatchNorm's counters are ignored; ConvNorm's update count
-      starts at 0, which is what the published code does at a restart.
-    input_shape: NHWC shape of a batch of images, or HWC of one: the running spectra
-      belong to that picture size.
+    Args:
+      model: a net made by `create_model` with the layer the weights were trained with.
+      state_dict: mapping of published names to NumPy arrays in PyTorch's layout. Running
+        statistics may be absent: BatchNorm's then start at 0 and 1, ConvNorm's spectrum is
+        that of the given kernel. BatchNorm's counters are ignored; ConvNorm's update count
+        starts at 0, which is what the published code does at a restart.
+      input_shape: NHWC shape of a batch of images, or HWC of one: the running spectra
+        belong to that picture size.
 
-  Returns:
-    {'params': ..., 'batch_stats': ...}, float32.
+    Returns:
+      {'params': ..., 'batch_stats': ...}, float32.
 
-  Raises:
-    ValueError: names left over or missing, listed; an array of another shape.
-  """
-  shape = tuple(input_shape) if len(input_shape) == 4 else (1, *input_shape)
-  images = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
-  template = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-  wanted = {path: (published_name(model, path[1:]), leaf)
-            for path, leaf in traverse_util.flatten_dict(template).items() if path[-1] != 'count'}
-  state_dict = {k.removeprefix('module.'): np.asarray(v) for k, v in state_dict.items()
-                if not _IGNORED.search(k)}
-  _check_names(wanted, state_dict)
-  leaves = {path: _convert(name, state_dict[name], leaf, shape[2])
-            for path, (name, leaf) in wanted.items() if name in state_dict}
-  params = traverse_util.unflatten_dict({p[1:]: v for p, v in leaves.items() if p[0] == 'params'})
-  # Statistics that were not given are initialized from the given parameters.
-  _, fresh = model.apply({'params': params}, jnp.zeros(images.shape), train=False, mutable=['batch_stats'])
-  variables = traverse_util.flatten_dict({'params': params, **fresh})
-  return traverse_util.unflatten_dict({**variables, **leaves})
+    Raises:
+      ValueError: names left over or missing, listed; an array of another shape.
+    """
+    shape = tuple(input_shape) if len(input_shape) == 4 else (1, *input_shape)
+    images = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
+    template = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    wanted = {
+        path: (published_name(model, path[1:]), leaf)
+        for path, leaf in traverse_util.flatten_dict(template).items()
+        if path[-1] != 'count'
+    }
+    state_dict = {k.removeprefix('module.'): np.asarray(v) for k, v in state_dict.items() if not _IGNORED.search(k)}
+    # A layer that was never trained has a placeholder of one zero for its spectrum.
+    state_dict = {k: v for k, v in state_dict.items() if not (k.endswith('running_V') and v.shape == (1,))}
+    _check_names(wanted, state_dict)
+    leaves = {
+        path: _convert(name, state_dict[name], leaf) for path, (name, leaf) in wanted.items() if name in state_dict
+    }
+    _check_shapes(wanted, leaves, shape)
+    params = traverse_util.unflatten_dict({p[1:]: v for p, v in leaves.items() if p[0] == 'params'})
+    fresh = _fresh_statistics(model, params, images.shape)
+    variables = traverse_util.flatten_dict({'params': params, **fresh})
+    return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict({**variables, **leaves}))
+
+
+def _fresh_statistics(model, params, shape):
+    """{'batch_stats': ...} initialized from the given parameters."""
+
+    def initialize(params):
+        _, state = model.apply({'params': params}, jnp.zeros(shape), train=False, mutable=['batch_stats'])
+        return state
+
+    return jax.jit(initialize)(params)
 
 
 def published_name(model, path):
-  """Published name of a parameter or statistic, from its path of module names.
+    """Published name of a parameter or statistic, from its path of module names.
 
-  Raises:
-    ValueError: the net or its layer has no published counterpart.
-  """
-  *modules, block, leaf = path if len(path) > 1 else ('', *path)
-  if (block, leaf) in _BLOCK_NAMES:
-    block, leaf = modules.pop(), (block, leaf)
-  else:
-    leaf = (leaf,)
-  if block == 'linear':
-    prefix = 'linear' if isinstance(model, ResNet) else 'fc' if isinstance(model, SimpleCNN2) else 'classifier'
-    return f'{prefix}.{"weight" if leaf == ("kernel",) else "bias"}'
-  if leaf not in _BLOCK_NAMES:
-    raise ValueError(f'{"/".join(path)}: a {type(model).__name__} with this layer was not published; '
-                     'import into one of convnorm, batchnorm, none')
-  conv, norm = _published_modules(model, modules, block)
-  return _BLOCK_NAMES[leaf].format(conv=conv, norm=norm)
+    Raises:
+      ValueError: the net or its layer has no published counterpart.
+    """
+    *modules, block, leaf = path if len(path) > 1 else ('', *path)
+    if (block, leaf) in _BLOCK_NAMES:
+        block, leaf = modules.pop(), (block, leaf)
+    else:
+        leaf = (leaf,)
+    if block == 'linear':
+        prefix = 'linear' if isinstance(model, ResNet) else 'fc' if isinstance(model, SimpleCNN2) else 'classifier'
+        return f'{prefix}.{"weight" if leaf == ("kernel",) else "bias"}'
+    if leaf not in _BLOCK_NAMES:
+        raise ValueError(
+            f'{"/".join(path)}: a {type(model).__name__} with this layer was not published; '
+            'import into one of convnorm, batchnorm, none'
+        )
+    conv, norm = _published_modules(model, modules, block)
+    return _BLOCK_NAMES[leaf].format(conv=conv, norm=norm)
 
 
 def _published_modules(model, modules, block):
-  """Published names of a block's convolution (or activation) and of its normalization."""
-  if isinstance(model, PlainNet):
-    return _feature_names(model, block)
-  prefix = ''.join(m.replace('_', '.') + '.' for m in modules)
-  if block == 'shortcut':
-    return f'{prefix}shortcut.0', f'{prefix}shortcut.1'
-  return f'{prefix}{block}', f'{prefix}{block.replace("conv", "norm")}'
+    """Published names of a block's convolution (or activation) and of its normalization."""
+    if isinstance(model, PlainNet):
+        return _feature_names(model, block)
+    prefix = ''.join(m.replace('_', '.') + '.' for m in modules)
+    if block == 'shortcut':
+        return f'{prefix}shortcut.0', f'{prefix}shortcut.1'
+    return f'{prefix}{block}', f'{prefix}{block.replace("conv", "norm")}'
 
 
 def _feature_names(model, block):
-  """`features.N` of the published sequence for the block named conv{stage}_{number}."""
-  # VGG puts an average pool of size one after everything.
-  per_conv, per_pool = (3, 1) if len(model.depth) == 3 else (4, 2)
-  kind, stage, number = re.fullmatch(r'(conv|relu)(\d+)_(\d+)', block).groups()
-  before = sum(model.depth[:int(stage) - 1]) + int(number) - 1
-  index = before * per_conv + (int(stage) - 1) * per_pool
-  index += 2 if kind == 'relu' else 0
-  return f'features.{index}', f'features.{index + 1}'
+    """`features.N` of the published sequence for the block named conv{stage}_{number}."""
+    # VGG puts an average pool of size one after everything.
+    per_conv, per_pool = (4, 2) if model.family == 'vgg' else (3, 1)
+    kind, stage, number = re.fullmatch(r'(conv|relu)(\d+)_(\d+)', block).groups()
+    before = sum(model.depth[: int(stage) - 1]) + int(number) - 1
+    index = before * per_conv + (int(stage) - 1) * per_pool
+    index += 2 if kind == 'relu' else 0
+    return f'features.{index}', f'features.{index + 1}'
 
 
 def _check_names(wanted, state_dict):
-  names = {name for name, _ in wanted.values()}
-  missing = sorted(n for n in names - set(state_dict) if not _OPTIONAL.search(n))
-  leftover = sorted(set(state_dict) - names)
-  if missing or leftover:
-    raise ValueError(
-        f'state_dict does not fit the model: missing {missing or "nothing"}, left over {leftover or "nothing"}; '
-        'give create_model the name, layer, width, depth and num_classes that the weights were trained with')
+    names = {name for name, _ in wanted.values()}
+    missing = sorted(n for n in names - set(state_dict) if not _OPTIONAL.search(n))
+    leftover = sorted(set(state_dict) - names)
+    if missing or leftover:
+        raise ValueError(
+            f'state_dict does not fit the model: missing {missing or "nothing"}, left over {leftover or "nothing"}; '
+            'give create_model the name, layer, width, depth and num_classes that the weights were trained with'
+        )
 
 
-def _convert(name, array, leaf, image_width):
-  """One array in this library's layout, checked against the leaf it becomes."""
-  if name.endswith('running_V'):
-    # The half spectrum lacks (k - 1) + W as a number: the leaf's shape has it.
-    array = _full_spectrum(array.transpose(1, 2, 0), leaf.shape[1])
-  elif name.endswith('bpconv.weight'):
-    array = array.transpose(2, 3, 1, 0)
-  elif name.endswith('srelu_bias'):
-    array = array.reshape(-1)
-  elif array.ndim == 4:
-    array = array.transpose(2, 3, 1, 0)
-  elif array.ndim == 2:
-    array = array.T
-  if array.shape != leaf.shape:
-    raise ValueError(f'state_dict[{name!r}] becomes {array.shape}, the model has {leaf.shape} '
-                     f'at a picture width of {image_width}')
-  return jnp.asarray(array, jnp.float32)
+def _convert(name, array, leaf):
+    """One array in this library's layout."""
+    if name.endswith('running_V') and array.ndim == 3:
+        # The half spectrum does not tell an even width from an odd one: the leaf does.
+        array = _full_spectrum(array.transpose(1, 2, 0), leaf.shape[1])
+    elif name.endswith('srelu_bias'):
+        array = array.reshape(-1)
+    elif array.ndim == 4:
+        array = array.transpose(2, 3, 1, 0)
+    elif array.ndim == 2:
+        array = array.T
+    return np.asarray(array, np.float32)
+
+
+def _check_shapes(wanted, leaves, input_shape):
+    wrong = [
+        f'{wanted[path][0]} gives {array.shape}, the model has {wanted[path][1].shape}'
+        for path, array in leaves.items()
+        if array.shape != wanted[path][1].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f'state_dict does not fit the model for pictures of {tuple(input_shape[1:])}: {"; ".join(wrong)}'
+        )
 
 
 def _full_spectrum(half, width):
-  """[Hf, Wf//2+1, C] -> [Hf, Wf, C], by V(w) = V(-w)."""
-  if half.shape[1] != width // 2 + 1:
-    return half  # of another picture size: the shape check says so
-  mirrored = np.roll(np.flip(half, 0), 1, 0)[:, 1:(width + 1) // 2][:, ::-1]
-  return np.concatenate([half, mirrored], axis=1)
+    """[Hf, Wf//2+1, C] -> [Hf, Wf, C], by V(w) = V(-w)."""
+    if half.shape[1] != width // 2 + 1:
+        return half  # of another picture size: the shape check says so
+    mirrored = np.roll(np.flip(half, 0), 1, 0)[:, 1 : (width + 1) // 2][:, ::-1]
+    return np.concatenate([half, mirrored], axis=1)
 
 
 def load_pth(path):
-  """The state dict in a `.pth` file of the published code, as NumPy arrays.
+    """The state dict in a `.pth` file of the published code, as NumPy arrays.
 
-  Raises:
-    ValueError: torch is not installed, or the file holds no state dict.
-  """
-  try:
-    import torch  # only here: nothing else needs it
-  except ImportError as error:
-    raise ValueError(f'{path}: reading a .pth file needs torch (pip install torch), or save it as .npz') from error
-  try:
-    content = torch.load(path, map_location='cpu', weights_only=True)
-  except Exception as error:
-    raise ValueError(f'{path}: torch can not read it as plain tensors ({type(error).__name__}: {error})'.split('\n')[0]) from error
-  state = content.get('state_dict', content) if isinstance(content, dict) else None
-  if not state or not all(hasattr(v, 'numpy') for v in state.values()):
-    raise ValueError(f'{path}: holds no state dict of tensors')
-  return {name: tensor.numpy() for name, tensor in state.items()}
+    Raises:
+      ValueError: torch is not installed, or the file holds no state dict.
+    """
+    try:
+        import torch  # only here: nothing else needs it
+    except ImportError as error:
+        raise ValueError(f'{path}: reading a .pth file needs torch (pip install torch), or save it as .npz') from error
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f'{path}: torch can not read it as plain tensors ({type(error).__name__}: {error})'.split('\n')[0]
+        ) from error
+    state = content.get('state_dict', content) if isinstance(content, dict) else None
+    if not state or not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{path}: holds no state dict of tensors, neither by itself nor under 'state_dict'")
+    return {name: tensor.float().numpy() for name, tensor in state.items()}

@@ -1,146 +1,174 @@
-"""The command line: a config file, overrides, a run folder; every mistake one line."""
+"""The command line: a config file, overrides, a run folder; every mistake is one line."""
 
 import difflib
 import glob
+import importlib.util
 import os
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'a file of configs/, e.g. configs/digits_convnorm.py', lock_config=True)
+    'config', None, 'a file of configs/, e.g. configs/digits_convnorm.py', lock_config=True
+)
+_BASE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'configs', 'default.py')
 
 
 def parse(argv):
-  """(config, workdir, mode) of a command line, checked.
+    """(config, workdir, mode) of a command line, checked.
 
-  In eval mode the config is that of the run in --workdir with the overrides of the
-  command line; --config may be left out.
+    In eval mode the config is that of the run in --workdir with the overrides of the
+    command line; --config may be left out.
 
-  Raises:
-    ValueError: anything the user got wrong, in one line.
-  """
-  argv = _with_config(list(argv))
-  _parse_flags(argv)
-  config, values = _CONFIG.value, flags.FLAGS
-  from convnorm_jax.training import config as config_lib  # heavy: after the flags are known to be good
+    Raises:
+      ValueError: anything the user got wrong, in one line.
+    """
+    argv, path = _with_config(list(argv))
+    if path is not None:
+        _check_overrides(argv, _load(path))
+    config = _parse_flags(argv)
+    # Heavy imports only now: a mistake in the flags has been answered by here.
+    from convnorm_jax.training import config as config_lib
 
-  config_lib.check_config(config)
-  workdir = values.workdir or default_workdir(_config_name(argv), config)
-  if values.mode == 'eval':
-    config = _run_config(config, workdir, config_lib)
-  return config, workdir, values.mode
-
-
-def default_workdir(name, config):
-  """runs/<config file>-<net>-<layer>-seed<seed>."""
-  return os.path.join('runs', f'{name}-{config.model.name}-{config.model.layer}-seed{config.seed}')
-
-
-def _run_config(given, workdir, config_lib):
-  """The config of the run in `workdir`, with what this command line overrides."""
-  from convnorm_jax.training.loop import load_config
-
-  saved = load_config(workdir)
-  overrides = flags.FLAGS['config'].override_values
-  merged = ConfigDict(given.to_dict())
-  with merged.unlocked():
-    for key, value in config_lib.flatten(saved).items():
-      _set(merged, key, tuple(value) if isinstance(value, list) else value)
-    for key, value in overrides.items():
-      _set(merged, key, value)
-  config_lib.check_config(merged)
-  config_lib.check_same_run(saved, merged.to_dict(), workdir)
-  return merged
+    _split_names(config)
+    config_lib.check_config(config)
+    mode, workdir = flags.FLAGS.mode, flags.FLAGS.workdir
+    if not workdir and path == _BASE:
+        raise ValueError("--workdir is missing: give the run's folder to evaluate")
+    workdir = workdir or default_workdir(path, config)
+    if mode == 'eval':
+        config = _run_config(config, workdir, config_lib)
+    return config, workdir, mode
 
 
-def _set(config, key, value):
-  *sections, name = key.split('.')
-  for section in sections:
-    if section not in config:
-      config[section] = ConfigDict()
-    config = config[section]
-  with config.ignore_type():
-    config[name] = value
+def default_workdir(path, config):
+    """runs/<config file>-<net>-<layer>-seed<seed>."""
+    name = os.path.splitext(os.path.basename(path))[0]
+    return os.path.join('runs', f'{name}-{config.model.name}-{config.model.layer}-seed{config.seed}')
 
 
 def _with_config(argv):
-  """The arguments, with the base config where eval mode leaves --config out."""
-  if any(a == '--config' or a.startswith('--config=') for a in argv):
-    return argv
-  if not any(a in ('--mode=eval', '-mode=eval') for a in argv) and 'eval' not in argv:
-    if any(a in ('--help', '--helpfull', '-h') for a in argv):
-      return argv
-    raise ValueError(f'--config is missing: give one of {", ".join(_configs())}')
-  base = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'configs', 'default.py')
-  return [argv[0], f'--config={base}', *argv[1:]]
+    """The arguments as --config=PATH ..., and that path; None if only help is wanted."""
+    for i, argument in enumerate(argv):
+        if argument in ('--config', '-config') and i + 1 < len(argv):
+            argv[i : i + 2] = [f'--config={argv[i + 1]}']
+            break
+    path = next((a.split('=', 1)[1] for a in argv if a.startswith(('--config=', '-config='))), None)
+    if path is not None:
+        return argv, path
+    if any(a.lstrip('-') in ('help', 'helpfull', 'helpshort', 'h', '?') for a in argv):
+        return argv, None
+    if not any(a.lstrip('-') == 'mode=eval' for a in argv) and argv[-1:] != ['eval']:
+        raise ValueError(f'--config is missing: give one of {_configs()}')
+    return [argv[0], f'--config={_BASE}', *argv[1:]], _BASE
 
 
 def _configs():
-  return sorted(path for path in glob.glob('configs/*.py') if not path.endswith(('__init__.py', 'default.py')))
+    names = glob.glob('configs/*.py')
+    names = sorted(n for n in names if not n.endswith(('__init__.py', 'default.py')))
+    return ', '.join(names) or 'the files in configs/ (run this from the root of the repository)'
 
 
-def _config_name(argv):
-  path = next((a.split('=', 1)[1] for a in argv if a.startswith('--config=')), None)
-  path = path or argv[argv.index('--config') + 1]
-  return os.path.splitext(os.path.basename(path.split(':')[0]))[0]
+def _load(path):
+    """The config of a file, before any override."""
+    if not os.path.isfile(path):
+        raise ValueError(f'--config={path}: no such file; give one of {_configs()}')
+    spec = importlib.util.spec_from_file_location('given_config', path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # the user's own file may raise anything
+        raise ValueError(f'--config={path}: {type(error).__name__}: {error}') from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f'--config={path}: get_config() returns a {type(config).__name__}, expected a ConfigDict')
+    return config
 
 
-def _parse_flags(argv):
-  """Parses the flags; config_flags raises many kinds of errors."""
-  try:
-    rest = flags.FLAGS(argv)
-    config = _CONFIG.value
-  except (FileNotFoundError, ModuleNotFoundError, ImportError, SyntaxError) as error:
-    raise ValueError(f'--config={_config_name(argv)}: {_first_line(error)}; configs here: {", ".join(_configs())}') from error
-  except (AttributeError, KeyError) as error:
-    raise ValueError(_unknown_key(argv) or _first_line(error)) from error
-  except (flags.Error, TypeError, ValueError) as error:
-    raise ValueError(_unknown_key(argv) or _first_line(error)) from error
-  if rest[1:]:
-    raise ValueError(f'{rest[1]!r}: not understood; options look like --config.train.epochs=10')
-  if config is None:
-    raise ValueError(f'--config is missing: give one of {", ".join(_configs())}')
+def _check_overrides(argv, config):
+    """Raises ValueError for the first --config.KEY that the config does not have."""
+    for argument in argv[1:]:
+        name = argument.lstrip('-')
+        prefix = next((p for p in ('config.', 'noconfig.') if name.startswith(p)), None)
+        if prefix and argument.startswith('-'):
+            _check_key(name[len(prefix) :].split('=', 1)[0], config)
 
 
-def _unknown_key(argv):
-  """What to say of the first override that names no key of the config, or None."""
-  try:
-    config = flags.FLAGS['config'].value
-  except (AttributeError, KeyError, flags.Error):
-    config = None
-  if config is None:
-    return None
-  for argument in argv[1:]:
-    if not argument.startswith('--config.'):
-      continue
-    key = argument[len('--config.'):].split('=', 1)[0]
-    section, trail = config, []
+def _check_key(key, config):
+    section, trail = config, ['config']
     for part in key.split('.'):
-      if not isinstance(section, ConfigDict) or part not in section:
-        return _suggest(key, section, trail, config)
-      section, trail = section[part], [*trail, part]
-  return None
+        if not isinstance(section, ConfigDict):
+            raise ValueError(f'config.{key}: {".".join(trail)} is a value, it holds no further keys')
+        if part not in section:
+            raise ValueError(_unknown_key(key, section, '.'.join(trail), config))
+        section, trail = section[part], [*trail, part]
+    if isinstance(section, ConfigDict):
+        raise ValueError(f'config.{key} is a section: set one of its keys, {", ".join(sorted(section))}')
 
 
-def _suggest(key, section, trail, config):
-  from_here = list(section.keys()) if isinstance(section, ConfigDict) else []
-  where = '.'.join(['config', *trail])
-  if not from_here:
-    return f'config.{key}: {where} is a value, it holds no further keys'
-  everywhere = _all_keys(config)
-  close = difflib.get_close_matches(key, everywhere, 1) or [
-      k for k in everywhere if k.split('.')[-1] == key.split('.')[-1]][:1]
-  hint = f'; did you mean config.{close[0]}?' if close else ''
-  return f'config.{key}: no such key{hint} {where} has {", ".join(sorted(from_here))}'
+def _unknown_key(key, section, where, config):
+    everywhere = _all_keys(config)
+    leaf = key.split('.')[-1]
+    close = [k for k in everywhere if k.split('.')[-1] == leaf] or difflib.get_close_matches(key, everywhere, 1)
+    hint = f'did you mean config.{close[0]}? ' if close else ''
+    return f'config.{key}: no such key; {hint}{where} has {", ".join(sorted(section))}'
 
 
 def _all_keys(config, prefix=''):
-  keys = []
-  for name, value in config.items():
-    keys += _all_keys(value, f'{prefix}{name}.') if isinstance(value, ConfigDict) else [prefix + name]
-  return keys
+    keys = []
+    for name, value in config.items():
+        keys += _all_keys(value, f'{prefix}{name}.') if isinstance(value, ConfigDict) else [prefix + name]
+    return keys
 
 
-def _first_line(error):
-  return str(error).strip().strip('\'"').split('\\n')[0].split('\n')[0] or type(error).__name__
+def _parse_flags(argv):
+    """The config with its overrides."""
+    try:
+        rest = flags.FLAGS(argv)
+        config = _CONFIG.value
+    except flags.IllegalFlagValueError as error:
+        raise ValueError(_illegal_value(str(error))) from error
+    except (flags.Error, TypeError, ValueError, AttributeError, KeyError, OSError) as error:
+        raise ValueError(str(error)) from error
+    if rest[1:]:
+        raise ValueError(f'{rest[1]!r}: not understood; options look like --config.train.epochs=10')
+    return config
+
+
+def _illegal_value(message):
+    # absl says: flag --config.KEY=VALUE: reason
+    return message.removeprefix('flag --') + '; give a value of the type in configs/default.py' * ('config.' in message)
+
+
+def _split_names(config):
+    # A bare a,b on the command line arrives as the one string 'a,b'.
+    config.attack.names = tuple(part for name in config.attack.names for part in str(name).split(',') if part)
+
+
+def _run_config(given, workdir, config_lib):
+    """The config of the run in `workdir`, with what this command line overrides."""
+    from convnorm_jax.training.loop import load_config
+
+    saved = load_config(workdir)
+    merged = ConfigDict(given.to_dict())
+    for key, value in config_lib.flatten(saved).items():
+        _set(merged, key, tuple(value) if isinstance(value, list) else value)
+    for key in flags.FLAGS['config'].override_values:
+        _set(merged, key, _get(given, key))
+    config_lib.check_config(merged)
+    config_lib.check_same_run(saved, merged.to_dict(), workdir)
+    return merged
+
+
+def _get(config, key):
+    for part in key.split('.'):
+        config = config[part]
+    return config
+
+
+def _set(config, key, value):
+    *sections, name = key.split('.')
+    for section in sections:
+        config = config[section] if section in config else config.setdefault(section, ConfigDict())
+    with config.ignore_type():
+        config[name] = value

@@ -1,7 +1,7 @@
 """Train a net and report on it, or evaluate a run: flags and wiring only.
 
-    python -m experiments.main --config=configs/digits_convnorm.py [--workdir=DIR]
-        [--mode=train|eval] [--config.KEY=VALUE ...]
+python -m experiments.main --config=configs/digits_convnorm.py [--workdir=DIR]
+    [--mode=train|eval] [--config.KEY=VALUE ...]
 """
 
 import os
@@ -16,36 +16,40 @@ flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'train and report, or eval
 
 
 def run(argv):
-  """One command, from its arguments; user errors are raised as ValueError."""
-  config, workdir, mode = command_line.parse(argv)
-  # Only now: a mistake on the command line is answered before anything heavy is loaded.
-  from convnorm_jax.training import loop, setup
-  from experiments.report import report
+    """One command, from its arguments; user errors are raised as ValueError."""
+    config, workdir, mode = command_line.parse(argv)
+    # Only now: a mistake on the command line is answered before anything heavy is loaded.
+    from convnorm_jax.training import loop, setup
+    from experiments.report import report
 
-  experiment = setup.build(config)
-  if mode == 'train':
-    print(f'{config.model.name} with {config.model.layer} on {experiment.source.description}: '
-          f'{len(experiment.prepared.train.labels)} training, {len(experiment.prepared.validation.labels)} validation, '
-          f'{len(experiment.prepared.test.labels)} test examples; {experiment.total_steps} steps; run folder {workdir}',
-          file=sys.stderr)
-    loop.train(experiment, workdir)
-  return report(experiment, workdir)
+    if mode == 'train':
+        loop.check_workdir(workdir, config)
+    experiment = setup.build(config)
+    if mode == 'train':
+        print(
+            f'{config.model.name} with {config.model.layer} on {experiment.source.description}: '
+            f'{len(experiment.prepared.train.labels)} training, {len(experiment.prepared.validation.labels)} validation, '
+            f'{len(experiment.prepared.test.labels)} test examples; {experiment.total_steps} steps; run folder {workdir}',
+            file=sys.stderr,
+        )
+        loop.train(experiment, workdir)
+    return report(experiment, workdir)
 
 
 def main(argv=None):
-  """Runs the command; a user's mistake becomes one line and exit code 2."""
-  # Orbax and JAX speak of their own matters at this level.
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-  try:
-    run(sys.argv if argv is None else argv)
-  except ValueError as error:
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print('interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
-    return 130
-  return 0
+    """Runs the command; a user's mistake becomes one line and exit code 2."""
+    # Orbax and JAX speak of their own matters at this level.
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    try:
+        run(sys.argv if argv is None else argv)
+    except ValueError as error:
+        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+    sys.exit(main())

@@ -18,110 +18,148 @@ PICTURES = 8  # columns of the grid of attacked images
 
 
 def report(experiment, workdir):
-  """Evaluates a run's checkpoint on the test set and writes what it finds.
+    """Evaluates a run's checkpoint on the test set and writes what it finds.
 
-  Writes `result.json` and, unless config.plots is off, `plots/*.png`; prints the table.
+    Writes `result.json` and, unless config.plots is off, `plots/*.png`; prints the table.
 
-  Returns:
-    The flat dict of `result.json`.
-  """
-  config, evaluator = experiment.config, experiment.evaluator
-  variables, progress = restore_variables(experiment, workdir, config.eval.checkpoint)
-  test = experiment.data['test']
-  clean = evaluator.evaluate(variables, test)
-  attacks = setup.attack_settings(config)
-  attacked = {name: _attack(experiment, variables, name, attack) for name, attack in attacks.items()}
-  result = {
-      'test_accuracy': clean['accuracy'], 'test_loss': clean['loss'],
-      **{f'{name}_accuracy': found['accuracy'] for name, found in attacked.items()},
-      **_facts(experiment, variables, progress),
-      'attacked_examples': max((found['examples'] for found in attacked.values()), default=0),
-  }
-  _write_json(os.path.join(workdir, 'result.json'), result)
-  pictures = _draw(experiment, variables, attacks, workdir) if config.plots else []
-  print(_table(experiment, result, attacked))
-  for path in (os.path.join(workdir, 'result.json'), *pictures):
-    print(f'wrote {path}')
-  return result
+    Returns:
+      The flat dict of `result.json`.
+    """
+    config, evaluator = experiment.config, experiment.evaluator
+    variables, progress = restore_variables(experiment, workdir, config.eval.checkpoint)
+    test = experiment.data['test']
+    clean = evaluator.evaluate(variables, test)
+    attacks = setup.attack_settings(config)
+    attacked = {name: _attack(experiment, variables, name, attack) for name, attack in attacks.items()}
+    result = {
+        'test_accuracy': clean['accuracy'],
+        'test_loss': clean['loss'],
+        **{f'{name}_accuracy': found['accuracy'] for name, found in attacked.items()},
+        **_facts(experiment, variables, progress),
+        'attacked_examples': max((found['examples'] for found in attacked.values()), default=0),
+    }
+    _write_json(os.path.join(workdir, 'result.json'), result)
+    pictures = _draw(experiment, variables, attacks, workdir) if config.plots else []
+    print(_table(experiment, result, attacked))
+    for path in (os.path.join(workdir, 'result.json'), *pictures):
+        print(f'wrote {path}')
+    return result
 
 
 def _attack(experiment, variables, name, attack):
-  with tqdm(desc=f'attacking: {name}', unit='example', mininterval=1, leave=False) as bar:
-    def progress(done, total):
-      bar.total = total
-      bar.update(done - bar.n)
+    with tqdm(desc=f'attacking: {name}', unit='example', mininterval=1, leave=False) as bar:
 
-    return experiment.evaluator.robust_accuracy(
-        variables, experiment.data['test'], attack, seed=experiment.config.seed,
-        examples=experiment.config.eval.examples, progress=progress)
+        def progress(done, total):
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return experiment.evaluator.robust_accuracy(
+            variables,
+            experiment.data['test'],
+            attack,
+            seed=experiment.config.seed,
+            examples=experiment.config.eval.examples,
+            progress=progress,
+        )
 
 
 def _facts(experiment, variables, progress):
-  config = experiment.config
-  return {
-      'model': config.model.name, 'layer': config.model.layer,
-      'parameters': sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(variables['params'])),
-      'data': experiment.source.description, 'train_examples': len(experiment.prepared.train.labels),
-      'test_examples': len(experiment.prepared.test.labels),
-      'algorithm': config.train.algorithm, 'seed': config.seed,
-      'checkpoint': config.eval.checkpoint, 'checkpoint_step': progress.step,
-      'total_steps': experiment.total_steps, 'best_validation_accuracy': progress.best_accuracy,
-      'epsilon': config.attack.epsilon, 'step_size': config.attack.step_size,
-      'pgd_steps': config.attack.pgd_steps, 'restarts': config.attack.restarts,
-      'examples_per_second': progress.examples_per_second, 'training_seconds': progress.seconds,
-      'device': f'{experiment.mesh.size} x {jax.devices()[0].device_kind}', 'jax': jax.__version__,
-  }
+    config = experiment.config
+    return {
+        'model': config.model.name,
+        'layer': config.model.layer,
+        'parameters': sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(variables['params'])),
+        'data': experiment.source.description,
+        'train_examples': len(experiment.prepared.train.labels),
+        'test_examples': len(experiment.prepared.test.labels),
+        'algorithm': config.train.algorithm,
+        'seed': config.seed,
+        'checkpoint': config.eval.checkpoint,
+        'checkpoint_step': progress.step,
+        'total_steps': experiment.total_steps,
+        'best_validation_accuracy': progress.best_accuracy,
+        'epsilon': config.attack.epsilon,
+        'step_size': config.attack.step_size,
+        'pgd_steps': config.attack.pgd_steps,
+        'restarts': config.attack.restarts,
+        'examples_per_second': progress.examples_per_second,
+        'training_seconds': progress.seconds,
+        'device': f'{experiment.mesh.size} x {jax.devices()[0].device_kind}',
+        'jax': jax.__version__,
+    }
 
 
 def _write_json(path, content):
-  with open(path + '.tmp', 'w') as file:
-    json.dump(content, file, indent=2)
-    file.write('\n')
-  os.replace(path + '.tmp', path)
+    with open(path + '.tmp', 'w') as file:
+        json.dump(content, file, indent=2)
+        file.write('\n')
+    os.replace(path + '.tmp', path)
 
 
 def _draw(experiment, variables, attacks, workdir):
-  """The pictures of a run; returns their paths."""
-  config, folder = experiment.config, os.path.join(workdir, 'plots')
-  title = f'{config.model.name}, {config.model.layer}, {experiment.source.description}, seed {config.seed}'
-  paths = []
-  rows = read_rows(os.path.join(workdir, 'metrics.csv'))
-  if rows:
-    paths.append(plots.learning_curves(rows, os.path.join(folder, 'learning_curves.png'), title=title))
-  if attacks:
-    paths.append(_draw_attacks(experiment, variables, attacks, os.path.join(folder, 'attacks.png'), title))
-  spectra = layer_spectra(experiment.model, variables, experiment.input_shape)
-  if spectra:
-    paths.append(plots.layer_spectra(spectra, os.path.join(folder, 'layer_spectra.png'), title=title))
-  return paths
+    """The pictures of a run; returns their paths."""
+    config, folder = experiment.config, os.path.join(workdir, 'plots')
+    title = f'{config.model.name}, {config.model.layer}, {experiment.source.description}, seed {config.seed}'
+    paths = []
+    rows = read_rows(os.path.join(workdir, 'metrics.csv'))
+    if rows:
+        paths.append(plots.learning_curves(rows, os.path.join(folder, 'learning_curves.png'), title=title))
+    if attacks:
+        paths.append(_draw_attacks(experiment, variables, attacks, os.path.join(folder, 'attacks.png'), title))
+    spectra = layer_spectra(experiment.model, variables, experiment.input_shape)
+    if spectra:
+        paths.append(plots.layer_spectra(spectra, os.path.join(folder, 'layer_spectra.png'), title=title))
+    return paths
 
 
 def _draw_attacks(experiment, variables, attacks, path, title):
-  evaluator, test = experiment.evaluator, experiment.prepared.test
-  pixels, labels = test.images[:PICTURES].astype(np.float32) / 255, test.labels[:PICTURES]
-  predict = functools.partial(evaluator.predict, variables)
-  attacked = {_label(name, experiment.config): evaluator.attack_images(
-      variables, pixels, labels, attack, experiment.config.seed) for name, attack in attacks.items()}
-  return plots.attack_grid(
-      pixels, attacked, labels, predict(pixels), {name: predict(images) for name, images in attacked.items()},
-      experiment.source.class_names, path, epsilon=experiment.config.attack.epsilon / 255, title=title)
+    evaluator, test = experiment.evaluator, experiment.prepared.test
+    pixels, labels = test.images[:PICTURES].astype(np.float32) / 255, test.labels[:PICTURES]
+    predict = functools.partial(evaluator.predict, variables)
+    attacked = {
+        _label(name, experiment.config): evaluator.attack_images(
+            variables, pixels, labels, attack, experiment.config.seed
+        )
+        for name, attack in attacks.items()
+    }
+    return plots.attack_grid(
+        pixels,
+        attacked,
+        labels,
+        predict(pixels),
+        {name: predict(images) for name, images in attacked.items()},
+        experiment.source.class_names,
+        path,
+        epsilon=experiment.config.attack.epsilon / 255,
+        title=title,
+    )
 
 
 def _label(name, config):
-  return f'PGD-{config.attack.pgd_steps}' if name == 'pgd' else name.upper()
+    return f'PGD-{config.attack.pgd_steps}' if name == 'pgd' else name.upper()
 
 
 def _table(experiment, result, attacked):
-  config = experiment.config
-  rows = [('clean', '', result['test_accuracy'], result['test_examples'])]
-  for name, found in attacked.items():
-    rows.append((_label(name, config), f'eps {config.attack.epsilon:g}/255', found['accuracy'], found['examples']))
-  lines = [f'| {name:<8} | {size:<10} | {100 * accuracy:>10.2f} % | {examples:>8} |'
-           for name, size, accuracy, examples in rows]
-  head = f'| {"attack":<8} | {"size":<10} | {"accuracy":>12} | {"examples":>8} |'
-  rule = '|' + '|'.join('-' * len(cell) for cell in head.strip('|').split('|')) + '|'
-  return '\n'.join([
-      '', f'{config.model.name} with {config.model.layer} ({result["parameters"]:,} parameters) on {result["data"]}, '
-      f'seed {config.seed}, {config.eval.checkpoint} checkpoint (step {result["checkpoint_step"]} of {result["total_steps"]})',
-      '', head, rule, *lines, '',
-      f'trained at {result["examples_per_second"]:,.0f} examples/s on {result["device"]}'])
+    config = experiment.config
+    rows = [('clean', '', result['test_accuracy'], result['test_examples'])]
+    for name, found in attacked.items():
+        rows.append((_label(name, config), f'eps {config.attack.epsilon:g}/255', found['accuracy'], found['examples']))
+    lines = [
+        f'| {name:<8} | {size:<10} | {100 * accuracy:>10.2f} % | {examples:>8} |'
+        for name, size, accuracy, examples in rows
+    ]
+    head = f'| {"attack":<8} | {"size":<10} | {"accuracy":>12} | {"examples":>8} |'
+    rule = '|' + '|'.join('-' * len(cell) for cell in head.strip('|').split('|')) + '|'
+    return '\n'.join(
+        [
+            '',
+            f'{config.model.name} with {config.model.layer} ({result["parameters"]:,} parameters) on {result["data"]}, '
+            f'seed {config.seed}, {config.eval.checkpoint} checkpoint (step {result["checkpoint_step"]} of {result["total_steps"]})',
+            '',
+            head,
+            rule,
+            *lines,
+            '',
+            f'trained at {result["examples_per_second"]:,.0f} examples/s on {result["device"]}',
+        ]
+    )

@@ -7,14 +7,14 @@ import sys
 # Four fake CPU devices for the tests of meshes; everything else stays on device 0.
 _FOUR_DEVICES = '--xla_force_host_platform_device_count=4'
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FOUR_DEVICES}'.strip()
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FOUR_DEVICES}'.strip()
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # No persistent compilation cache: every run compiles what it tests.
 os.environ.pop('JAX_COMPILATION_CACHE_DIR', None)
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(_ROOT) not in sys.path:
-  sys.path.insert(0, str(_ROOT))
+    sys.path.insert(0, str(_ROOT))
 
 import json  # noqa: E402
 
@@ -24,60 +24,74 @@ import pytest  # noqa: E402
 
 @pytest.fixture(scope='session')
 def golden_dir():
-  """Folder of the golden values; see its README.md."""
-  return _ROOT / 'tests' / 'golden'
+    """Folder of the golden values; see its README.md."""
+    return _ROOT / 'tests' / 'golden'
 
 
 @pytest.fixture(scope='session')
 def load_golden(golden_dir):
-  """name -> dict of the arrays in tests/golden/{name}.npz."""
+    """name -> dict of the arrays in tests/golden/{name}.npz."""
 
-  def load(name):
-    with np.load(golden_dir / f'{name}.npz') as data:
-      return {key: data[key] for key in data.files}
+    def load(name):
+        with np.load(golden_dir / f'{name}.npz') as data:
+            return {key: data[key] for key in data.files}
 
-  return load
+    return load
 
 
 @pytest.fixture(scope='session')
 def golden_weights():
-  """(golden net, as `load_golden` gives it) -> its state dict, drawn as tests/golden/README.md says."""
+    """(golden net, as `load_golden` gives it) -> its state dict, drawn as tests/golden/README.md says."""
 
-  def draw(golden):
-    rng = np.random.default_rng(int(golden['seed']))
-    state = {}
-    for name, shape in json.loads(str(golden['spec'])):
-      a = rng.standard_normal(shape)
-      if 'batch_norm.weight' in name or ('norm' in name and name.endswith('weight')):
-        a = 1 + 0.1 * a
-      elif len(shape) >= 2:
-        a = a * np.sqrt(2 / np.prod(shape[1:]))
-      else:
-        a = 0.1 * a
-      state[name] = a.astype(np.float32)
-    return state
+    def draw(golden):
+        rng = np.random.default_rng(int(golden['seed']))
+        state = {}
+        for name, shape in json.loads(str(golden['spec'])):
+            a = rng.standard_normal(shape)
+            if 'batch_norm.weight' in name or ('norm' in name and name.endswith('weight')):
+                a = 1 + 0.1 * a
+            elif len(shape) >= 2:
+                a = a * np.sqrt(2 / np.prod(shape[1:]))
+            else:
+                a = 0.1 * a
+            state[name] = a.astype(np.float32)
+        return state
 
-  return draw
+    return draw
 
 
 @pytest.fixture(scope='session')
 def nhwc():
-  """NCHW array -> NHWC array."""
-  return lambda a: np.ascontiguousarray(np.transpose(a, (0, 2, 3, 1)))
+    """NCHW array -> NHWC array."""
+    return lambda a: np.ascontiguousarray(np.transpose(a, (0, 2, 3, 1)))
 
 
 @pytest.fixture(scope='session')
 def full_spectrum():
-  """PyTorch's half spectrum [C, Hf, Wf//2+1] -> [Hf, Wf, C], by V(w) = V(-w), entry by entry."""
+    """PyTorch's half spectrum [C, Hf, Wf//2+1] -> [Hf, Wf, C], by V(w) = V(-w), entry by entry."""
 
-  def expand(half, width):
-    channels, height, columns = half.shape
-    if columns != width // 2 + 1:
-      raise AssertionError(f'half spectrum {half.shape} of another width than {width}')
-    full = np.empty((height, width, channels), half.dtype)
-    for m in range(height):
-      for n in range(width):
-        full[m, n] = half[:, m, n] if n < columns else half[:, -m % height, width - n]
-    return full
+    def expand(half, width):
+        channels, height, columns = half.shape
+        if columns != width // 2 + 1:
+            raise AssertionError(f'half spectrum {half.shape} of another width than {width}')
+        full = np.empty((height, width, channels), half.dtype)
+        for m in range(height):
+            for n in range(width):
+                full[m, n] = half[:, m, n] if n < columns else half[:, -m % height, width - n]
+        return full
 
-  return expand
+    return expand
+
+
+@pytest.fixture(scope='module')
+def quick_compilation():
+    """Without most of XLA's optimizations, for modules that compile many small programs.
+
+    It halves their time. The golden nets of tests/test_torch_import.py run the same layers optimized.
+    """
+    import jax
+
+    before = jax.config.read('jax_disable_most_optimizations')
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', before)

@@ -139,9 +139,7 @@ def uniform_start(rng: jax.Array, images: jax.Array, epsilon: float | jax.Array)
     return jax.random.uniform(rng, images.shape, images.dtype, -1, 1) * epsilon
 
 
-def project_linf(
-    perturbed: jax.Array, images: jax.Array, epsilon: float | jax.Array
-) -> jax.Array:
+def project_linf(perturbed: jax.Array, images: jax.Array, epsilon: float | jax.Array) -> jax.Array:
     """The nearest point to `perturbed` within +-`epsilon` of `images` and within [0, 1].
 
     All of shape [B, H, W, C]. Clipping to the ball and then to [0, 1] is exact, because both are
@@ -247,9 +245,7 @@ def _check_loss(loss):
 
 def _check_logits(logits, labels):
     if logits.ndim != 2 or logits.shape[0] != labels.shape[0] or logits.shape[1] < 2:
-        raise ValueError(
-            f'logits.shape={logits.shape}: expected [{labels.shape[0]}, K] with K at least 2'
-        )
+        raise ValueError(f'logits.shape={logits.shape}: expected [{labels.shape[0]}, K] with K at least 2')
 
 
 def _check_epsilon(epsilon):
@@ -260,9 +256,7 @@ def _check_epsilon(epsilon):
 
 def _check_schedule(step_size, steps):
     if isinstance(step_size, numbers.Real) and not 0 < step_size <= 1:
-        raise ValueError(
-            f'step_size={step_size}: expected above 0, up to 1, in units of [0, 1] (2/255, not 2)'
-        )
+        raise ValueError(f'step_size={step_size}: expected above 0, up to 1, in units of [0, 1] (2/255, not 2)')
     if not isinstance(steps, numbers.Integral) or steps < 1:
         raise ValueError(f'steps={steps}: expected an integer of at least 1')
 

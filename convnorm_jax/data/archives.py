@@ -49,16 +49,46 @@ class Layout:
 
 LAYOUTS = {
     'cifar10': (
-        Layout('cifar-10-python.tar.gz', 'cifar-10-batches-py', tuple(f'data_batch_{i}' for i in range(1, 6)),
-               ('test_batch',), 'batches.meta', 10, label_key=b'labels', names_key=b'label_names'),
-        Layout('cifar-10-binary.tar.gz', 'cifar-10-batches-bin', tuple(f'data_batch_{i}.bin' for i in range(1, 6)),
-               ('test_batch.bin',), 'batches.meta.txt', 10, label_bytes=1),
+        Layout(
+            'cifar-10-python.tar.gz',
+            'cifar-10-batches-py',
+            tuple(f'data_batch_{i}' for i in range(1, 6)),
+            ('test_batch',),
+            'batches.meta',
+            10,
+            label_key=b'labels',
+            names_key=b'label_names',
+        ),
+        Layout(
+            'cifar-10-binary.tar.gz',
+            'cifar-10-batches-bin',
+            tuple(f'data_batch_{i}.bin' for i in range(1, 6)),
+            ('test_batch.bin',),
+            'batches.meta.txt',
+            10,
+            label_bytes=1,
+        ),
     ),
     'cifar100': (
-        Layout('cifar-100-python.tar.gz', 'cifar-100-python', ('train',), ('test',), 'meta', 100,
-               label_key=b'fine_labels', names_key=b'fine_label_names'),
-        Layout('cifar-100-binary.tar.gz', 'cifar-100-binary', ('train.bin',), ('test.bin',),
-               'fine_label_names.txt', 100, label_bytes=2),
+        Layout(
+            'cifar-100-python.tar.gz',
+            'cifar-100-python',
+            ('train',),
+            ('test',),
+            'meta',
+            100,
+            label_key=b'fine_labels',
+            names_key=b'fine_label_names',
+        ),
+        Layout(
+            'cifar-100-binary.tar.gz',
+            'cifar-100-binary',
+            ('train.bin',),
+            ('test.bin',),
+            'fine_label_names.txt',
+            100,
+            label_bytes=2,
+        ),
     ),
 }
 
@@ -115,8 +145,9 @@ def read_archive(layout, path):
 
 def _damaged(path, reason):
     reason = ' '.join(str(reason).split())
-    return ValueError(f'file={str(path)!r}: expected an intact file of the official archive, but {reason}; '
-                      'download the archive again')
+    return ValueError(
+        f'file={str(path)!r}: expected an intact file of the official archive, but {reason}; download the archive again'
+    )
 
 
 def _read_folder(layout, path):
@@ -164,7 +195,7 @@ def _parse_binary(layout, content, path):
         raise _damaged(path, f'its {len(content)} bytes are not a number of {record}-byte records')
     rows = np.frombuffer(content, np.uint8).reshape(-1, record)
     labels = _checked_labels(layout, rows[:, layout.label_bytes - 1], path)
-    return _to_images(rows[:, layout.label_bytes:]), labels
+    return _to_images(rows[:, layout.label_bytes :]), labels
 
 
 def _parse_pickle(layout, content, path):
@@ -172,8 +203,7 @@ def _parse_pickle(layout, content, path):
     pixels, labels = data.get(b'data'), data.get(layout.label_key)
     shape = (len(labels), _PIXELS) if isinstance(labels, list) and labels else None
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != shape:
-        raise _damaged(path, f"it does not hold 'data' (uint8, N x {_PIXELS}) "
-                       f'and N {layout.label_key.decode()!r}')
+        raise _damaged(path, f"it does not hold 'data' (uint8, N x {_PIXELS}) and N {layout.label_key.decode()!r}")
     return _to_images(pixels), _checked_labels(layout, labels, path)
 
 

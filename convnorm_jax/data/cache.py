@@ -71,8 +71,12 @@ def write_arrays(folder, arrays):
         for name, array in arrays.items():
             write_atomically(folder / f'{name}.npy', lambda f, a=array: np.save(f, a, allow_pickle=False))
     except OSError as error:
-        warnings.warn(f'cache {folder} cannot be written ({error}); the data set will be decoded at every '
-                      'start: set CONVNORM_CACHE to a writable folder', RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f'cache {folder} cannot be written ({error}); the data set will be decoded at every '
+            'start: set CONVNORM_CACHE to a writable folder',
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def write_atomically(path, write):

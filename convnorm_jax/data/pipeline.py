@@ -22,8 +22,10 @@ def steps_per_epoch(num_examples, batch_size):
     """
     _check_batch_size(batch_size)
     if batch_size > num_examples:
-        raise ValueError(f'batch_size={batch_size}: expected at most the number of training examples, {num_examples}; '
-                         'set a smaller --config.data.batch_size or a larger --config.data.subset_fraction')
+        raise ValueError(
+            f'batch_size={batch_size}: expected at most the number of training examples, {num_examples}; '
+            'set a smaller --config.data.batch_size or a larger --config.data.subset_fraction'
+        )
     return num_examples // batch_size
 
 
@@ -43,7 +45,7 @@ def epoch_order(seed, epoch, num_examples, batch_size):
     steps = steps_per_epoch(num_examples, batch_size)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _ORDER_STREAM), epoch)
     order = jax.random.permutation(key, num_examples)
-    return order[:steps * batch_size].reshape(steps, batch_size).astype(jnp.int32)
+    return order[: steps * batch_size].reshape(steps, batch_size).astype(jnp.int32)
 
 
 def take_batch(images, labels, order, index):

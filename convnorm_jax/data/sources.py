@@ -27,10 +27,10 @@ class _Facts:
 
 # Per-channel mean and standard deviation of the training set as they are usually published.
 _FACTS = {
-    'cifar10': _Facts('cifar10', 'CIFAR-10', (.4914, .4822, .4465), (.2023, .1994, .2010)),
-    'cifar100': _Facts('cifar100', 'CIFAR-100', (.5071, .4867, .4408), (.2675, .2565, .2761)),
-    'svhn': _Facts('svhn_cropped', 'SVHN', (.4377, .4438, .4728), (.1980, .2010, .1970)),
-    'fashion_mnist': _Facts('fashion_mnist', 'Fashion-MNIST', (.2860,), (.3530,)),
+    'cifar10': _Facts('cifar10', 'CIFAR-10', (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    'cifar100': _Facts('cifar100', 'CIFAR-100', (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    'svhn': _Facts('svhn_cropped', 'SVHN', (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    'fashion_mnist': _Facts('fashion_mnist', 'Fashion-MNIST', (0.2860,), (0.3530,)),
 }
 
 
@@ -133,10 +133,16 @@ def _decode(found):
 def _to_source(name, found, arrays):
     facts = _FACTS[name]
     class_names = tuple(str(c) for c in arrays['class_names'])
-    return Source(name=name, description=facts.title + _provenance(found.path),
-                  train=Split(arrays['train_images'], arrays['train_labels']),
-                  test=Split(arrays['test_images'], arrays['test_labels']),
-                  num_classes=len(class_names), class_names=class_names, mean=facts.mean, std=facts.std)
+    return Source(
+        name=name,
+        description=facts.title + _provenance(found.path),
+        train=Split(arrays['train_images'], arrays['train_labels']),
+        test=Split(arrays['test_images'], arrays['test_labels']),
+        num_classes=len(class_names),
+        class_names=class_names,
+        mean=facts.mean,
+        std=facts.std,
+    )
 
 
 def _read_cache(folder):
@@ -145,8 +151,12 @@ def _read_cache(folder):
         return None
     for part in ('train', 'test'):
         images, labels = arrays[f'{part}_images'], arrays[f'{part}_labels']
-        whole = (images.dtype == np.uint8 and images.ndim == 4 and labels.dtype == np.int32
-                 and labels.shape == images.shape[:1])
+        whole = (
+            images.dtype == np.uint8
+            and images.ndim == 4
+            and labels.dtype == np.int32
+            and labels.shape == images.shape[:1]
+        )
         if not whole:
             cache.warn_ignored(folder, f'its {part} arrays do not fit together')
             return None
@@ -173,11 +183,13 @@ def _how_to_provide(name, root):
     where = f'data_dir={str(root)!r}' + ('' if root.is_dir() else ' (no such folder)')
     layouts = archives.LAYOUTS.get(name, ())
     archive = ' or '.join(layout.archive for layout in layouts) + ', or its extracted folder, in that DIR'
-    return (f'{where}: expected it to hold the data set name={name!r}; provide it in one of these ways: '
-            f'(1) --config.data.data_dir=DIR where DIR/{tfds_name} is TFDS-prepared (elsewhere, with '
-            f'`tfds build {tfds_name} --file_format=array_record`), '
-            f'(2) the official archive {archive if layouts else "(read for cifar10 and cifar100 only)"}, '
-            '(3) --config.data.name=digits, which is embedded')
+    return (
+        f'{where}: expected it to hold the data set name={name!r}; provide it in one of these ways: '
+        f'(1) --config.data.data_dir=DIR where DIR/{tfds_name} is TFDS-prepared (elsewhere, with '
+        f'`tfds build {tfds_name} --file_format=array_record`), '
+        f'(2) the official archive {archive if layouts else "(read for cifar10 and cifar100 only)"}, '
+        '(3) --config.data.name=digits, which is embedded'
+    )
 
 
 def _find_tfds(name, root):
@@ -189,9 +201,11 @@ def _find_tfds(name, root):
     path = max(prepared, key=_version)
     file_format = _file_format(path / 'dataset_info.json')
     if file_format != 'array_record':
-        raise ValueError(f'data_dir={str(root)!r}: expected {tfds_name}/{path.name} to be prepared as array_record, '
-                         f'but its dataset_info.json says {file_format}; prepare it again with '
-                         f'`tfds build {tfds_name} --file_format=array_record`')
+        raise ValueError(
+            f'data_dir={str(root)!r}: expected {tfds_name}/{path.name} to be prepared as array_record, '
+            f'but its dataset_info.json says {file_format}; prepare it again with '
+            f'`tfds build {tfds_name} --file_format=array_record`'
+        )
     return _Found(path, tuple(f for f in path.iterdir() if f.is_file()))
 
 
@@ -234,9 +248,11 @@ def _read_tfds(path):
         return (*arrays, tuple(builder.info.features['label'].names))
     except (ValueError, KeyError, RuntimeError, OSError) as error:  # array_record's own are RuntimeErrors
         reason = ' '.join(str(error).split())
-        raise ValueError(f'data_dir={str(path.parent.parent)!r}: expected an intact TFDS-prepared folder '
-                         f'{path.parent.name}/{path.name}, but reading failed ({reason}); '
-                         'copy it or prepare it again') from error
+        raise ValueError(
+            f'data_dir={str(path.parent.parent)!r}: expected an intact TFDS-prepared folder '
+            f'{path.parent.name}/{path.name}, but reading failed ({reason}); '
+            'copy it or prepare it again'
+        ) from error
 
 
 def _read_tfds_split(builder, split):
@@ -257,10 +273,17 @@ def _load_digits():
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = digits.target.astype(np.int32)
-    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels,
-                                   random_state=_DIGITS_SPLIT_SEED)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=_DIGITS_SPLIT_SEED
+    )
     pixels = images[train] / 255.0
-    return Source(name='digits', description='digits (scikit-learn, 8x8)',
-                  train=Split(images[train], labels[train]), test=Split(images[test], labels[test]),
-                  num_classes=10, class_names=tuple(str(n) for n in digits.target_names),
-                  mean=(float(pixels.mean()),), std=(float(pixels.std()),))
+    return Source(
+        name='digits',
+        description='digits (scikit-learn, 8x8)',
+        train=Split(images[train], labels[train]),
+        test=Split(images[test], labels[test]),
+        num_classes=10,
+        class_names=tuple(str(n) for n in digits.target_names),
+        mean=(float(pixels.mean()),),
+        std=(float(pixels.std()),),
+    )

@@ -33,8 +33,16 @@ class Prepared:
     record: dict[str, np.ndarray]
 
 
-def prepare(source, *, validation_fraction=0.1, validation='held_out', subset_fraction=1.0,
-            noise_kind='none', noise_rate=0.0, seed=0):
+def prepare(
+    source,
+    *,
+    validation_fraction=0.1,
+    validation='held_out',
+    subset_fraction=1.0,
+    noise_kind='none',
+    noise_rate=0.0,
+    seed=0,
+):
     """Split, subset and corrupt a data set, taking the same share of every class.
 
     Each class is shuffled once, by the seed alone. The validation set is its last `validation_fraction`; with
@@ -70,31 +78,50 @@ def prepare(source, *, validation_fraction=0.1, validation='held_out', subset_fr
     for part, part_seed in (('train', train_seed), ('validation', validation_seed)):
         clean = source.train.labels[record[f'{part}_indices']]
         noisy, touched = _add_noise(clean, source, noise_kind, noise_rate, np.random.default_rng(part_seed))
-        record |= {f'{part}_labels': noisy, f'{part}_clean_labels': clean,
-                   f'{part}_noisy': noisy != clean, f'{part}_touched': touched}
-    record |= {'name': np.array(source.name), 'validation': np.array(validation),
-               'validation_fraction': np.array(validation_fraction), 'subset_fraction': np.array(subset_fraction),
-               'noise_kind': np.array(noise_kind), 'noise_rate': np.array(noise_rate), 'seed': np.array(seed)}
-    return Prepared(train=Split(source.train.images[train], record['train_labels']),
-                    validation=Split(source.train.images[held], record['validation_labels']),
-                    test=source.test, record=record)
+        record |= {
+            f'{part}_labels': noisy,
+            f'{part}_clean_labels': clean,
+            f'{part}_noisy': noisy != clean,
+            f'{part}_touched': touched,
+        }
+    record |= {
+        'name': np.array(source.name),
+        'validation': np.array(validation),
+        'validation_fraction': np.array(validation_fraction),
+        'subset_fraction': np.array(subset_fraction),
+        'noise_kind': np.array(noise_kind),
+        'noise_rate': np.array(noise_rate),
+        'seed': np.array(seed),
+    }
+    return Prepared(
+        train=Split(source.train.images[train], record['train_labels']),
+        validation=Split(source.train.images[held], record['validation_labels']),
+        test=source.test,
+        record=record,
+    )
 
 
 def _check_arguments(validation_fraction, validation, subset_fraction, noise_kind, noise_rate, seed):
     if validation not in VALIDATION_KINDS:
-        raise ValueError(f'validation={validation!r}: expected one of {", ".join(VALIDATION_KINDS)}; '
-                         'held_out keeps the validation examples out of training')
+        raise ValueError(
+            f'validation={validation!r}: expected one of {", ".join(VALIDATION_KINDS)}; '
+            'held_out keeps the validation examples out of training'
+        )
     if not 0 <= validation_fraction < 1:
-        raise ValueError(f'validation_fraction={validation_fraction!r}: expected a share in [0, 1); '
-                         'give e.g. 0.1, or 0 for no validation set')
+        raise ValueError(
+            f'validation_fraction={validation_fraction!r}: expected a share in [0, 1); '
+            'give e.g. 0.1, or 0 for no validation set'
+        )
     if not 0 < subset_fraction <= 1:
         raise ValueError(f'subset_fraction={subset_fraction!r}: expected a share in (0, 1]; give 1.0 for all examples')
     if noise_kind not in NOISE_KINDS:
         raise ValueError(f'noise_kind={noise_kind!r}: expected one of {", ".join(NOISE_KINDS)}; choose one of them')
     _check_rate(noise_rate, 'noise_rate')
     if noise_kind == 'none' and noise_rate != 0:
-        raise ValueError(f"noise_rate={noise_rate!r}: expected 0 with noise_kind='none'; "
-                         'set noise_kind to symmetric or asymmetric, or the rate to 0')
+        raise ValueError(
+            f"noise_rate={noise_rate!r}: expected 0 with noise_kind='none'; "
+            'set noise_kind to symmetric or asymmetric, or the rate to 0'
+        )
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ValueError(f'seed={seed!r}: expected a whole number >= 0; give e.g. 0')
 
@@ -111,16 +138,20 @@ def _choose(source, validation_fraction, validation, subset_fraction, rng):
         members = rng.permutation(np.flatnonzero(source.train.labels == label))
         n_held = _round(validation_fraction * len(members))
         if validation_fraction > 0 and n_held == 0:
-            raise ValueError(f'validation_fraction={validation_fraction!r}: expected at least one validation '
-                             f'example of each class, but {class_name!r} has {len(members)} in all; '
-                             'give a larger share, or 0 for none')
+            raise ValueError(
+                f'validation_fraction={validation_fraction!r}: expected at least one validation '
+                f'example of each class, but {class_name!r} has {len(members)} in all; '
+                'give a larger share, or 0 for none'
+            )
         # Not members[-n_held:], which for 0 is everything.
-        kept, last = members[:len(members) - n_held], members[len(members) - n_held:]
+        kept, last = members[: len(members) - n_held], members[len(members) - n_held :]
         pool = kept if validation == 'held_out' else members
-        subset = pool[:_round(subset_fraction * len(pool))]
+        subset = pool[: _round(subset_fraction * len(pool))]
         if not len(subset):
-            raise ValueError(f'subset_fraction={subset_fraction!r}: expected at least one training example of each '
-                             f'class, but {class_name!r} has {len(pool)} to take from; give a larger share')
+            raise ValueError(
+                f'subset_fraction={subset_fraction!r}: expected at least one training example of each '
+                f'class, but {class_name!r} has {len(pool)} to take from; give a larger share'
+            )
         train.append(subset)
         held.append(last)
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(held))
@@ -163,7 +194,7 @@ def symmetric_noise(labels, num_classes, rate, rng):
     """
     labels = _checked_labels(labels, num_classes, rate)
     touched = np.zeros(len(labels), bool)
-    touched[rng.permutation(len(labels))[:_round_up(rate * len(labels))]] = True
+    touched[rng.permutation(len(labels))[: _round_up(rate * len(labels))]] = True
     noisy = labels.copy()
     noisy[touched] = rng.integers(num_classes, size=int(touched.sum()))
     return noisy, touched
@@ -192,15 +223,16 @@ def asymmetric_noise(labels, num_classes, rate, rng, dataset):
     labels = _checked_labels(labels, num_classes, rate)
     if dataset != 'cifar10':
         touched = rng.random(len(labels)) < rate
-      
+
         return np.where(touched, (labels + 1) % num_classes, labels).astype(np.int32), touched
     if num_classes != 10:
-        raise ValueError(f"num_classes={num_classes!r}: expected 10 with dataset='cifar10'; "
-                         'name the data set that it is')
+        raise ValueError(
+            f"num_classes={num_classes!r}: expected 10 with dataset='cifar10'; name the data set that it is"
+        )
     noisy, touched = labels.copy(), np.zeros(len(labels), bool)
     for old, new in _CIFAR10_CONFUSIONS.items():
         members = rng.permutation(np.flatnonzero(labels == old))
-        chosen = members[:_round_up(rate * len(members))]
+        chosen = members[: _round_up(rate * len(members))]
         noisy[chosen], touched[chosen] = new, True
     return noisy, touched
 
@@ -209,8 +241,10 @@ def _checked_labels(labels, num_classes, rate):
     _check_rate(rate)
     labels = np.asarray(labels, np.int32)
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ValueError(f'labels in [{labels.min()}, {labels.max()}]: expected them in '
-                         f'[0, num_classes={num_classes}); give the number of classes that the labels have')
+        raise ValueError(
+            f'labels in [{labels.min()}, {labels.max()}]: expected them in '
+            f'[0, num_classes={num_classes}); give the number of classes that the labels have'
+        )
     return labels
 
 
@@ -244,9 +278,13 @@ def load_record(path):
             record = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         reason = ' '.join(str(error).split())
-        raise ValueError(f'path={str(path)!r}: expected a record written by save_record, but it cannot be read '
-                         f'({reason}); give the record .npz of a run') from error
+        raise ValueError(
+            f'path={str(path)!r}: expected a record written by save_record, but it cannot be read '
+            f'({reason}); give the record .npz of a run'
+        ) from error
     if 'train_indices' not in record:
-        raise ValueError(f'path={str(path)!r}: expected a record written by save_record, but it holds no '
-                         'train_indices; give the record .npz of a run')
+        raise ValueError(
+            f'path={str(path)!r}: expected a record written by save_record, but it holds no '
+            'train_indices; give the record .npz of a run'
+        )
     return record

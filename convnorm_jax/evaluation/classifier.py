@@ -19,100 +19,109 @@ ATTACKS = ('fgsm', 'pgd')
 
 @dataclasses.dataclass(frozen=True)
 class AttackSettings:
-  """One attack and its numbers.
+    """One attack and its numbers.
 
-  Attributes:
-    name: one of `ATTACKS`.
-    epsilon, step_size: in units of pixels in [0, 1].
-    steps, restarts, loss: PGD's; FGSM takes the loss only.
-  """
+    Attributes:
+      name: one of `ATTACKS`.
+      epsilon, step_size: in units of pixels in [0, 1].
+      steps, restarts, loss: PGD's; FGSM takes the loss only.
+    """
 
-  name: str
-  epsilon: float
-  step_size: float
-  steps: int
-  restarts: int
-  loss: str
+    name: str
+    epsilon: float
+    step_size: float
+    steps: int
+    restarts: int
+    loss: str
 
-  def run(self, logits_fn, images, labels, key):
-    """Adversarial images of a batch, see `attacks.fgsm` and `attacks.pgd`."""
-    if self.name == 'fgsm':
-      return attacks.fgsm(logits_fn, images, labels, epsilon=self.epsilon, loss=self.loss)
-    return attacks.pgd(logits_fn, images, labels, epsilon=self.epsilon, step_size=self.step_size,
-                       steps=self.steps, restarts=self.restarts, loss=self.loss, rng=key)
+    def run(self, logits_fn, images, labels, key):
+        """Adversarial images of a batch, see `attacks.fgsm` and `attacks.pgd`."""
+        if self.name == 'fgsm':
+            return attacks.fgsm(logits_fn, images, labels, epsilon=self.epsilon, loss=self.loss)
+        return attacks.pgd(
+            logits_fn,
+            images,
+            labels,
+            epsilon=self.epsilon,
+            step_size=self.step_size,
+            steps=self.steps,
+            restarts=self.restarts,
+            loss=self.loss,
+            rng=key,
+        )
 
 
 class Evaluator:
-  """Evaluates variables of one net on splits that live on the device.
+    """Evaluates variables of one net on splits that live on the device.
 
-  Attributes:
-    logits_fn: (variables, pixels in [0, 1]) -> logits.
-    mesh: devices; batches are cut over them.
-    batch_size: examples at a time, a multiple of the number of devices.
-  """
-
-  def __init__(self, logits_fn, mesh, batch_size):
-    self.logits_fn, self.mesh, self.batch_size = logits_fn, mesh, batch_size
-    eval_step = make_eval_step(logits_fn)
-    self._eval = jax.jit(lambda variables, *batch: eval_step(variables, self._gather(*batch)))
-    self._predict = jax.jit(lambda variables, pixels: logits_fn(variables, pixels).argmax(-1))
-    self._attack = functools.cache(self._make_attack)
-
-  def _gather(self, images, labels, indices, mask):
-    batch = {'images': images[indices], 'labels': labels[indices], 'mask': mask}
-    return shard_batch(self.mesh, batch)
-
-  def evaluate(self, variables, split):
-    """Mean loss and accuracy over a split {'images': uint8, 'labels'} on the device."""
-    totals = None
-    for indices, mask in zip(*padded_batches(len(split['labels']), self.batch_size)):
-      sums = self._eval(variables, split['images'], split['labels'], indices, mask)
-      totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
-    return {} if totals is None else {name: float(s) / float(n) for name, (s, n) in totals.items()}
-
-  def predict(self, variables, pixels):
-    """Predicted classes, NumPy int [N], of pixels in [0, 1]."""
-    parts = []
-    for indices, mask in zip(*padded_batches(len(pixels), self.batch_size)):
-      parts.append(np.asarray(self._predict(variables, pixels[indices]))[mask > 0])
-    return np.concatenate(parts)
-
-  def robust_accuracy(self, variables, split, attack, *, seed, examples=0, progress=None):
-    """Accuracy under an attack.
-
-    Args:
-      variables: of the net.
-      split: {'images': uint8, 'labels'} on the device.
-      attack: an `AttackSettings`.
-      seed: of the random starts.
-      examples: attack only the first so many; 0 for all.
-      progress: called with (done, total) after every batch.
-
-    Returns:
-      {'accuracy', 'examples', 'seconds'}.
+    Attributes:
+      logits_fn: (variables, pixels in [0, 1]) -> logits.
+      mesh: devices; batches are cut over them.
+      batch_size: examples at a time, a multiple of the number of devices.
     """
-    total = min(examples or len(split['labels']), len(split['labels']))
-    correct, start = 0.0, time.perf_counter()
-    run = self._attack(attack)
-    indices, mask = padded_batches(total, self.batch_size)
-    for i in range(len(indices)):
-      key = jax.random.fold_in(jax.random.key(seed), i)
-      correct += float(run(variables, split['images'], split['labels'], indices[i], mask[i], key))
-      if progress:
-        progress(min((i + 1) * self.batch_size, total), total)
-    return {'accuracy': correct / total, 'examples': total, 'seconds': time.perf_counter() - start}
 
-  def _make_attack(self, attack):
-    def attacked_correct(variables, images, labels, indices, mask, key):
-      batch = self._gather(images, labels, indices, mask)
-      logits_fn = functools.partial(self.logits_fn, variables)
-      attacked = attack.run(logits_fn, to_float(batch['images']), batch['labels'], key)
-      correct = logits_fn(attacked).argmax(-1) == batch['labels']
-      return (correct * batch['mask']).sum()
+    def __init__(self, logits_fn, mesh, batch_size):
+        self.logits_fn, self.mesh, self.batch_size = logits_fn, mesh, batch_size
+        eval_step = make_eval_step(logits_fn)
+        self._eval = jax.jit(lambda variables, *batch: eval_step(variables, self._gather(*batch)))
+        self._predict = jax.jit(lambda variables, pixels: logits_fn(variables, pixels).argmax(-1))
+        self._attack = functools.cache(self._make_attack)
 
-    return jax.jit(attacked_correct)
+    def _gather(self, images, labels, indices, mask):
+        batch = {'images': images[indices], 'labels': labels[indices], 'mask': mask}
+        return shard_batch(self.mesh, batch)
 
-  def attack_images(self, variables, pixels, labels, attack, seed):
-    """Adversarial images, NumPy, of a few pictures given as pixels in [0, 1]."""
-    run = jax.jit(lambda v, x, y, key: attack.run(functools.partial(self.logits_fn, v), x, y, key))
-    return np.asarray(run(variables, jnp.asarray(pixels), jnp.asarray(labels), jax.random.key(seed)))
+    def evaluate(self, variables, split):
+        """Mean loss and accuracy over a split {'images': uint8, 'labels'} on the device."""
+        totals = None
+        for indices, mask in zip(*padded_batches(len(split['labels']), self.batch_size)):
+            sums = self._eval(variables, split['images'], split['labels'], indices, mask)
+            totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
+        return {} if totals is None else {name: float(s) / float(n) for name, (s, n) in totals.items()}
+
+    def predict(self, variables, pixels):
+        """Predicted classes, NumPy int [N], of pixels in [0, 1]."""
+        parts = []
+        for indices, mask in zip(*padded_batches(len(pixels), self.batch_size)):
+            parts.append(np.asarray(self._predict(variables, pixels[indices]))[mask > 0])
+        return np.concatenate(parts)
+
+    def robust_accuracy(self, variables, split, attack, *, seed, examples=0, progress=None):
+        """Accuracy under an attack.
+
+        Args:
+          variables: of the net.
+          split: {'images': uint8, 'labels'} on the device.
+          attack: an `AttackSettings`.
+          seed: of the random starts.
+          examples: attack only the first so many; 0 for all.
+          progress: called with (done, total) after every batch.
+
+        Returns:
+          {'accuracy', 'examples', 'seconds'}.
+        """
+        total = min(examples or len(split['labels']), len(split['labels']))
+        correct, start = 0.0, time.perf_counter()
+        run = self._attack(attack)
+        indices, mask = padded_batches(total, self.batch_size)
+        for i in range(len(indices)):
+            key = jax.random.fold_in(jax.random.key(seed), i)
+            correct += float(run(variables, split['images'], split['labels'], indices[i], mask[i], key))
+            if progress:
+                progress(min((i + 1) * self.batch_size, total), total)
+        return {'accuracy': correct / total, 'examples': total, 'seconds': time.perf_counter() - start}
+
+    def _make_attack(self, attack):
+        def attacked_correct(variables, images, labels, indices, mask, key):
+            batch = self._gather(images, labels, indices, mask)
+            logits_fn = functools.partial(self.logits_fn, variables)
+            attacked = attack.run(logits_fn, to_float(batch['images']), batch['labels'], key)
+            correct = logits_fn(attacked).argmax(-1) == batch['labels']
+            return (correct * batch['mask']).sum()
+
+        return jax.jit(attacked_correct)
+
+    def attack_images(self, variables, pixels, labels, attack, seed):
+        """Adversarial images, NumPy, of a few pictures given as pixels in [0, 1]."""
+        run = jax.jit(lambda v, x, y, key: attack.run(functools.partial(self.logits_fn, v), x, y, key))
+        return np.asarray(run(variables, jnp.asarray(pixels), jnp.asarray(labels), jax.random.key(seed)))

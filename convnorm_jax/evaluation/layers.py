@@ -15,86 +15,86 @@ from convnorm_jax.layers.factory import ConvThenNorm
 
 @dataclasses.dataclass(frozen=True)
 class LayerSite:
-  """Where a convolution stands in a net.
+    """Where a convolution stands in a net.
 
-  Attributes:
-    name: path of its module, joined by '/'.
-    path: the same as a tuple.
-    module: type of the module.
-    grid: size of its full convolution, for the pictures it sees.
-    epsilon: of the BatchNorm that scales it, if one does.
-  """
+    Attributes:
+      name: path of its module, joined by '/'.
+      path: the same as a tuple.
+      module: type of the module.
+      grid: size of its full convolution, for the pictures it sees.
+      epsilon: of the BatchNorm that scales it, if one does.
+    """
 
-  name: str
-  path: tuple
-  module: type
-  grid: tuple
-  epsilon: float
+    name: str
+    path: tuple
+    module: type
+    grid: tuple
+    epsilon: float
 
 
 def find_layers(model, variables, input_shape):
-  """Every `ConvNorm` and `ConvThenNorm` of a net with kernels above 1x1, in order of call.
+    """Every `ConvNorm` and `ConvThenNorm` of a net with kernels above 1x1, in order of call.
 
-  Args:
-    model: a Linen classifier; variables: its variables; input_shape: [H, W, C].
+    Args:
+      model: a Linen classifier; variables: its variables; input_shape: [H, W, C].
 
-  Returns:
-    List of `LayerSite`.
-  """
-  sites = []
+    Returns:
+      List of `LayerSite`.
+    """
+    sites = []
 
-  def record(call, args, kwargs, context):
-    module = context.module
-    if isinstance(module, (ConvNorm, ConvThenNorm)) and context.method_name == '__call__':
-      kernel_size = tuple(module.kernel_size)
-      if kernel_size != (1, 1):
-        grid = spectral.grid_size(args[0].shape[1:3], kernel_size)
-        sites.append(LayerSite('/'.join(module.path), module.path, type(module), grid, 1e-5))
-    return call(*args, **kwargs)
+    def record(call, args, kwargs, context):
+        module = context.module
+        if isinstance(module, (ConvNorm, ConvThenNorm)) and context.method_name == '__call__':
+            kernel_size = tuple(module.kernel_size)
+            if kernel_size != (1, 1):
+                grid = spectral.grid_size(args[0].shape[1:3], kernel_size)
+                sites.append(LayerSite('/'.join(module.path), module.path, type(module), grid, 1e-5))
+        return call(*args, **kwargs)
 
-  images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-  with nn.intercept_methods(record):
-    jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images)
-  return sites
+    images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images)
+    return sites
 
 
 def _inside(tree, path):
-  for key in path:
-    tree = tree.get(key, {})
-  return tree
+    for key in path:
+        tree = tree.get(key, {})
+    return tree
 
 
 def layer_spectra(model, variables, input_shape, most=6):
-  """Power spectra and singular values before and after normalization, as measured.
+    """Power spectra and singular values before and after normalization, as measured.
 
-  Normalization is ConvNorm's preconditioner in use (the running one), or the scale
-  gamma / sqrt(variance) of the BatchNorm behind the convolution; for other layers both
-  are the same. The stride and ConvNorm's channel-wise convolution are not counted.
+    Normalization is ConvNorm's preconditioner in use (the running one), or the scale
+    gamma / sqrt(variance) of the BatchNorm behind the convolution; for other layers both
+    are the same. The stride and ConvNorm's channel-wise convolution are not counted.
 
-  Args:
-    most: only so many layers, evenly chosen.
+    Args:
+      most: only so many layers, evenly chosen.
 
-  Returns:
-    List of `spectral.LayerSpectrum`.
-  """
-  sites = find_layers(model, variables, input_shape)
-  chosen = sorted({round(i) for i in np.linspace(0, len(sites) - 1, min(most, len(sites)))})
-  return [_measure(sites[i], variables) for i in chosen]
+    Returns:
+      List of `spectral.LayerSpectrum`.
+    """
+    sites = find_layers(model, variables, input_shape)
+    chosen = sorted({round(i) for i in np.linspace(0, len(sites) - 1, min(most, len(sites)))})
+    return [_measure(sites[i], variables) for i in chosen]
 
 
 def _measure(site, variables):
-  params, stats = (_inside(variables.get(c, {}), site.path) for c in ('params', 'batch_stats'))
-  if site.module is ConvNorm:
-    kernel = params['kernel']
-    v = stats.get('preconditioner')
-    v = spectral.preconditioner(kernel, site.grid) if v is None or v.shape[:2] != site.grid else v
-    scale = np.asarray(v)[:, :site.grid[1] // 2 + 1]
-  else:
-    kernel, scale = params['conv']['kernel'], _batch_norm_scale(params, stats, site.epsilon)
-  return layer_spectrum(site.name, np.asarray(kernel, np.float32), site.grid, scale)
+    params, stats = (_inside(variables.get(c, {}), site.path) for c in ('params', 'batch_stats'))
+    if site.module is ConvNorm:
+        kernel = params['kernel']
+        v = stats.get('preconditioner')
+        v = spectral.preconditioner(kernel, site.grid) if v is None or v.shape[:2] != site.grid else v
+        scale = np.asarray(v)[:, : site.grid[1] // 2 + 1]
+    else:
+        kernel, scale = params['conv']['kernel'], _batch_norm_scale(params, stats, site.epsilon)
+    return layer_spectrum(site.name, np.asarray(kernel, np.float32), site.grid, scale)
 
 
 def _batch_norm_scale(params, stats, epsilon):
-  if 'norm' not in stats:
-    return None
-  return np.asarray(params['norm']['scale']) / np.sqrt(np.asarray(stats['norm']['var']) + epsilon)
+    if 'norm' not in stats:
+        return None
+    return np.asarray(params['norm']['scale']) / np.sqrt(np.asarray(stats['norm']['var']) + epsilon)

@@ -38,9 +38,7 @@ class LayerSpectrum:
     singular_after: np.ndarray
 
 
-def layer_spectrum(
-    name: str, kernel: np.ndarray, size: tuple[int, int], scale: np.ndarray
-) -> LayerSpectrum:
+def layer_spectrum(name: str, kernel: np.ndarray, size: tuple[int, int], scale: np.ndarray) -> LayerSpectrum:
     """Spectra of `kernel` alone (before) and with its output channels times `scale` (after).
 
     Args:
@@ -91,16 +89,11 @@ def channel_power_spectrum(kernel: np.ndarray, size: tuple[int, int]) -> np.ndar
       float [Hf, Wf//2+1, cout].
     """
     kernel = _checked_kernel(kernel, size)
-    powers = [
-        (response.real**2 + response.imag**2).sum(axis=1)
-        for _, response in _responses(kernel, size)
-    ]
+    powers = [(response.real**2 + response.imag**2).sum(axis=1) for _, response in _responses(kernel, size)]
     return np.concatenate(powers).reshape(size[0], size[1] // 2 + 1, -1)
 
 
-def singular_values(
-    kernel: np.ndarray, size: tuple[int, int], scale: np.ndarray | None = None
-) -> np.ndarray:
+def singular_values(kernel: np.ndarray, size: tuple[int, int], scale: np.ndarray | None = None) -> np.ndarray:
     """All singular values of the circular stride-1 convolution on a grid, exactly.
 
     Args:

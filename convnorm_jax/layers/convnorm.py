@@ -22,177 +22,208 @@ FINAL_WEIGHT = 0.01
 
 
 def update_weight(count):
-  """Weight of the new spectrum in update number `count` (from 1), float32 scalar."""
-  phase = jnp.minimum(count, RAMP_UPDATES).astype(jnp.float32) / RAMP_UPDATES
-  return jnp.maximum(0.5 * (1 + jnp.cos(jnp.pi * phase)), FINAL_WEIGHT)
+    """Weight of the new spectrum in update number `count` (from 1), float32 scalar."""
+    phase = jnp.minimum(jnp.asarray(count, jnp.float32), RAMP_UPDATES) / RAMP_UPDATES
+    return jnp.maximum(0.5 * (1 + jnp.cos(jnp.pi * phase)), FINAL_WEIGHT)
 
 
 def canonical_padding(padding, image_size, kernel_size, strides):
-  """Padding as pairs ((top, bottom), (left, right)).
+    """Padding as pairs ((top, bottom), (left, right)).
 
-  Args:
-    padding: 'SAME' or 'VALID' (as in `jax.lax`), one int for all sides, or a pair of
-      ints or of pairs, one for each axis.
-    image_size: (H, W); kernel_size: (kh, kw); strides: (sh, sw).
+    Args:
+      padding: 'SAME' or 'VALID' (as in `jax.lax`), one int for all sides, or a pair of
+        ints or of pairs, one for each axis.
+      image_size: (H, W); kernel_size: (kh, kw); strides: (sh, sw).
 
-  Raises:
-    ValueError: another form, or a padding outside 0 ... k-1, which ConvNorm's crop of
-      the full convolution can not give.
-  """
-  if isinstance(padding, str):
-    if padding not in ('SAME', 'VALID'):
-      raise ValueError(f"padding={padding!r}: expected 'SAME', 'VALID', an int or a pair for each axis")
-    pairs = jax.lax.padtype_to_pads(image_size, kernel_size, strides, padding)
-  elif isinstance(padding, (int, np.integer)):
-    pairs = [(padding, padding)] * 2
-  else:
-    if len(padding) != 2:
-      raise ValueError(f'padding={padding!r}: expected a pair for each of the two axes')
-    pairs = [(p, p) if isinstance(p, (int, np.integer)) else tuple(p) for p in padding]
-  for pair, k in zip(pairs, kernel_size):
-    if len(pair) != 2 or not all(0 <= p <= k - 1 for p in pair):
-      raise ValueError(
-          f'padding={padding!r} with kernel_size={tuple(kernel_size)}: '
-          'expected between 0 and kernel_size - 1 on each side')
-  return tuple((int(a), int(b)) for a, b in pairs)
+    Raises:
+      ValueError: another form, or a padding outside 0 ... k-1, which ConvNorm's crop of
+        the full convolution can not give.
+    """
+    if isinstance(padding, str) and padding in ('SAME', 'VALID'):
+        pairs = jax.lax.padtype_to_pads(image_size, kernel_size, strides, padding)
+    else:
+        pairs = _padding_pairs(padding)
+    for pair, n, k in zip(pairs, image_size, kernel_size):
+        if not all(0 <= p <= k - 1 for p in pair):
+            raise ValueError(
+                f'padding={padding!r} with kernel_size={tuple(kernel_size)}: '
+                'expected between 0 and kernel_size - 1 on each side'
+            )
+        if n + sum(pair) < k:
+            raise ValueError(
+                f'pictures of {image_size[0]}x{image_size[1]} with padding={padding!r}: '
+                f'smaller than kernel_size={tuple(kernel_size)}, nothing would be left'
+            )
+    return tuple((int(a), int(b)) for a, b in pairs)
 
 
-def _pair(value, name):
-  pair = (value, value) if isinstance(value, (int, np.integer)) else tuple(value)
-  if len(pair) != 2 or not all(isinstance(v, (int, np.integer)) and v >= 1 for v in pair):
-    raise ValueError(f'{name}={value!r}: expected a positive int or two of them')
-  return tuple(int(v) for v in pair)
+def _is_int(value):
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _padding_pairs(padding):
+    sides = [padding] * 2 if _is_int(padding) else padding
+    if isinstance(sides, Sequence) and not isinstance(sides, str) and len(sides) == 2:
+        pairs = [(p, p) if _is_int(p) else p for p in sides]
+        if all(isinstance(p, Sequence) and len(p) == 2 and all(map(_is_int, p)) for p in pairs):
+            return pairs
+    raise ValueError(f"padding={padding!r}: expected 'SAME', 'VALID', an int or a pair for each of the two axes")
+
+
+def pair_of_ints(value, name):
+    """A kernel size or strides as two positive ints, from one or two; None is (1, 1).
+
+    Raises:
+      ValueError: anything else.
+    """
+    pair = (1, 1) if value is None else (value, value) if _is_int(value) else value
+    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(_is_int(v) and v >= 1 for v in pair):
+        raise ValueError(f'{name}={value!r}: expected a positive int or two of them')
+    return tuple(int(v) for v in pair)
 
 
 class ConvNorm(nn.Module):
-  """Convolution whose output channels are normalized by their power spectrum.
+    """Convolution whose output channels are normalized by their power spectrum.
 
-  Stands in for "convolution, then normalization": full convolution, division by the
-  square root of each output channel's power spectrum, crop and stride, a learned
-  channel-wise convolution with bias and, by default, batch normalization.
+    Stands in for "convolution, then normalization": full convolution, division by the
+    square root of each output channel's power spectrum, crop and stride, a learned
+    channel-wise convolution with bias and, by default, batch normalization.
 
-  Training uses the spectrum of the current kernel, inference its running average, kept
-  in `batch_stats` (`preconditioner`, float32 [Hf, Wf, features], and `count`, int32, the
-  number of updates) beside BatchNorm's statistics.
+    Training uses the spectrum of the current kernel, inference its running average, kept
+    in `batch_stats` (`preconditioner`, float32 [Hf, Wf, features], and `count`, the number
+    of updates, float32) beside BatchNorm's statistics.
 
-  Attributes:
-    features: output channels.
-    kernel_size: int or (kh, kw).
-    strides: int or (sh, sw).
-    padding: 'SAME', 'VALID', int, or pairs, between 0 and k-1 on each side. 'SAME' is
-      XLA's: with strides it can be one less on the top and left than PyTorch's.
-    use_affine: the channel-wise convolution (and BatchNorm's scale and bias).
-    use_batch_norm: BatchNorm at the end.
-    use_running_average: inference (here or in the call).
-    momentum: share of the old running spectrum that an update keeps; None is the
-      published schedule, see `update_weight`.
-    spectrum: at inference, 'running' takes the running average, 'exact' recomputes the
-      spectrum from the kernel: for pictures of another size than those trained on.
-    batch_norm_momentum, batch_norm_epsilon: BatchNorm's.
-    dtype: of the computation and the output, as in `flax.linen.Conv`; statistics are
-      float32 always.
-    param_dtype: of the parameters.
-    precision: of the convolution's products (`jax.lax.Precision`).
-  """
-
-  features: int
-  kernel_size: int | Sequence[int] = (3, 3)
-  strides: int | Sequence[int] = (1, 1)
-  padding: str | int | Sequence[int | tuple[int, int]] = 'SAME'
-  use_affine: bool = True
-  use_batch_norm: bool = True
-  use_running_average: bool | None = None
-  momentum: float | None = None
-  spectrum: str = 'running'
-  batch_norm_momentum: float = 0.9
-  batch_norm_epsilon: float = 1e-5
-  dtype: jnp.dtype | None = None
-  param_dtype: jnp.dtype = jnp.float32
-  precision: jax.lax.PrecisionLike = None
-
-  @nn.compact
-  def __call__(self, x, use_running_average=None):
-    """Applies the layer.
-
-    Args:
-      x: [B, H, W, C], float.
-      use_running_average: True at inference, False in training.
-
-    Returns:
-      [B, H', W', features], with H' and W' those of a convolution with the same
-      padding and strides.
-
-    Raises:
-      ValueError: x of another rank; padding outside 0 ... k-1; at inference in
-        'running' mode, pictures of another size than those trained on.
+    Attributes:
+      features: output channels.
+      kernel_size: int or (kh, kw).
+      strides: int or (sh, sw).
+      padding: 'SAME', 'VALID', int, or pairs, between 0 and k-1 on each side. 'SAME' is
+        XLA's: with strides it can be one less on the top and left than PyTorch's.
+      use_affine: the channel-wise convolution (and BatchNorm's scale and bias).
+      use_batch_norm: BatchNorm at the end.
+      use_running_average: inference (here or in the call).
+      momentum: share of the old running spectrum that an update keeps; None is the
+        published schedule, see `update_weight`.
+      spectrum: at inference, 'running' takes the running average, 'exact' recomputes the
+        spectrum from the kernel: for pictures of another size than those trained on.
+      batch_norm_momentum, batch_norm_epsilon: BatchNorm's.
+      dtype: of the computation and the output, as in `flax.linen.Conv`; statistics are
+        float32 always.
+      param_dtype: of the parameters.
+      precision: of the convolution's products (`jax.lax.Precision`).
     """
-    use_running_average = merge_param(
-        'use_running_average', self.use_running_average, use_running_average)
-    if x.ndim != 4:
-      raise ValueError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
-    if self.spectrum not in SPECTRUM_MODES:
-      raise ValueError(f'spectrum={self.spectrum!r}: expected one of {SPECTRUM_MODES}')
-    kernel_size, strides = _pair(self.kernel_size, 'kernel_size'), _pair(self.strides, 'strides')
-    padding = canonical_padding(self.padding, x.shape[1:3], kernel_size, strides)
-    kernel = self.param('kernel', torch_kernel_init,
-                        (*kernel_size, x.shape[-1], self.features), self.param_dtype)
-    v = self._preconditioner(kernel, x.shape[1:3], use_running_average)
-    x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
-    if kernel_size == (1, 1):
-      y = self._pointwise(x, kernel, v, strides)
-    else:
-      y = self._normalized_convolution(x, kernel, v, padding, strides)
-    if self.use_affine:
-      y = self._affine(y, kernel_size)
-    if self.use_batch_norm:
-      y = BatchNorm(
-          use_running_average=use_running_average, momentum=self.batch_norm_momentum,
-          epsilon=self.batch_norm_epsilon, use_affine=self.use_affine,
-          param_dtype=self.param_dtype, name='batch_norm')(y)
-    return y
 
-  def _preconditioner(self, kernel, image_size, use_running_average):
-    """V of this pass, float32 [Hf, Wf, features]; updates the running average in training."""
-    grid = spectral.grid_size(image_size, kernel.shape[:2])
-    if self.spectrum == 'exact' and use_running_average:
-      return spectral.preconditioner(kernel, grid)
-    running = self.variable(
-        'batch_stats', 'preconditioner', lambda: spectral.preconditioner(kernel, grid))
-    count = self.variable('batch_stats', 'count', lambda: jnp.zeros((), jnp.int32))
-    self._check_size(running.value.shape[:2], grid, kernel.shape[:2])
-    if use_running_average:
-      return running.value
-    v = spectral.preconditioner(kernel, grid)
-    if not self.is_initializing():
-      count.value = count.value + 1
-      weight = update_weight(count.value) if self.momentum is None else 1 - self.momentum
-      running.value = weight * v + (1 - weight) * running.value
-    return v
+    features: int
+    kernel_size: int | Sequence[int] = (3, 3)
+    strides: int | Sequence[int] = (1, 1)
+    padding: str | int | Sequence[int | tuple[int, int]] = 'SAME'
+    use_affine: bool = True
+    use_batch_norm: bool = True
+    use_running_average: bool | None = None
+    momentum: float | None = None
+    spectrum: str = 'running'
+    batch_norm_momentum: float = 0.9
+    batch_norm_epsilon: float = 1e-5
+    dtype: jnp.dtype | None = None
+    param_dtype: jnp.dtype = jnp.float32
+    precision: jax.lax.PrecisionLike = None
 
-  def _check_size(self, stored, grid, kernel_size):
-    if kernel_size == (1, 1) or tuple(stored) == grid:
-      return
-    trained, given = (tuple(n - k + 1 for n, k in zip(g, kernel_size)) for g in (stored, grid))
-    raise ValueError(
-        f'{"/".join(self.path) or "ConvNorm"}: the running spectrum is of {trained[0]}x{trained[1]} pictures, '
-        f"got {given[0]}x{given[1]}; give {trained[0]}x{trained[1]}, or set spectrum='exact', "
-        'which recomputes it from the kernel at inference')
+    @nn.compact
+    def __call__(self, x, use_running_average=None):
+        """Applies the layer.
 
-  def _pointwise(self, x, kernel, v, strides):
-    # A flat spectrum scales the kernel itself, and nothing is computed that a stride drops.
-    return jax.lax.conv_general_dilated(
-        x, kernel * v.astype(kernel.dtype), strides, 'VALID',
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'), precision=self.precision)
+        Args:
+          x: [B, H, W, C], float.
+          use_running_average: True at inference, False in training.
 
-  def _normalized_convolution(self, x, kernel, v, padding, strides):
-    y = spectral.full_convolution(x, kernel, self.precision)
-    kept = spectral.crop_indices(y.shape[1:3], kernel.shape[:2], padding, strides)
-    return spectral.filter_and_crop(y, v, kept)
+        Returns:
+          [B, H', W', features], with H' and W' those of a convolution with the same
+          padding and strides.
 
-  def _affine(self, y, kernel_size):
-    fan_in = kernel_size[0] * kernel_size[1]
-    kernel = self.param('affine_kernel', torch_kernel_init,
-                        (*kernel_size, 1, self.features), self.param_dtype)
-    bias = self.param('affine_bias', torch_bias_init(fan_in), (self.features,), self.param_dtype)
-    y, kernel, bias = promote_dtype(y, kernel, bias, dtype=self.dtype)
-    return spectral.channelwise_convolution(y, kernel[:, :, 0]) + bias
+        Raises:
+          ValueError: x of another rank; padding outside 0 ... k-1; at inference in
+            'running' mode, pictures of another size than those trained on.
+        """
+        use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
+        if x.ndim != 4:
+            raise ValueError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
+        if self.spectrum not in SPECTRUM_MODES:
+            raise ValueError(f'spectrum={self.spectrum!r}: expected one of {SPECTRUM_MODES}')
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise ValueError(
+                f'momentum={self.momentum}: expected at least 0 and below 1, or None for the published schedule'
+            )
+        kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
+        strides = pair_of_ints(self.strides, 'strides')
+        padding = canonical_padding(self.padding, x.shape[1:3], kernel_size, strides)
+        kernel = self.param('kernel', torch_kernel_init, (*kernel_size, x.shape[-1], self.features), self.param_dtype)
+        v = self._preconditioner(kernel, x.shape[1:3], use_running_average)
+        x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
+        if kernel_size == (1, 1):
+            y = self._pointwise(x, kernel, v, strides)
+        else:
+            y = self._normalized_convolution(x, kernel, v, padding, strides)
+        if self.use_affine:
+            y = self._affine(y, kernel_size)
+        if self.use_batch_norm:
+            y = BatchNorm(
+                use_running_average=use_running_average,
+                momentum=self.batch_norm_momentum,
+                epsilon=self.batch_norm_epsilon,
+                use_affine=self.use_affine,
+                param_dtype=self.param_dtype,
+                name='batch_norm',
+            )(y)
+        return y
+
+    def _preconditioner(self, kernel, image_size, use_running_average):
+        """V of this pass, float32 [Hf, Wf, features]; updates the running average in training."""
+        grid = spectral.grid_size(image_size, kernel.shape[:2])
+        # At initialization the state is made in every mode, so that it never changes its shape.
+        if self.spectrum == 'exact' and use_running_average and not self.is_initializing():
+            return spectral.preconditioner(kernel, grid)
+        running = self.variable('batch_stats', 'preconditioner', lambda: spectral.preconditioner(kernel, grid))
+        # float32: loops that average batch_stats over devices leave its dtype alone.
+        count = self.variable('batch_stats', 'count', lambda: jnp.zeros((), jnp.float32))
+        self._check_size(running.value.shape[:2], grid, kernel.shape[:2], use_running_average)
+        if use_running_average:
+            return running.value
+        v = spectral.preconditioner(kernel, grid)
+        if not self.is_initializing():
+            count.value = count.value + 1
+            weight = update_weight(count.value) if self.momentum is None else 1 - self.momentum
+            running.value = weight * v + (1 - weight) * running.value
+        return v
+
+    def _check_size(self, stored, grid, kernel_size, use_running_average):
+        if kernel_size == (1, 1) or tuple(stored) == grid:
+            return
+        trained, given = (tuple(n - k + 1 for n, k in zip(g, kernel_size)) for g in (stored, grid))
+        remedy = (
+            "or set spectrum='exact', which recomputes it from the kernel"
+            if use_running_average
+            else 'or initialize with the picture size you train on'
+        )
+        raise ValueError(
+            f'{"/".join(self.path) or "ConvNorm"}: the running spectrum is of {trained[0]}x{trained[1]} pictures, '
+            f'got {given[0]}x{given[1]}; give {trained[0]}x{trained[1]}, {remedy}'
+        )
+
+    def _pointwise(self, x, kernel, v, strides):
+        # A flat spectrum scales the kernel itself, and nothing is computed that a stride drops.
+        kernel = (kernel * v).astype(kernel.dtype)
+        return jax.lax.conv_general_dilated(
+            x, kernel, strides, 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'), precision=self.precision
+        )
+
+    def _normalized_convolution(self, x, kernel, v, padding, strides):
+        y = spectral.full_convolution(x, kernel, self.precision)
+        kept = spectral.crop_indices(y.shape[1:3], kernel.shape[:2], padding, strides)
+        return spectral.filter_and_crop(y, v, kept)
+
+    def _affine(self, y, kernel_size):
+        fan_in = kernel_size[0] * kernel_size[1]
+        kernel = self.param('affine_kernel', torch_kernel_init, (*kernel_size, 1, self.features), self.param_dtype)
+        bias = self.param('affine_bias', torch_bias_init(fan_in), (self.features,), self.param_dtype)
+        y, kernel, bias = promote_dtype(y, kernel, bias, dtype=self.dtype)
+        return spectral.channelwise_convolution(y, kernel[:, :, 0]) + bias

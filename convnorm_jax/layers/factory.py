@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from convnorm_jax.layers.batch_norm import BatchNorm
-from convnorm_jax.layers.convnorm import ConvNorm
+from convnorm_jax.layers.convnorm import ConvNorm, pair_of_ints
 from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init
 
 # Options each layer understands, beside dtype.
@@ -26,82 +26,94 @@ LAYERS = tuple(LAYER_OPTIONS)
 
 
 class ConvThenNorm(nn.Module):
-  """A convolution, with PyTorch's initial values, and the normalization that follows it.
+    """A convolution, with PyTorch's initial values, and the normalization that follows it.
 
-  Attributes:
-    features, kernel_size, strides, padding, use_bias, dtype: as in `flax.linen.Conv`.
-    norm: constructor of the normalization, or None.
-  """
+    Attributes:
+      features, kernel_size, strides, padding, use_bias, dtype: as in `flax.linen.Conv`.
+      norm: constructor of the normalization, or None.
+    """
 
-  features: int
-  kernel_size: Sequence[int]
-  strides: Sequence[int] = (1, 1)
-  padding: str | int | Sequence = 'SAME'
-  use_bias: bool = False
-  norm: Callable[..., nn.Module] | None = None
-  dtype: jnp.dtype | None = None
+    features: int
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] = (1, 1)
+    padding: str | int | Sequence = 'SAME'
+    use_bias: bool = False
+    norm: Callable[..., nn.Module] | None = None
+    dtype: jnp.dtype | None = None
 
-  @nn.compact
-  def __call__(self, x):
-    fan_in = self.kernel_size[0] * self.kernel_size[1] * x.shape[-1]
-    x = nn.Conv(
-        self.features, self.kernel_size, self.strides, self.padding, use_bias=self.use_bias,
-        kernel_init=torch_kernel_init, bias_init=torch_bias_init(fan_in), dtype=self.dtype,
-        name='conv')(x)
-    return x if self.norm is None else self.norm(name='norm')(x)
+    @nn.compact
+    def __call__(self, x):
+        kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
+        fan_in = kernel_size[0] * kernel_size[1] * x.shape[-1]
+        x = nn.Conv(
+            self.features,
+            kernel_size,
+            self.strides,
+            self.padding,
+            use_bias=self.use_bias,
+            kernel_init=torch_kernel_init,
+            bias_init=torch_bias_init(fan_in),
+            dtype=self.dtype,
+            name='conv',
+        )(x)
+        return x if self.norm is None else self.norm(name='norm')(x)
 
 
 def _group_count(channels, wanted):
-  """The largest number of groups up to `wanted` that divides the channels."""
-  return next(g for g in range(min(wanted, channels), 0, -1) if channels % g == 0)
+    """The largest number of groups up to `wanted` that divides the channels."""
+    if wanted < 1:
+        raise ValueError(f'groups={wanted}: expected 1 or more')
+    return next(g for g in range(min(wanted, channels), 0, -1) if channels % g == 0)
 
 
 def make_layer(name, *, dtype=None, **options):
-  """The constructor that a model builds its convolutions with.
+    """The constructor that a model builds its convolutions with.
 
-  Args:
-    name: one of `LAYERS`. With 'convnorm' the normalization is inside the layer.
-    dtype: of the computation; None is the input's. Parameters and statistics stay float32.
-    **options: see `LAYER_OPTIONS`.
+    Args:
+      name: one of `LAYERS`. With 'convnorm' the normalization is inside the layer.
+      dtype: of the computation; None is the input's. Parameters and statistics stay float32.
+      **options: see `LAYER_OPTIONS`.
 
-  Returns:
-    A function (features, kernel_size, *, strides, padding, use_bias, train, name) ->
-    Linen module, called with the images only. ConvNorm's layers take no bias of the
-    convolution, whatever `use_bias` says: the channel-wise convolution has one.
+    Returns:
+      A function (features, kernel_size, *, strides, padding, use_bias, train, name) ->
+      Linen module, called with the images only. ConvNorm's layers take no bias of the
+      convolution, whatever `use_bias` says: the channel-wise convolution has one.
 
-  Raises:
-    ValueError: an unknown name or option.
-  """
-  if name not in LAYERS:
-    raise ValueError(f'layer={name!r}: expected one of {LAYERS}')
-  unknown = sorted(set(options) - set(LAYER_OPTIONS[name]))
-  if unknown:
-    raise ValueError(f'layer={name!r} has no option {unknown[0]!r}: expected among {LAYER_OPTIONS[name]}')
-  return functools.partial(_BUILDERS[name], options, dtype)
+    Raises:
+      ValueError: an unknown name or option.
+    """
+    if name not in LAYERS:
+        raise ValueError(f'layer={name!r}: expected one of {LAYERS}')
+    unknown = sorted(set(options) - set(LAYER_OPTIONS[name]))
+    if unknown:
+        raise ValueError(f'layer={name!r} has no option {unknown[0]!r}: expected among {LAYER_OPTIONS[name]}')
+    return functools.partial(_BUILDERS[name], options, dtype)
 
 
-def _convnorm(options, dtype, features, kernel_size, *, strides=(1, 1), padding='SAME',
-              use_bias=False, train=False, name=None):
-  del use_bias
-  return ConvNorm(features, kernel_size, strides, padding, use_running_average=not train,
-                  dtype=dtype, name=name, **options)
+def _convnorm(
+    options, dtype, features, kernel_size, *, strides=(1, 1), padding='SAME', use_bias=False, train=False, name=None
+):
+    del use_bias
+    return ConvNorm(
+        features, kernel_size, strides, padding, use_running_average=not train, dtype=dtype, name=name, **options
+    )
 
 
 def _batchnorm(options, dtype, features, kernel_size, *, train=False, **conv):
-  norm = functools.partial(BatchNorm, use_running_average=not train, dtype=dtype, **options)
-  return ConvThenNorm(features, kernel_size, norm=norm, dtype=dtype, **conv)
+    norm = functools.partial(BatchNorm, use_running_average=not train, dtype=dtype, **options)
+    return ConvThenNorm(features, kernel_size, norm=norm, dtype=dtype, **conv)
 
 
 def _groupnorm(options, dtype, features, kernel_size, *, train=False, **conv):
-  del train
-  groups = _group_count(features, options.get('groups', 32))
-  norm = functools.partial(nn.GroupNorm, num_groups=groups, epsilon=1e-5, dtype=dtype)
-  return ConvThenNorm(features, kernel_size, norm=norm, dtype=dtype, **conv)
+    del train
+    groups = _group_count(features, options.get('groups', 32))
+    norm = functools.partial(nn.GroupNorm, num_groups=groups, epsilon=1e-5, dtype=dtype)
+    return ConvThenNorm(features, kernel_size, norm=norm, dtype=dtype, **conv)
 
 
 def _plain(options, dtype, features, kernel_size, *, train=False, **conv):
-  del options, train
-  return ConvThenNorm(features, kernel_size, dtype=dtype, **conv)
+    del options, train
+    return ConvThenNorm(features, kernel_size, dtype=dtype, **conv)
 
 
 _BUILDERS = {'convnorm': _convnorm, 'batchnorm': _batchnorm, 'groupnorm': _groupnorm, 'none': _plain}

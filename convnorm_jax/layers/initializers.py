@@ -9,10 +9,10 @@ torch_kernel_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
 def torch_bias_init(fan_in):
-  """Initializer of a bias: uniform in +-1/sqrt(fan_in), any shape."""
-  bound = fan_in ** -0.5
+    """Initializer of a bias: uniform in +-1/sqrt(fan_in), any shape."""
+    bound = fan_in**-0.5
 
-  def init(key, shape, dtype=jnp.float32):
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-  return init
+    return init

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from convnorm_jax.layers.activations import make_activation
-from convnorm_jax.layers.factory import make_layer
+from convnorm_jax.layers.factory import LAYERS, make_layer
 from convnorm_jax.models.plain import PlainNet, SimpleCNN2
 from convnorm_jax.models.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet
 
@@ -25,58 +25,79 @@ MODELS = (*_RESNETS, *_PLAIN, 'simple_cnn2')
 DTYPES = ('float32', 'bfloat16')
 
 
-def create_model(name, *, num_classes, layer, width=None, depth=None, stem=None,
-                 activation='relu', dtype='float32', **layer_options):
-  """A classifier: `model.apply(variables, images, train=False)` gives float32 logits.
+def create_model(
+    name, *, num_classes, layer, width=None, depth=None, stem=None, activation='relu', dtype='float32', **layer_options
+):
+    """A classifier: `model.apply(variables, images, train=False)` gives float32 logits.
 
-  Args:
-    name: one of `MODELS`.
-    num_classes: number of logits.
-    layer: one of `layers.factory.LAYERS`, or a constructor as `make_layer` returns.
-    width: channels of the first stage (the later ones keep their proportion); None is
-      the published net's.
-    depth: blocks (ResNet) or convolutions (VGG, SimpleCNN) of each stage; a shorter
-      tuple leaves the last stages out. None is the published net's.
-    stem: ResNet's first layer, 'cifar' (None too) or 'imagenet'.
-    activation: 'relu' or 'shifted_relu'.
-    dtype: 'float32' or 'bfloat16', of the computation; parameters and statistics are float32.
-    **layer_options: see `layers.factory.LAYER_OPTIONS`.
+    Args:
+      name: one of `MODELS`.
+      num_classes: number of logits.
+      layer: one of `layers.factory.LAYERS`, or a constructor as `make_layer` returns.
+      width: channels of the first stage (the later ones keep their proportion); None is
+        the published net's.
+      depth: blocks (ResNet) or convolutions (VGG, SimpleCNN) of each stage; a shorter
+        tuple leaves the last stages out. None is the published net's.
+      stem: ResNet's first layer, 'cifar' (None too) or 'imagenet'.
+      activation: 'relu' or 'shifted_relu'.
+      dtype: 'float32' or 'bfloat16', of the computation; parameters and statistics are float32.
+      **layer_options: see `layers.factory.LAYER_OPTIONS`.
 
-  Returns:
-    A Linen module taking images [B, H, W, C], normalized.
+    Returns:
+      A Linen module taking images [B, H, W, C], normalized.
 
-  Raises:
-    ValueError: an unknown name or option, or a width or depth the net can not have.
-  """
-  if name not in MODELS:
-    raise ValueError(f'model.name={name!r}: expected one of {MODELS}')
-  if dtype not in DTYPES:
-    raise ValueError(f'model.dtype={dtype!r}: expected one of {DTYPES}')
-  _check_sizes(name, num_classes, width, depth, stem)
-  dtype = jnp.dtype(dtype)
-  common = dict(
-      num_classes=num_classes, activation=make_activation(activation), dtype=dtype,
-      layer=make_layer(layer, dtype=dtype, **layer_options) if isinstance(layer, str) else layer)
-  if name in _RESNETS:
-    block, stages = _RESNETS[name]
-    return ResNet(block=block, depth=tuple(depth or stages), width=width or 64,
-                  stem=stem or 'cifar', **common)
-  if name == 'simple_cnn2':
-    return SimpleCNN2(widths=tuple((width or 6) * w // 6 for w in (6, 16, 20, 32)), **common)
-  ratios, first, stages = _PLAIN[name]
-  widths = tuple((width or first) * r for r in ratios)
-  return PlainNet(widths=widths, depth=tuple(depth or stages), **common)
+    Raises:
+      ValueError: an unknown name or option, or a width or depth the net can not have.
+    """
+    if name not in MODELS:
+        raise ValueError(f'model.name={name!r}: expected one of {MODELS}')
+    _check_sizes(name, num_classes, width, depth, stem)
+    dtype = _dtype(dtype)
+    if not isinstance(layer, str):
+        if not callable(layer) or layer_options:
+            raise ValueError(
+                f'layer={layer!r} with options {sorted(layer_options)}: expected one of {LAYERS}, '
+                'or a constructor without options'
+            )
+    common = dict(
+        num_classes=num_classes,
+        activation=make_activation(activation),
+        dtype=dtype,
+        layer=make_layer(layer, dtype=dtype, **layer_options) if isinstance(layer, str) else layer,
+    )
+    if name in _RESNETS:
+        block, stages = _RESNETS[name]
+        return ResNet(block=block, depth=tuple(depth or stages), width=width or 64, stem=stem or 'cifar', **common)
+    if name == 'simple_cnn2':
+        return SimpleCNN2(widths=tuple((width or 6) * w // 6 for w in (6, 16, 20, 32)), **common)
+    ratios, first, stages = _PLAIN[name]
+    widths = tuple((width or first) * r for r in ratios)
+    return PlainNet(widths=widths, depth=tuple(depth or stages), family=name.rstrip('0123456789'), **common)
+
+
+def _dtype(dtype):
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise ValueError(f'model.dtype={name!r}: expected one of {DTYPES}')
+    return jnp.dtype(name)
 
 
 def _check_sizes(name, num_classes, width, depth, stem):
-  if num_classes < 2:
-    raise ValueError(f'num_classes={num_classes}: expected 2 or more')
-  if width is not None and width < 1:
-    raise ValueError(f'model.width={width}: expected 1 or more, or None for the published width')
-  if depth is not None:
-    stages = 0 if name == 'simple_cnn2' else len(_RESNETS[name][1] if name in _RESNETS else _PLAIN[name][2])
-    if not 1 <= len(depth) <= stages or any(d < 1 for d in depth):
-      raise ValueError(f'model.depth={tuple(depth)}: expected 1 to {stages} numbers of 1 or more for {name}'
-                       if stages else f'model.depth={tuple(depth)}: {name} has one depth only; leave it None')
-  if stem is not None and (stem not in STEMS or name not in _RESNETS):
-    raise ValueError(f'model.stem={stem!r} with model.name={name!r}: a ResNet takes one of {STEMS}, other nets None')
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise ValueError(f'num_classes={num_classes!r}: expected 2 or more')
+    if width is not None and not (isinstance(width, int) and width >= 1):
+        raise ValueError(f'model.width={width}: expected 1 or more, or None for the published width')
+    if depth is not None:
+        stages = 0 if name == 'simple_cnn2' else len(_RESNETS[name][1] if name in _RESNETS else _PLAIN[name][2])
+        if not stages:
+            raise ValueError(f'model.depth={depth!r}: {name} has one depth only; leave it None')
+        if not (
+            isinstance(depth, (tuple, list))
+            and 1 <= len(depth) <= stages
+            and all(isinstance(d, int) and d >= 1 for d in depth)
+        ):
+            raise ValueError(f'model.depth={depth!r}: expected 1 to {stages} whole numbers of 1 or more for {name}')
+    if stem is not None and (stem not in STEMS or name not in _RESNETS):
+        raise ValueError(
+            f'model.stem={stem!r} with model.name={name!r}: a ResNet takes one of {STEMS}, other nets None'
+        )

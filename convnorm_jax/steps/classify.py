@@ -8,92 +8,95 @@ from convnorm_jax.data.augment import normalize, to_float
 
 
 def make_logits_fn(model, mean, std):
-  """The net as attacks and evaluation see it, with fixed statistics.
+    """The net as attacks and evaluation see it, with fixed statistics.
 
-  Args:
-    model: a Linen classifier of normalized images.
-    mean, std: per channel, of pixels in [0, 1].
+    Args:
+      model: a Linen classifier of normalized images.
+      mean, std: per channel, of pixels in [0, 1].
 
-  Returns:
-    A function (variables, pixels) -> float32 logits [B, K]; pixels float [B, H, W, C] in [0, 1].
-  """
-  def logits_fn(variables, pixels):
-    return model.apply(variables, normalize(pixels, mean, std), train=False)
+    Returns:
+      A function (variables, pixels) -> float32 logits [B, K]; pixels float [B, H, W, C] in [0, 1].
+    """
 
-  return logits_fn
+    def logits_fn(variables, pixels):
+        return model.apply(variables, normalize(pixels, mean, std), train=False)
+
+    return logits_fn
 
 
 def make_train_step(model, tx, *, mean, std, augment_fn, label_smoothing=0.0, ema_decay=0.0):
-  """The clean training step.
+    """The clean training step.
 
-  Args:
-    model, tx: Linen classifier and optax transformation.
-    mean, std: per channel, of pixels in [0, 1].
-    augment_fn: (key, uint8 images) -> uint8 images.
-    label_smoothing: share of the target spread evenly over all classes.
-    ema_decay: share of the old average that an update keeps; unused if the state has none.
+    Args:
+      model, tx: Linen classifier and optax transformation.
+      mean, std: per channel, of pixels in [0, 1].
+      augment_fn: (key, uint8 images) -> uint8 images.
+      label_smoothing: share of the target spread evenly over all classes.
+      ema_decay: share of the old average that an update keeps; unused if the state has none.
 
-  Returns:
-    A pure function (state, batch) -> (state, metrics). batch: 'images' uint8 [B, H, W, C]
-    and 'labels' int [B]. metrics: (sum, count) pairs of float32 scalars for 'loss',
-    'accuracy' and 'gradient_norm'.
-  """
-  def train_step(state, batch):
-    key = jax.random.fold_in(state.rng, state.step)
-    images = normalize(to_float(augment_fn(key, batch['images'])), mean, std)
+    Returns:
+      A pure function (state, batch) -> (state, metrics). batch: 'images' uint8 [B, H, W, C]
+      and 'labels' int [B]. metrics: (sum, count) pairs of float32 scalars for 'loss',
+      'accuracy' and 'gradient_norm'.
+    """
 
-    def loss_fn(params):
-      logits, model_state = model.apply(
-          {'params': params, **state.model_state}, images, train=True, mutable=list(state.model_state))
-      return classification_loss(logits, batch['labels'], label_smoothing).mean(), (logits, model_state)
+    def train_step(state, batch):
+        key = jax.random.fold_in(state.rng, state.step)
+        images = normalize(to_float(augment_fn(key, batch['images'])), mean, std)
 
-    (loss, (logits, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    state = apply_gradients(state, grads, model_state, tx, ema_decay)
-    count = jnp.float32(batch['labels'].shape[0])
-    correct = jnp.sum(logits.argmax(-1) == batch['labels']).astype(jnp.float32)
-    return state, {
-        'loss': (loss * count, count),
-        'accuracy': (correct, count),
-        'gradient_norm': (optax.global_norm(grads), jnp.float32(1)),
-    }
+        def loss_fn(params):
+            logits, model_state = model.apply(
+                {'params': params, **state.model_state}, images, train=True, mutable=list(state.model_state)
+            )
+            return classification_loss(logits, batch['labels'], label_smoothing).mean(), (logits, model_state)
 
-  return train_step
+        (loss, (logits, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        state = apply_gradients(state, grads, model_state, tx, ema_decay)
+        count = jnp.float32(batch['labels'].shape[0])
+        correct = jnp.sum(logits.argmax(-1) == batch['labels']).astype(jnp.float32)
+        return state, {
+            'loss': (loss * count, count),
+            'accuracy': (correct, count),
+            'gradient_norm': (optax.global_norm(grads), jnp.float32(1)),
+        }
+
+    return train_step
 
 
 def classification_loss(logits, labels, label_smoothing=0.0):
-  """Cross-entropy of each example, float32 [B]."""
-  if not label_smoothing:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
-  return optax.softmax_cross_entropy(logits, targets)
+    """Cross-entropy of each example, float32 [B]."""
+    if not label_smoothing:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+    return optax.softmax_cross_entropy(logits, targets)
 
 
 def apply_gradients(state, grads, model_state, tx, ema_decay):
-  """The state after one update of the optimizer."""
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
-  return state.replace(step=state.step + 1, params=params, model_state=model_state,
-                       opt_state=opt_state, ema=ema)
+    """The state after one update of the optimizer."""
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
+    return state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, ema=ema)
 
 
 def make_eval_step(logits_fn):
-  """The evaluation step.
+    """The evaluation step.
 
-  Args:
-    logits_fn: see `make_logits_fn`.
+    Args:
+      logits_fn: see `make_logits_fn`.
 
-  Returns:
-    A pure function (variables, batch) -> metrics, as `make_train_step`'s, of 'loss' and
-    'accuracy'; batch has 'mask' float32 [B] too, 0 for filled-up examples, which do not count.
-  """
-  def eval_step(variables, batch):
-    logits = logits_fn(variables, to_float(batch['images']))
-    mask, labels = batch['mask'], batch['labels']
-    loss = classification_loss(logits, labels)
-    correct = (logits.argmax(-1) == labels).astype(jnp.float32)
-    count = mask.sum()
-    # where, not a product: a filled-up example that is not finite must not spread.
-    return {'loss': (jnp.where(mask > 0, loss, 0).sum(), count), 'accuracy': ((correct * mask).sum(), count)}
+    Returns:
+      A pure function (variables, batch) -> metrics, as `make_train_step`'s, of 'loss' and
+      'accuracy'; batch has 'mask' float32 [B] too, 0 for filled-up examples, which do not count.
+    """
 
-  return eval_step
+    def eval_step(variables, batch):
+        logits = logits_fn(variables, to_float(batch['images']))
+        mask, labels = batch['mask'], batch['labels']
+        loss = classification_loss(logits, labels)
+        correct = (logits.argmax(-1) == labels).astype(jnp.float32)
+        count = mask.sum()
+        # where, not a product: a filled-up example that is not finite must not spread.
+        return {'loss': (jnp.where(mask > 0, loss, 0).sum(), count), 'accuracy': ((correct * mask).sum(), count)}
+
+    return eval_step

@@ -12,69 +12,75 @@ OPTIMIZERS = ('sgd', 'adamw')
 
 @struct.dataclass
 class TrainState:
-  """All that a step reads and writes; a frozen pytree.
+    """All that a step reads and writes; a frozen pytree.
 
-  Attributes:
-    step: int32 scalar, updates done.
-    params: the model's parameters.
-    model_state: every other collection, e.g. {'batch_stats': ...}.
-    opt_state: optax's.
-    rng: key data of the run; randomness is `fold_in(rng, step)`, so it never changes.
-    ema: exponential moving average of `params`, or None.
-  """
+    Attributes:
+      step: int32 scalar, updates done.
+      params: the model's parameters.
+      model_state: every other collection, e.g. {'batch_stats': ...}.
+      opt_state: optax's.
+      rng: key data of the run; randomness is `fold_in(rng, step)`, so it never changes.
+      ema: exponential moving average of `params`, or None.
+    """
 
-  step: jax.Array
-  params: Any
-  model_state: Any
-  opt_state: Any
-  rng: jax.Array
-  ema: Any = None
+    step: jax.Array
+    params: Any
+    model_state: Any
+    opt_state: Any
+    rng: jax.Array
+    ema: Any = None
 
-  @property
-  def eval_variables(self):
-    """Variables to evaluate: the averaged parameters where there are any."""
-    return {'params': self.params if self.ema is None else self.ema, **self.model_state}
+    @property
+    def eval_variables(self):
+        """Variables to evaluate: the averaged parameters where there are any."""
+        return {'params': self.params if self.ema is None else self.ema, **self.model_state}
 
 
 def create_state(model, tx, input_shape, seed, *, use_ema=False):
-  """A fresh state; jittable.
+    """A fresh state; jittable.
 
-  Args:
-    model: a Linen module called as `model.apply(variables, images, train=...)`.
-    tx: an optax transformation.
-    input_shape: [H, W, C] of a picture.
-    seed: int.
-    use_ema: keep an average of the parameters.
-  """
-  init_key, rng = jax.random.split(jax.random.PRNGKey(seed))
-  variables = dict(model.init(init_key, jnp.zeros((1, *input_shape), jnp.float32), train=False))
-  params = variables.pop('params')
-  return TrainState(step=jnp.zeros((), jnp.int32), params=params, model_state=variables,
-                    opt_state=tx.init(params), rng=rng, ema=params if use_ema else None)
+    Args:
+      model: a Linen module called as `model.apply(variables, images, train=...)`.
+      tx: an optax transformation.
+      input_shape: [H, W, C] of a picture.
+      seed: int.
+      use_ema: keep an average of the parameters.
+    """
+    init_key, rng = jax.random.split(jax.random.PRNGKey(seed))
+    variables = dict(model.init(init_key, jnp.zeros((1, *input_shape), jnp.float32), train=False))
+    params = variables.pop('params')
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        model_state=variables,
+        opt_state=tx.init(params),
+        rng=rng,
+        ema=params if use_ema else None,
+    )
 
 
 def make_optimizer(name, learning_rate, *, momentum=0.9, weight_decay=0.0):
-  """Optimizer with PyTorch's meaning of weight decay.
+    """Optimizer with PyTorch's meaning of weight decay.
 
-  'sgd' adds weight decay to the gradient before momentum, on every parameter but the
-  shifted ReLU's shift, as the published code does. 'adamw' is optax's, decaying the same
-  parameters.
+    'sgd' adds weight decay to the gradient before momentum, on every parameter but the
+    shifted ReLU's shift, as the published code does. 'adamw' is optax's, decaying the same
+    parameters.
 
-  Args:
-    name: one of `OPTIMIZERS`.
-    learning_rate: float or schedule step -> float.
+    Args:
+      name: one of `OPTIMIZERS`.
+      learning_rate: float or schedule step -> float.
 
-  Raises:
-    ValueError: another name.
-  """
-  if name == 'sgd':
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask=_decayed),
-        optax.sgd(learning_rate, momentum=momentum or None))
-  if name == 'adamw':
-    return optax.adamw(learning_rate, b1=momentum, weight_decay=weight_decay, mask=_decayed)
-  raise ValueError(f'optimizer.name={name!r}: expected one of {OPTIMIZERS}')
+    Raises:
+      ValueError: another name.
+    """
+    if name == 'sgd':
+        return optax.chain(
+            optax.add_decayed_weights(weight_decay, mask=_decayed), optax.sgd(learning_rate, momentum=momentum or None)
+        )
+    if name == 'adamw':
+        return optax.adamw(learning_rate, b1=momentum, weight_decay=weight_decay, mask=_decayed)
+    raise ValueError(f'optimizer.name={name!r}: expected one of {OPTIMIZERS}')
 
 
 def _decayed(params):
-  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != 'shift', params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != 'shift', params)

@@ -8,74 +8,91 @@ from orbax.checkpoint import checkpoint_managers
 
 
 def _rank(metrics):
-  # The first of equals is the best, whatever was saved later.
-  return (metrics['validation_accuracy'], -metrics['step'])
+    # The first of equals is the best, whatever was saved later.
+    return (metrics['validation_accuracy'], -metrics['step'])
 
 
 class Checkpointer:
-  """Saves and restores what a run needs to continue: device arrays and host progress.
+    """Saves and restores what a run needs to continue: device arrays and host progress.
 
-  Keeps the `keep` latest checkpoints and the one with the best validation accuracy.
-  """
-
-  def __init__(self, workdir, keep=2, read_only=False):
-    self.folder = os.path.abspath(os.path.join(workdir, 'checkpoints'))
-    policy = checkpoint_managers.AnyPreservationPolicy([
-        checkpoint_managers.LatestN(keep),
-        checkpoint_managers.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)])
-    options = ocp.CheckpointManagerOptions(
-        best_fn=_rank, best_mode='max', preservation_policy=policy, read_only=read_only,
-        create=not read_only, cleanup_tmp_directories=not read_only)
-    self._manager = ocp.CheckpointManager(
-        self.folder, options=options,
-        item_handlers={'arrays': ocp.StandardCheckpointHandler(), 'progress': ocp.JsonCheckpointHandler()})
-
-  @property
-  def latest_step(self):
-    """Step of the newest checkpoint, or None."""
-    return self._manager.latest_step()
-
-  @property
-  def best_step(self):
-    """Step of the checkpoint with the best validation accuracy; None if none was rated."""
-    return self._manager.best_step()
-
-  def save(self, step, arrays, progress, validation_accuracy=None):
-    """Saves in the background.
-
-    Args:
-      step: int.
-      arrays: pytree of arrays; may be donated to the next step as soon as this returns.
-      progress: JSON-able dict.
-      validation_accuracy: rates the checkpoint for `best_step`; None leaves it unrated.
+    Keeps the `keep` latest checkpoints and the one with the best validation accuracy.
     """
-    metrics = None if validation_accuracy is None else {
-        'validation_accuracy': validation_accuracy, 'step': step}
-    # force: the loop decides when to save, not Orbax.
-    self._manager.save(step, metrics=metrics, force=True, args=ocp.args.Composite(
-        arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(progress)))
 
-  def restore(self, step, like):
-    """(arrays, progress) of a step.
+    def __init__(self, workdir, keep=2, read_only=False):
+        self.folder = os.path.abspath(os.path.join(workdir, 'checkpoints'))
+        policy = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(keep),
+                checkpoint_managers.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_rank,
+            best_mode='max',
+            preservation_policy=policy,
+            read_only=read_only,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+        )
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=options,
+            item_handlers={'arrays': ocp.StandardCheckpointHandler(), 'progress': ocp.JsonCheckpointHandler()},
+        )
 
-    Args:
-      step: int.
-      like: pytree of arrays or ShapeDtypeStructs with shardings, the structure saved.
+    @property
+    def latest_step(self):
+        """Step of the newest checkpoint, or None."""
+        return self._manager.latest_step()
 
-    Raises:
-      ValueError: the checkpoint can not be read as such.
-    """
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    try:
-      restored = self._manager.restore(step, args=ocp.args.Composite(
-          arrays=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()))
-    except Exception as error:  # Orbax raises many kinds for a damaged folder
-      reason = str(error).strip().split('\n')[0][:200]
-      raise ValueError(f'{self.folder}/{step}: the checkpoint can not be read ({type(error).__name__}: {reason}); '
-                       f'move this folder away to go on from the one before it') from error
-    return restored['arrays'], restored['progress']
+    @property
+    def best_step(self):
+        """Step of the checkpoint with the best validation accuracy; None if none was rated."""
+        return self._manager.best_step()
 
-  def close(self):
-    """Waits for what is being written."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    def save(self, step, arrays, progress, validation_accuracy=None):
+        """Saves in the background.
+
+        Args:
+          step: int.
+          arrays: pytree of arrays; may be donated to the next step as soon as this returns.
+          progress: JSON-able dict.
+          validation_accuracy: rates the checkpoint for `best_step`; None leaves it unrated.
+        """
+        metrics = None if validation_accuracy is None else {'validation_accuracy': validation_accuracy, 'step': step}
+        # force: the loop decides when to save, not Orbax.
+        self._manager.save(
+            step,
+            metrics=metrics,
+            force=True,
+            args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(progress)),
+        )
+
+    def restore(self, step, like):
+        """(arrays, progress) of a step.
+
+        Args:
+          step: int.
+          like: pytree of arrays or ShapeDtypeStructs with shardings, the structure saved.
+
+        Raises:
+          ValueError: the checkpoint can not be read as such.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
+            )
+        except Exception as error:  # Orbax raises many kinds for a damaged folder
+            reason = str(error).strip().split('\n')[0][:200]
+            raise ValueError(
+                f'{self.folder}/{step}: the checkpoint can not be read ({type(error).__name__}: {reason}); '
+                f'move this folder away to go on from the one before it'
+            ) from error
+        return restored['arrays'], restored['progress']
+
+    def close(self):
+        """Waits for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()

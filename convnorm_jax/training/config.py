@@ -8,7 +8,7 @@ from convnorm_jax.evaluation.classifier import ATTACKS
 from convnorm_jax.layers.activations import ACTIVATIONS
 from convnorm_jax.layers.convnorm import SPECTRUM_MODES
 from convnorm_jax.layers.factory import LAYERS
-from convnorm_jax.models.classifiers import DTYPES, MODELS
+from convnorm_jax.models.classifiers import DTYPES, MODELS, create_model
 from convnorm_jax.models.resnet import STEMS
 from convnorm_jax.steps.state import OPTIMIZERS
 from convnorm_jax.training.schedule import SCHEDULES
@@ -16,103 +16,170 @@ from convnorm_jax.training.schedule import SCHEDULES
 ALGORITHMS = ('clean',)
 
 _CHOICES = {
-    'model.name': MODELS, 'model.layer': LAYERS, 'model.stem': ('', *STEMS),
-    'model.activation': ACTIVATIONS, 'model.dtype': DTYPES, 'model.convnorm.spectrum': SPECTRUM_MODES,
-    'data.name': NAMES, 'data.augmentation': AUGMENTATIONS, 'data.validation': VALIDATION_KINDS,
-    'data.label_noise.kind': NOISE_KINDS, 'train.algorithm': ALGORITHMS,
-    'optimizer.name': OPTIMIZERS, 'schedule.kind': SCHEDULES,
-    'attack.loss': LOSSES, 'eval.checkpoint': ('best', 'latest'),
+    'model.name': MODELS,
+    'model.layer': LAYERS,
+    'model.stem': ('', *STEMS),
+    'model.activation': ACTIVATIONS,
+    'model.dtype': DTYPES,
+    'model.convnorm.spectrum': SPECTRUM_MODES,
+    'data.name': NAMES,
+    'data.augmentation': AUGMENTATIONS,
+    'data.validation': VALIDATION_KINDS,
+    'data.label_noise.kind': NOISE_KINDS,
+    'train.algorithm': ALGORITHMS,
+    'optimizer.name': OPTIMIZERS,
+    'schedule.kind': SCHEDULES,
+    'attack.loss': LOSSES,
+    'eval.checkpoint': ('best', 'latest'),
 }
 
 # key: (smallest, largest, are the bounds themselves allowed)
 _RANGES = {
-    'seed': (0, 2**32 - 1, True, True), 'model.width': (1, 2**16, True, True),
-    'model.convnorm.momentum': (0, 1, True, False), 'model.groupnorm.groups': (1, 2**16, True, True),
-    'data.batch_size': (1, 2**20, True, True), 'data.crop_padding': (0, 512, True, True),
-    'data.validation_fraction': (0, 1, True, False), 'data.subset_fraction': (0, 1, False, True),
+    'seed': (0, 2**32 - 1, True, True),
+    'model.width': (1, 2**16, True, True),
+    'model.convnorm.momentum': (0, 1, True, False),
+    'model.groupnorm.groups': (1, 2**16, True, True),
+    'data.batch_size': (1, 2**20, True, True),
+    'data.crop_padding': (0, 512, True, True),
+    'data.validation_fraction': (0, 1, True, False),
+    'data.subset_fraction': (0, 1, False, True),
     'data.label_noise.rate': (0, 1, True, True),
-    'train.epochs': (0, 1e6, True, True), 'train.steps': (0, 1e12, True, True),
-    'train.examples': (0, 1e15, True, True), 'train.label_smoothing': (0, 1, True, False),
-    'train.ema_decay': (0, 1, True, False), 'train.early_stopping_epochs': (0, 1e6, True, True),
-    'optimizer.learning_rate': (0, 1e6, False, True), 'optimizer.momentum': (0, 1, True, False),
+    'train.epochs': (0, 1e6, True, True),
+    'train.steps': (0, 1e12, True, True),
+    'train.examples': (0, 1e15, True, True),
+    'train.label_smoothing': (0, 1, True, False),
+    'train.ema_decay': (0, 1, True, False),
+    'train.early_stopping_epochs': (0, 1e6, True, True),
+    'optimizer.learning_rate': (0, 1e6, False, True),
+    'optimizer.momentum': (0, 1, True, False),
     'optimizer.weight_decay': (0, 1e6, True, True),
-    'schedule.factor': (0, 1, False, True), 'schedule.warmup_epochs': (0, 1e6, True, True),
-    'attack.epsilon': (0, 255, True, True), 'attack.step_size': (0, 255, False, True),
-    'attack.pgd_steps': (1, 1e5, True, True), 'attack.restarts': (1, 1e4, True, True),
-    'eval.batch_size': (1, 2**20, True, True), 'eval.examples': (0, 1e12, True, True),
-    'checkpoint.every_steps': (0, 1e12, True, True), 'checkpoint.keep': (1, 1e6, True, True),
+    'schedule.factor': (0, 1, False, True),
+    'schedule.warmup_epochs': (0, 1e6, True, True),
+    'attack.epsilon': (0, 255, True, True),
+    'attack.step_size': (0, 255, False, True),
+    'attack.pgd_steps': (1, 1e5, True, True),
+    'attack.restarts': (1, 1e4, True, True),
+    'eval.batch_size': (1, 2**20, True, True),
+    'eval.examples': (0, 1e12, True, True),
+    'checkpoint.every_steps': (0, 1e12, True, True),
+    'checkpoint.keep': (1, 1e6, True, True),
     'log.every_steps': (1, 1e12, True, True),
 }
 
 # What a resumed run or an evaluation may change without becoming another run.
-FREE_KEYS = ('attack.', 'eval.', 'log.', 'checkpoint.', 'plots', 'data.data_dir',
-             'train.epochs', 'train.steps', 'train.examples', 'train.early_stopping_epochs')
+FREE_KEYS = (
+    'model.convnorm.spectrum',
+    'attack.',
+    'eval.',
+    'log.',
+    'checkpoint.',
+    'plots',
+    'data.data_dir',
+    'train.epochs',
+    'train.steps',
+    'train.examples',
+    'train.early_stopping_epochs',
+)
+
+
+def build_model(config, num_classes):
+    """The net of a config.
+
+    Raises:
+      ValueError: see `create_model`.
+    """
+    model = config.model
+    options = {key: value for key, value in model.get(model.layer, {}).items() if value is not None}
+    return create_model(
+        model.name,
+        num_classes=num_classes,
+        layer=model.layer,
+        width=model.width,
+        depth=model.depth,
+        stem=model.stem or None,
+        activation=model.activation,
+        dtype=model.dtype,
+        **options,
+    )
 
 
 def flatten(config):
-  """{'model.name': ...} of a nested config or dict."""
-  flat = {}
-  for key, value in config.items():
-    if hasattr(value, 'items'):
-      flat.update({f'{key}.{inner}': v for inner, v in flatten(value).items()})
-    else:
-      flat[key] = list(value) if isinstance(value, (list, tuple)) else value
-  return flat
+    """{'model.name': ...} of a nested config or dict."""
+    flat = {}
+    for key, value in config.items():
+        if hasattr(value, 'items'):
+            flat.update({f'{key}.{inner}': v for inner, v in flatten(value).items()})
+        else:
+            flat[key] = list(value) if isinstance(value, (list, tuple)) else value
+    return flat
 
 
 def check_config(config):
-  """Checks every value of a config.
+    """Checks every value of a config.
 
-  Raises:
-    ValueError: the first impossible value, with its name and the choices.
-  """
-  flat = flatten(config)
-  for key, choices in _CHOICES.items():
-    if flat[key] not in choices:
-      raise ValueError(f'config.{key}={flat[key]!r}: expected one of {", ".join(map(repr, choices))}')
-  for key, bounds in _RANGES.items():
-    _check_range(key, flat[key], *bounds)
-  for name in flat['attack.names']:
-    if name not in ATTACKS:
-      raise ValueError(f'config.attack.names={tuple(flat["attack.names"])}: expected some of {ATTACKS}')
-  _check_milestones(flat['schedule.milestones'])
-  if not (flat['train.epochs'] or flat['train.steps'] or flat['train.examples']):
-    raise ValueError('config.train.epochs=0: expected a duration in one of train.epochs, train.steps, train.examples')
-  if flat['data.label_noise.rate'] and flat['data.label_noise.kind'] == 'none':
-    raise ValueError(f"config.data.label_noise.rate={flat['data.label_noise.rate']} with kind='none': "
-                     "set config.data.label_noise.kind to 'symmetric' or 'asymmetric'")
-  if flat['train.early_stopping_epochs'] and not flat['data.validation_fraction']:
-    raise ValueError('config.train.early_stopping_epochs needs validation examples: '
-                     'set config.data.validation_fraction above 0')
+    Raises:
+      ValueError: the first impossible value, with its name and the choices.
+    """
+    flat = flatten(config)
+    for key, choices in _CHOICES.items():
+        if flat[key] not in choices:
+            raise ValueError(f'config.{key}={flat[key]!r}: expected one of {", ".join(map(repr, choices))}')
+    for key, bounds in _RANGES.items():
+        _check_range(key, flat[key], *bounds)
+    for name in flat['attack.names']:
+        if name not in ATTACKS:
+            raise ValueError(f'config.attack.names={tuple(flat["attack.names"])}: expected some of {ATTACKS}')
+    _check_milestones(flat['schedule.milestones'])
+    build_model(config, num_classes=10)  # raises for sizes that the net can not have
+    if not (flat['train.epochs'] or flat['train.steps'] or flat['train.examples']):
+        raise ValueError(
+            'config.train.epochs=0: expected a duration in one of train.epochs, train.steps, train.examples'
+        )
+    if flat['data.label_noise.rate'] and flat['data.label_noise.kind'] == 'none':
+        raise ValueError(
+            f"config.data.label_noise.rate={flat['data.label_noise.rate']} with kind='none': "
+            "set config.data.label_noise.kind to 'symmetric' or 'asymmetric'"
+        )
+    if flat['train.early_stopping_epochs'] and not flat['data.validation_fraction']:
+        raise ValueError(
+            'config.train.early_stopping_epochs needs validation examples: set config.data.validation_fraction above 0'
+        )
 
 
 def _check_range(key, value, low, high, low_allowed, high_allowed):
-  if value is None:
-    return
-  above = value >= low if low_allowed else value > low
-  below = value <= high if high_allowed else value < high
-  if not (above and below):  # NaN fails both
-    words = f'{"at least" if low_allowed else "above"} {low:g} and {"at most" if high_allowed else "below"} {high:g}'
-    raise ValueError(f'config.{key}={value}: expected {words}')
+    if value is None:
+        return
+    above = value >= low if low_allowed else value > low
+    below = value <= high if high_allowed else value < high
+    if not above:  # NaN is neither above nor below
+        raise ValueError(f'config.{key}={value}: expected {"at least" if low_allowed else "above"} {low}')
+    if not below:
+        raise ValueError(f'config.{key}={value}: expected {"at most" if high_allowed else "below"} {high}')
 
 
 def _check_milestones(milestones):
-  numbers = all(isinstance(m, (int, float)) and 0 < m < 1 for m in milestones)
-  if not numbers or sorted(milestones) != list(milestones):
-    raise ValueError(f'config.schedule.milestones={tuple(milestones)}: expected rising shares of the run between 0 and 1')
+    numbers = all(isinstance(m, (int, float)) and 0 < m < 1 for m in milestones)
+    if not numbers or sorted(milestones) != list(milestones):
+        raise ValueError(
+            f'config.schedule.milestones={tuple(milestones)}: expected rising shares of the run between 0 and 1'
+        )
 
 
 def differences(saved, given):
-  """Keys that make `given` another run than `saved`: {key: (saved value, given value)}."""
-  saved, given = flatten(saved), flatten(given)
-  return {key: (saved.get(key), given.get(key)) for key in sorted({*saved, *given})
-          if saved.get(key) != given.get(key) and not key.startswith(FREE_KEYS)}
+    """Keys that make `given` another run than `saved`: {key: (saved value, given value)}."""
+    saved, given = flatten(saved), flatten(given)
+    return {
+        key: (saved.get(key), given.get(key))
+        for key in sorted({*saved, *given})
+        if saved.get(key) != given.get(key) and not key.startswith(FREE_KEYS)
+    }
 
 
 def check_same_run(saved, given, workdir):
-  """Raises ValueError, naming each difference, unless `given` continues the run in `workdir`."""
-  changed = differences(saved, given)
-  if changed:
-    words = '; '.join(f'config.{key} was {old!r}, is now {new!r}' for key, (old, new) in changed.items())
-    raise ValueError(f'{workdir} holds a run with another config: {words}; '
-                     'give the old values back, or another --workdir')
+    """Raises ValueError, naming each difference, unless `given` continues the run in `workdir`."""
+    changed = differences(saved, given)
+    if changed:
+        words = '; '.join(f'config.{key} was {old!r}, is now {new!r}' for key, (old, new) in changed.items())
+        raise ValueError(
+            f'{workdir} holds a run with another config: {words}; give the old values back, or another --workdir'
+        )

@@ -18,251 +18,277 @@ from convnorm_jax.training.config import check_same_run
 
 @dataclasses.dataclass
 class Progress:
-  """What the host knows of a run; saved with every checkpoint.
+    """What the host knows of a run; saved with every checkpoint.
 
-  Attributes:
-    step: updates done.
-    best_step, best_accuracy: of the best validation accuracy so far.
-    epochs_since_best: for early stopping.
-    stopped: early stopping ended the run.
-    seconds, examples: training time without compilation and evaluation, and what was
-      trained on in it.
-  """
+    Attributes:
+      step: updates done.
+      best_step, best_accuracy: of the best validation accuracy so far.
+      epochs_since_best: for early stopping.
+      stopped: early stopping ended the run.
+      seconds, examples: training time without compilation and evaluation, and what was
+        trained on in it.
+    """
 
-  step: int = 0
-  best_step: int = 0
-  best_accuracy: float = -1.0
-  epochs_since_best: int = 0
-  stopped: bool = False
-  seconds: float = 0.0
-  examples: int = 0
+    step: int = 0
+    best_step: int = 0
+    best_accuracy: float = -1.0
+    epochs_since_best: int = 0
+    stopped: bool = False
+    seconds: float = 0.0
+    examples: int = 0
 
-  @property
-  def examples_per_second(self):
-    """Training speed; 0 before anything was timed."""
-    return self.examples / self.seconds if self.seconds else 0.0
+    @property
+    def examples_per_second(self):
+        """Training speed; 0 before anything was timed."""
+        return self.examples / self.seconds if self.seconds else 0.0
 
 
 class NonFiniteLoss(ValueError):
-  """The loss or the gradient became infinite or NaN."""
+    """The loss or the gradient became infinite or NaN."""
 
 
-def prepare_workdir(workdir, config, prepared):
-  """Makes a run's folder, or checks that it holds this same run; saves config and splits."""
-  path = os.path.join(workdir, 'config.json')
-  saved = load_config(workdir, missing_ok=True)
-  if saved is not None:
-    check_same_run(saved, config.to_dict(), workdir)
-  try:
-    os.makedirs(workdir, exist_ok=True)
-    _write_json(path, config.to_dict())
-    splits.save_record(prepared, os.path.join(workdir, 'splits.npz'))
-  except OSError as error:
-    raise ValueError(f'--workdir={workdir}: can not write there ({error.strerror}); give another folder') from error
+def check_workdir(workdir, config):
+    """Raises ValueError if a folder holds checkpoints of a run with another config."""
+    folder = os.path.join(workdir, 'checkpoints')
+    if os.path.isdir(folder) and os.listdir(folder):
+        check_same_run(load_config(workdir), config.to_dict(), workdir)
 
 
-def load_config(workdir, missing_ok=False):
-  """The config a run was started with, as nested dicts.
+def _prepare_workdir(workdir, config, prepared):
+    """Makes a run's folder, or checks that it holds this same run; saves config and splits."""
+    check_workdir(workdir, config)
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        _write_json(os.path.join(workdir, 'config.json'), config.to_dict())
+        splits.save_record(prepared, os.path.join(workdir, 'splits.npz'))
+    except OSError as error:
+        raise ValueError(f'--workdir={workdir}: can not write there ({error.strerror}); give another folder') from error
 
-  Raises:
-    ValueError: there is none, or it can not be read.
-  """
-  path = os.path.join(workdir, 'config.json')
-  try:
-    with open(path) as file:
-      return json.load(file)
-  except FileNotFoundError as error:
-    if missing_ok:
-      return None
-    raise ValueError(f'--workdir={workdir}: no run there (no config.json); train one first, or give its folder') from error
-  except (json.JSONDecodeError, OSError) as error:
-    raise ValueError(f'{path}: can not be read ({error})') from error
+
+def load_config(workdir):
+    """The config a run was started with, as nested dicts.
+
+    Raises:
+      ValueError: there is none, or it can not be read.
+    """
+    path = os.path.join(workdir, 'config.json')
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f'--workdir={workdir}: no run there (no config.json); train one first, or give its folder'
+        ) from error
+    except (json.JSONDecodeError, OSError) as error:
+        raise ValueError(f'{path}: can not be read ({error})') from error
 
 
 def _write_json(path, content):
-  with open(path + '.tmp', 'w') as file:
-    json.dump(content, file, indent=2)
-    file.write('\n')
-  os.replace(path + '.tmp', path)
+    with open(path + '.tmp', 'w') as file:
+        json.dump(content, file, indent=2)
+        file.write('\n')
+    os.replace(path + '.tmp', path)
 
 
 def train(experiment, workdir):
-  """Trains until the config's end, resuming whatever `workdir` holds of this run.
+    """Trains until the config's end, resuming whatever `workdir` holds of this run.
 
-  Args:
-    experiment: see `setup.build`.
-    workdir: of the run; made if it is not there.
+    Args:
+      experiment: see `setup.build`.
+      workdir: of the run; made if it is not there.
 
-  Returns:
-    `Progress` at the end.
+    Returns:
+      `Progress` at the end.
 
-  Raises:
-    ValueError: `workdir` holds another run, or its checkpoint can not be read.
-    NonFiniteLoss: the last good checkpoint stays.
-  """
-  prepare_workdir(workdir, experiment.config, experiment.prepared)
-  checkpointer = Checkpointer(workdir, experiment.config.checkpoint.keep)
-  try:
-    return _Run(experiment, workdir, checkpointer).run()
-  finally:
-    checkpointer.close()
+    Raises:
+      ValueError: `workdir` holds another run, or its checkpoint can not be read.
+      NonFiniteLoss: the last good checkpoint stays.
+    """
+    # First: a net that can not take these pictures must not leave a folder behind.
+    state = experiment.initial_state()
+    _prepare_workdir(workdir, experiment.config, experiment.prepared)
+    checkpointer = Checkpointer(workdir, experiment.config.checkpoint.keep)
+    try:
+        return _Run(experiment, workdir, checkpointer, state).run()
+    finally:
+        checkpointer.close()
 
 
 def restore_variables(experiment, workdir, which):
-  """(variables to evaluate, `Progress`) of a run's 'best' or 'latest' checkpoint.
+    """(variables to evaluate, `Progress`) of a run's 'best' or 'latest' checkpoint.
 
-  Raises:
-    ValueError: there is no checkpoint, or it can not be read.
-  """
-  checkpointer = Checkpointer(workdir, read_only=True) if os.path.isdir(
-      os.path.join(workdir, 'checkpoints')) else None
-  step = checkpointer and (
-      checkpointer.best_step if which == 'best' and checkpointer.best_step is not None else checkpointer.latest_step)
-  if step is None:
-    raise ValueError(f'--workdir={workdir}: no checkpoint there yet; train first')
-  totals = mesh_lib.replicate(experiment.mesh, metrics_lib.zero_totals())
-  arrays, progress = checkpointer.restore(step, _arrays(experiment.initial_state(), totals))
-  checkpointer.close()
-  return arrays['state'].eval_variables, Progress(**progress)
+    Raises:
+      ValueError: there is no checkpoint, or it can not be read.
+    """
+    checkpointer = (
+        Checkpointer(workdir, read_only=True) if os.path.isdir(os.path.join(workdir, 'checkpoints')) else None
+    )
+    step = checkpointer and (
+        checkpointer.best_step if which == 'best' and checkpointer.best_step is not None else checkpointer.latest_step
+    )
+    if step is None:
+        raise ValueError(f'--workdir={workdir}: no checkpoint there yet; train first')
+    totals = mesh_lib.replicate(experiment.mesh, metrics_lib.zero_totals())
+    arrays, progress = checkpointer.restore(step, _arrays(experiment.initial_state(), totals))
+    checkpointer.close()
+    return arrays['state'].eval_variables, Progress(**progress)
 
 
 def _arrays(state, totals):
-  return {'state': state, 'totals': totals}
+    return {'state': state, 'totals': totals}
 
 
 class _Run:
-  """One call of `train`: the state, the totals of the epoch so far, and the host's progress."""
+    """One call of `train`: the state, the totals of the epoch so far, and the host's progress."""
 
-  def __init__(self, experiment, workdir, checkpointer):
-    self.experiment, self.config = experiment, experiment.config
-    self.checkpointer = checkpointer
-    self.state = experiment.initial_state()
-    self.totals = mesh_lib.replicate(experiment.mesh, metrics_lib.zero_totals())
-    self.progress = Progress()
-    latest = checkpointer.latest_step
-    if latest is not None:
-      arrays, saved = checkpointer.restore(latest, _arrays(self.state, self.totals))
-      self.state, self.totals, self.progress = arrays['state'], arrays['totals'], Progress(**saved)
-    self.writer = metrics_lib.MetricWriter(workdir, self.progress.step)
-    self.display = metrics_lib.Progress(experiment.total_steps, self.progress.step)
-    if latest is not None:
-      self.display.line(f'resuming {workdir} at step {latest} of {experiment.total_steps}')
-    self.checked = latest or 0  # the last step known to be finite
-    self._step = jax.jit(self._train_step, donate_argnums=(0, 1))
-    self._order = jax.jit(lambda epoch: pipeline.epoch_order(
-        self.config.seed, epoch, len(experiment.prepared.train.labels), self.config.data.batch_size))
+    def __init__(self, experiment, workdir, checkpointer, state):
+        self.experiment, self.config = experiment, experiment.config
+        self.checkpointer = checkpointer
+        self.state = state
+        self.totals = mesh_lib.replicate(experiment.mesh, metrics_lib.zero_totals())
+        self.progress = Progress()
+        latest = checkpointer.latest_step
+        if latest is not None:
+            arrays, saved = checkpointer.restore(latest, _arrays(self.state, self.totals))
+            self.state, self.totals, self.progress = arrays['state'], arrays['totals'], Progress(**saved)
+        self.writer = metrics_lib.MetricWriter(workdir, self.progress.step)
+        self.display = metrics_lib.Progress(experiment.total_steps, self.progress.step)
+        if latest is not None:
+            self.display.line(f'resuming {workdir} at step {latest} of {experiment.total_steps}')
+        self.checked = latest or 0  # the last step known to be finite
+        self._step = jax.jit(self._train_step, donate_argnums=(0, 1))
+        self._order = jax.jit(
+            lambda epoch: pipeline.epoch_order(
+                self.config.seed, epoch, len(experiment.prepared.train.labels), self.config.data.batch_size
+            )
+        )
 
-  def _train_step(self, state, totals, images, labels, order, index):
-    batch = pipeline.take_batch(images, labels, order, index)
-    state, sums = self.experiment.train_step(state, mesh_lib.shard_batch(self.experiment.mesh, batch))
-    return state, jax.tree.map(jnp.add, totals, sums)
+    def _train_step(self, state, totals, images, labels, order, index):
+        batch = pipeline.take_batch(images, labels, order, index)
+        state, sums = self.experiment.train_step(state, mesh_lib.shard_batch(self.experiment.mesh, batch))
+        return state, jax.tree.map(jnp.add, totals, sums)
 
-  def run(self):
-    total, per_epoch = self.experiment.total_steps, self.experiment.steps_per_epoch
-    try:
-      while self.progress.step < total and not self.progress.stopped:
-        epoch = self.progress.step // per_epoch
-        self._train_epoch(epoch, min((epoch + 1) * per_epoch, total))
-        self._end_epoch(epoch)
-      return self.progress
-    finally:
-      self.display.close()
-      self.writer.close()
+    def run(self):
+        total, per_epoch = self.experiment.total_steps, self.experiment.steps_per_epoch
+        try:
+            while self.progress.step < total and not self.progress.stopped:
+                epoch = self.progress.step // per_epoch
+                self._train_epoch(epoch, min((epoch + 1) * per_epoch, total))
+                self._end_epoch(epoch)
+            return self.progress
+        finally:
+            self.display.close()
+            self.writer.close()
 
-  def _train_epoch(self, epoch, end):
-    experiment, every = self.experiment, self.config.checkpoint.every_steps
-    data, order = experiment.data['train'], self._order(epoch)
-    first, start = True, time.perf_counter()
-    while self.progress.step < end:
-      index = self.progress.step - epoch * experiment.steps_per_epoch
-      self.state, self.totals = self._step(
-          self.state, self.totals, data['images'], data['labels'], order, index)
-      self.progress.step += 1
-      if first:  # the first step of a run compiles: wait, and start the clock behind it
+    def _train_epoch(self, epoch, end):
+        experiment, every = self.experiment, self.config.checkpoint.every_steps
+        data, order = experiment.data['train'], self._order(epoch)
+        first, start = True, time.perf_counter()
+        while self.progress.step < end:
+            index = self.progress.step - epoch * experiment.steps_per_epoch
+            self.state, self.totals = self._step(self.state, self.totals, data['images'], data['labels'], order, index)
+            self.progress.step += 1
+            if first:  # the first step of a run compiles: wait, and start the clock behind it
+                jax.block_until_ready(self.totals)
+                first, start = False, time.perf_counter()
+            else:
+                self.progress.examples += self.config.data.batch_size
+            step = self.progress.step
+            if step % self.config.log.every_steps == 0 and step < end:
+                start = self._log(epoch, start)
+            if every and step % every == 0 and step < end:
+                start = self._checkpoint(start)
         jax.block_until_ready(self.totals)
-        first, start = False, time.perf_counter()
-      else:
-        self.progress.examples += self.config.data.batch_size
-      step = self.progress.step
-      if step % self.config.log.every_steps == 0 and step < end:
-        start = self._log(epoch, start)
-      if every and step % every == 0 and step < end:
-        start = self._checkpoint(start)
-    jax.block_until_ready(self.totals)
-    self.progress.seconds += time.perf_counter() - start
+        self.progress.seconds += time.perf_counter() - start
 
-  def _clock(self, start):
-    """Adds the time since `start`, when all work is done; returns the time now."""
-    now = time.perf_counter()
-    self.progress.seconds += now - start
-    return now
+    def _clock(self, start):
+        """Adds the time since `start`, when all work is done; returns the time now."""
+        now = time.perf_counter()
+        self.progress.seconds += now - start
+        return now
 
-  def _log(self, epoch, start):
-    values = self._finite_means()  # waits for the device
-    start = self._clock(start)
-    epochs = math.ceil(self.experiment.total_steps / self.experiment.steps_per_epoch)
-    self.display.update(self.progress.step, epoch + 1, epochs, values, self.progress.examples_per_second)
-    self.writer.scalars({'running_loss': values['loss']}, self.progress.step)
-    return start
+    def _log(self, epoch, start):
+        values = self._finite_means()  # waits for the device
+        start = self._clock(start)
+        epochs = math.ceil(self.experiment.total_steps / self.experiment.steps_per_epoch)
+        self.display.update(self.progress.step, epoch + 1, epochs, values, self.progress.examples_per_second)
+        self.writer.scalars({'running_loss': values['loss']}, self.progress.step)
+        return start
 
-  def _checkpoint(self, start):
-    self._finite_means()
-    start = self._clock(start)
-    self._save()
-    return time.perf_counter()
+    def _checkpoint(self, start):
+        self._finite_means()
+        start = self._clock(start)
+        self._save()
+        return time.perf_counter()
 
-  def _finite_means(self):
-    """Means over the epoch so far; raises NonFiniteLoss if any step of it was not finite."""
-    values = metrics_lib.means(self.totals)
-    if not all(map(math.isfinite, values.values())):
-      saved = self.checkpointer.latest_step
-      kept = f'the last good checkpoint is of step {saved} in {self.checkpointer.folder}' if saved is not None \
-          else 'there was no checkpoint yet'
-      raise NonFiniteLoss(
-          f'the loss or the gradient became infinite or NaN between steps {self.checked} and {self.progress.step}; '
-          f'{kept}; try a smaller config.optimizer.learning_rate ({self.config.optimizer.learning_rate}) '
-          'or config.schedule.warmup_epochs, in another --workdir')
-    self.checked = self.progress.step
-    return values
+    def _finite_means(self):
+        """Means over the epoch so far; raises NonFiniteLoss if any step of it was not finite."""
+        values = metrics_lib.means(self.totals)
+        if not all(map(math.isfinite, values.values())):
+            saved = self.checkpointer.latest_step
+            kept = (
+                f'the last good checkpoint is of step {saved} in {self.checkpointer.folder}'
+                if saved is not None
+                else 'there was no checkpoint yet'
+            )
+            raise NonFiniteLoss(
+                f'the loss or the gradient became infinite or NaN between steps {self.checked} and {self.progress.step}; '
+                f'{kept}; try a smaller config.optimizer.learning_rate ({self.config.optimizer.learning_rate}) '
+                'or config.schedule.warmup_epochs, in another --workdir'
+            )
+        self.checked = self.progress.step
+        return values
 
-  def _end_epoch(self, epoch):
-    experiment, step = self.experiment, self.progress.step
-    values = self._finite_means()
-    validation = experiment.evaluator.evaluate(self.state.eval_variables, experiment.data['validation'])
-    row = {
-        'epoch': epoch + 1, 'step': step, 'learning_rate': float(experiment.schedule(step - 1)),
-        'train_loss': values['loss'], 'train_accuracy': values['accuracy'],
-        'gradient_norm': values['gradient_norm'], 'examples_per_second': self.progress.examples_per_second,
-        **{f'validation_{name}': value for name, value in validation.items()}}
-    self._rate(validation, step)
-    epochs = math.ceil(experiment.total_steps / experiment.steps_per_epoch)
-    self.display.update(step, epoch + 1, epochs, values, self.progress.examples_per_second)
-    self.display.line(_epoch_line(row, epochs))
-    self.writer.write(row)
-    self.totals = mesh_lib.replicate(experiment.mesh, metrics_lib.zero_totals())
-    self._save(validation.get('accuracy'))
+    def _end_epoch(self, epoch):
+        experiment, step = self.experiment, self.progress.step
+        values = self._finite_means()
+        validation = experiment.evaluator.evaluate(self.state.eval_variables, experiment.data['validation'])
+        row = {
+            'epoch': epoch + 1,
+            'step': step,
+            'learning_rate': float(experiment.schedule(step - 1)),
+            'train_loss': values['loss'],
+            'train_accuracy': values['accuracy'],
+            'gradient_norm': values['gradient_norm'],
+            'examples_per_second': self.progress.examples_per_second,
+            **{f'validation_{name}': value for name, value in validation.items()},
+        }
+        self._rate(validation, step)
+        epochs = math.ceil(experiment.total_steps / experiment.steps_per_epoch)
+        self.display.update(step, epoch + 1, epochs, values, self.progress.examples_per_second)
+        self.display.line(_epoch_line(row, epochs))
+        self.writer.write(row)
+        self.totals = mesh_lib.replicate(experiment.mesh, metrics_lib.zero_totals())
+        self._save(validation.get('accuracy'))
 
-  def _rate(self, validation, step):
-    """Notes the best validation accuracy, and whether to stop."""
-    progress, patience = self.progress, self.config.train.early_stopping_epochs
-    if not validation:
-      return
-    if validation['accuracy'] > progress.best_accuracy:
-      progress.best_step, progress.best_accuracy, progress.epochs_since_best = step, validation['accuracy'], 0
-      return
-    progress.epochs_since_best += 1
-    if patience and progress.epochs_since_best >= patience:
-      progress.stopped = True
-      self.display.line(f'early stopping: no better validation accuracy than {progress.best_accuracy:.4f} '
-                        f'(step {progress.best_step}) in {patience} epochs')
+    def _rate(self, validation, step):
+        """Notes the best validation accuracy, and whether to stop."""
+        progress, patience = self.progress, self.config.train.early_stopping_epochs
+        if not validation:
+            return
+        if validation['accuracy'] > progress.best_accuracy:
+            progress.best_step, progress.best_accuracy, progress.epochs_since_best = step, validation['accuracy'], 0
+            return
+        progress.epochs_since_best += 1
+        if patience and progress.epochs_since_best >= patience:
+            progress.stopped = True
+            self.display.line(
+                f'early stopping: no better validation accuracy than {progress.best_accuracy:.4f} '
+                f'(step {progress.best_step}) in {patience} epochs'
+            )
 
-  def _save(self, validation_accuracy=None):
-    self.checkpointer.save(self.progress.step, _arrays(self.state, self.totals),
-                           dataclasses.asdict(self.progress), validation_accuracy)
+    def _save(self, validation_accuracy=None):
+        self.checkpointer.save(
+            self.progress.step, _arrays(self.state, self.totals), dataclasses.asdict(self.progress), validation_accuracy
+        )
 
 
 def _epoch_line(row, epochs):
-  words = [f'epoch {row["epoch"]:>3}/{epochs}', f'loss {row["train_loss"]:.4f}', f'accuracy {row["train_accuracy"]:.4f}']
-  if 'validation_accuracy' in row:
-    words += [f'validation loss {row["validation_loss"]:.4f}', f'accuracy {row["validation_accuracy"]:.4f}']
-  return '  '.join([*words, f'{row["examples_per_second"]:,.0f} examples/s'])
+    words = [
+        f'epoch {row["epoch"]:>3}/{epochs}',
+        f'loss {row["train_loss"]:.4f}',
+        f'accuracy {row["train_accuracy"]:.4f}',
+    ]
+    if 'validation_accuracy' in row:
+        words += [f'validation loss {row["validation_loss"]:.4f}', f'accuracy {row["validation_accuracy"]:.4f}']
+    return '  '.join([*words, f'{row["examples_per_second"]:,.0f} examples/s'])

@@ -6,48 +6,48 @@ SCHEDULES = ('step', 'cosine', 'constant')
 
 
 def to_steps(section, *, steps_per_epoch, batch_size, prefix=''):
-  """A duration in steps, from `{prefix}steps`, `{prefix}examples` or `{prefix}epochs`.
+    """A duration in steps, from `{prefix}steps`, `{prefix}examples` or `{prefix}epochs`.
 
-  Args:
-    section: a mapping with any of those keys; the first of steps, examples and epochs
-      that is neither absent, None nor 0 counts.
-    steps_per_epoch, batch_size: int.
-    prefix: of the keys, such as 'warmup_'.
+    Args:
+      section: a mapping with any of those keys; the first of steps, examples and epochs
+        that is neither absent, None nor 0 counts.
+      steps_per_epoch, batch_size: int.
+      prefix: of the keys, such as 'warmup_'.
 
-  Returns:
-    int, 0 if none is given; at least 1 otherwise.
-  """
-  steps, examples, epochs = (section.get(prefix + unit) or 0 for unit in ('steps', 'examples', 'epochs'))
-  if steps:
-    return max(1, round(steps))
-  if examples:
-    return max(1, round(examples / batch_size))
-  return max(1, round(epochs * steps_per_epoch)) if epochs else 0
+    Returns:
+      int, 0 if none is given; at least 1 otherwise.
+    """
+    steps, examples, epochs = (section.get(prefix + unit) or 0 for unit in ('steps', 'examples', 'epochs'))
+    if steps:
+        return max(1, round(steps))
+    if examples:
+        return max(1, round(examples / batch_size))
+    return max(1, round(epochs * steps_per_epoch)) if epochs else 0
 
 
 def make_schedule(kind, learning_rate, total_steps, *, milestones=(), factor=0.1, warmup_steps=0):
-  """Learning rate as a function of the step.
+    """Learning rate as a function of the step.
 
-  Args:
-    kind: 'step' multiplies by `factor` at each of `milestones`, 'cosine' falls to zero,
-      'constant' stays.
-    learning_rate: the peak.
-    total_steps: length of the run.
-    milestones: shares of the run, so that a shorter run keeps its shape.
-    warmup_steps: linear rise from zero in front, part of the run.
+    Args:
+      kind: 'step' multiplies by `factor` at each of `milestones`, 'cosine' falls to zero,
+        'constant' stays.
+      learning_rate: the peak.
+      total_steps: length of the run.
+      milestones: shares of the run, so that a shorter run keeps its shape.
+      warmup_steps: linear rise from zero in front, part of the run.
 
-  Raises:
-    ValueError: another kind.
-  """
-  if kind == 'step':
-    boundaries = {round(share * total_steps) - warmup_steps: factor for share in milestones}
-    schedule = optax.piecewise_constant_schedule(learning_rate, boundaries)
-  elif kind == 'cosine':
-    schedule = optax.cosine_decay_schedule(learning_rate, max(total_steps - warmup_steps, 1))
-  elif kind == 'constant':
-    schedule = optax.constant_schedule(learning_rate)
-  else:
-    raise ValueError(f'schedule.kind={kind!r}: expected one of {SCHEDULES}')
-  if not warmup_steps:
-    return schedule
-  return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), schedule], [warmup_steps])
+    Raises:
+      ValueError: another kind.
+    """
+    if kind == 'step':
+        boundaries = {round(share * total_steps) - warmup_steps: factor for share in milestones}
+        schedule = optax.piecewise_constant_schedule(learning_rate, boundaries)
+    elif kind == 'cosine':
+        schedule = optax.cosine_decay_schedule(learning_rate, max(total_steps - warmup_steps, 1))
+    elif kind == 'constant':
+        schedule = optax.constant_schedule(learning_rate)
+    else:
+        raise ValueError(f'schedule.kind={kind!r}: expected one of {SCHEDULES}')
+    if not warmup_steps:
+        return schedule
+    return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), schedule], [warmup_steps])

@@ -57,8 +57,11 @@ def make_files(name, form):
         fine, coarse = rng.integers(0, classes, PER_FILE), rng.integers(0, 20, PER_FILE)
         parts['test' if file in tests else 'train'].append((pixels, fine))
         if form == 'python':
-            labels = ({'labels': fine.tolist()} if name == 'cifar10'
-                      else {'fine_labels': fine.tolist(), 'coarse_labels': coarse.tolist()})
+            labels = (
+                {'labels': fine.tolist()}
+                if name == 'cifar10'
+                else {'fine_labels': fine.tolist(), 'coarse_labels': coarse.tolist()}
+            )
             files[file] = python2_pickle({'data': pixels, 'batch_label': file, **labels})
         else:
             head = [fine] if name == 'cifar10' else [coarse, fine]
@@ -68,15 +71,16 @@ def make_files(name, form):
     for split, batch in parts.items():
         pixels, labels = (np.concatenate(column) for column in zip(*batch, strict=True))
         # Red plane first, then green, then blue, each row by row: the published order, written out.
-        planes = [pixels[:, c * 1024:(c + 1) * 1024].reshape(-1, 32, 32) for c in range(3)]
+        planes = [pixels[:, c * 1024 : (c + 1) * 1024].reshape(-1, 32, 32) for c in range(3)]
         truth[split] = (np.stack(planes, -1), labels)
     return files, truth
 
 
 def make_names(name, form):
     if form == 'binary':
-        file, names = (('batches.meta.txt', CIFAR10_NAMES) if name == 'cifar10'
-                       else ('fine_label_names.txt', CIFAR100_NAMES))
+        file, names = (
+            ('batches.meta.txt', CIFAR10_NAMES) if name == 'cifar10' else ('fine_label_names.txt', CIFAR100_NAMES)
+        )
         return {file: ('\n'.join(names) + '\n\n').encode()}
     if name == 'cifar10':
         return {'batches.meta': python2_pickle({'label_names': list(CIFAR10_NAMES), 'num_vis': 3072})}
@@ -85,8 +89,15 @@ def make_names(name, form):
 
 def names_of(name, form):
     number = name.removeprefix('cifar')
-    folder = f'cifar-{number}-' + {'cifar10python': 'batches-py', 'cifar10binary': 'batches-bin',
-                                   'cifar100python': 'python', 'cifar100binary': 'binary'}[name + form]
+    folder = (
+        f'cifar-{number}-'
+        + {
+            'cifar10python': 'batches-py',
+            'cifar10binary': 'batches-bin',
+            'cifar100python': 'python',
+            'cifar100binary': 'binary',
+        }[name + form]
+    )
     return f'cifar-{number}-{form}.tar.gz', folder
 
 
@@ -146,14 +157,16 @@ class Evil:
 
 DAMAGES = {
     ('python', 'data_batch_3'): [
-        (lambda c: c[:len(c) // 2], 'cannot be unpickled'),
+        (lambda c: c[: len(c) // 2], 'cannot be unpickled'),
         (lambda c: b'hello', 'cannot be unpickled'),
         (lambda c: pickle.dumps(Evil()), r'builtins\.print, which is not permitted'),
         (lambda c: pickle.dumps([1, 2]), 'holds a list, not a dict'),
         (lambda c: python2_pickle({'labels': [1]}), 'does not hold .data.'),
         (lambda c: python2_pickle({'labels': [1, 2], 'data': np.zeros((1, 3072), np.uint8)}), 'does not hold .data.'),
-        (lambda c: python2_pickle({'labels': [10], 'data': np.zeros((1, 3072), np.uint8)}),
-         r'not integers in \[0, 10\)'),
+        (
+            lambda c: python2_pickle({'labels': [10], 'data': np.zeros((1, 3072), np.uint8)}),
+            r'not integers in \[0, 10\)',
+        ),
     ],
     ('python', 'batches.meta'): [(lambda c: python2_pickle({'label_names': ['cat']}), 'names 1 classes')],
     ('binary', 'test_batch.bin'): [

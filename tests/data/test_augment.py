@@ -43,7 +43,7 @@ def test_crop_offsets_are_uniform_and_independent():
     offsets = np.asarray(augment.crop_offsets(KEY, 20_000, 2))
     joint = np.zeros((5, 5))
     np.add.at(joint, (offsets[:, 0], offsets[:, 1]), 1)
-    assert np.all(np.abs(joint / 20_000 - 1 / 25) < .006)
+    assert np.all(np.abs(joint / 20_000 - 1 / 25) < 0.006)
 
 
 def test_random_flip():
@@ -51,7 +51,7 @@ def test_random_flip():
     out = np.asarray(augment.random_flip(KEY, jnp.asarray(images)))
     kept, mirrored = ((out == like).all((1, 2, 3)) for like in (images, images[:, :, ::-1]))
     assert np.all(kept | mirrored)
-    assert (~kept).mean() == pytest.approx(.5, abs=.05)
+    assert (~kept).mean() == pytest.approx(0.5, abs=0.05)
     np.testing.assert_array_equal(jax.jit(augment.random_flip)(KEY, images), out)
     assert out.dtype == np.uint8
 
@@ -87,27 +87,31 @@ def test_to_float():
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_normalize(dtype):
-    mean, std = (.1, .2, .3), (.5, .25, 2.)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
     images = np.random.default_rng(0).random((4, 2, 2, 3))
     got = jax.jit(lambda x: augment.normalize(x, mean, std))(jnp.asarray(images, dtype))
     assert got.dtype == dtype
-    np.testing.assert_allclose(got.astype(np.float32), (images - np.array(mean)) / np.array(std),
-                               atol=1e-6 if dtype == jnp.float32 else .05)
+    np.testing.assert_allclose(
+        got.astype(np.float32), (images - np.array(mean)) / np.array(std), atol=1e-6 if dtype == jnp.float32 else 0.05
+    )
 
 
 IMAGES = jnp.zeros((2, 4, 4, 3), jnp.uint8)
 
 
-@pytest.mark.parametrize(('call', 'message'), [
-    (lambda: augment.augment(KEY, IMAGES, 'flip', 4), "kind='flip': expected one of none, crop, crop_flip"),
-    (lambda: augment.random_crop(KEY, IMAGES, -1), 'padding=-1: expected a whole number of pixels >= 0'),
-    (lambda: augment.random_crop(KEY, IMAGES, .5), 'padding=0.5: expected a whole number of pixels >= 0'),
-    (lambda: augment.random_crop(KEY, IMAGES[0], 1), 'images.shape=(4, 4, 3): expected [N, H, W, C]'),
-    (lambda: augment.random_flip(KEY, IMAGES[0]), 'images.shape=(4, 4, 3): expected [N, H, W, C]'),
-    (lambda: augment.to_float(IMAGES.astype(jnp.float32)), 'images_uint8.dtype=float32: expected uint8'),
-    (lambda: augment.normalize(IMAGES, (0,) * 3, (1,) * 3), 'images.dtype=uint8: expected floats in [0, 1]'),
-    (lambda: augment.normalize(IMAGES / 255, (0.,), (1.,)), 'mean=(0.0,), std=(1.0,): expected 3 values each'),
-])
+@pytest.mark.parametrize(
+    ('call', 'message'),
+    [
+        (lambda: augment.augment(KEY, IMAGES, 'flip', 4), "kind='flip': expected one of none, crop, crop_flip"),
+        (lambda: augment.random_crop(KEY, IMAGES, -1), 'padding=-1: expected a whole number of pixels >= 0'),
+        (lambda: augment.random_crop(KEY, IMAGES, 0.5), 'padding=0.5: expected a whole number of pixels >= 0'),
+        (lambda: augment.random_crop(KEY, IMAGES[0], 1), 'images.shape=(4, 4, 3): expected [N, H, W, C]'),
+        (lambda: augment.random_flip(KEY, IMAGES[0]), 'images.shape=(4, 4, 3): expected [N, H, W, C]'),
+        (lambda: augment.to_float(IMAGES.astype(jnp.float32)), 'images_uint8.dtype=float32: expected uint8'),
+        (lambda: augment.normalize(IMAGES, (0,) * 3, (1,) * 3), 'images.dtype=uint8: expected floats in [0, 1]'),
+        (lambda: augment.normalize(IMAGES / 255, (0.0,), (1.0,)), 'mean=(0.0,), std=(1.0,): expected 3 values each'),
+    ],
+)
 def test_refused(call, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         call()

@@ -22,8 +22,8 @@ def test_order_depends_on_seed_and_epoch_only():
     first = pipeline.epoch_order(0, 0, 1000, 32)
     np.testing.assert_array_equal(first, pipeline.epoch_order(0, 0, 1000, 32))
     for seed, epoch in ((0, 1), (1, 0), (1, 1)):
-        assert (np.asarray(pipeline.epoch_order(seed, epoch, 1000, 32)) == first).mean() < .02
-    assert (np.asarray(first).ravel() == np.arange(992)).mean() < .02
+        assert (np.asarray(pipeline.epoch_order(seed, epoch, 1000, 32)) == first).mean() < 0.02
+    assert (np.asarray(first).ravel() == np.arange(992)).mean() < 0.02
 
 
 def test_dropped_remainder_changes_with_the_epoch():
@@ -59,16 +59,22 @@ def test_padded_batches_count_every_example_once(n, batch, batches):
     assert indices.shape == mask.shape == (batches, batch)
     assert indices.dtype == np.int32 and mask.dtype == np.float32
     assert indices[mask == 1].tolist() == list(range(n))
-    assert mask.sum() == n and set(indices[mask == 0].tolist()) <= {0} and set(np.unique(mask)) <= {0., 1.}
+    assert mask.sum() == n and set(indices[mask == 0].tolist()) <= {0} and set(np.unique(mask)) <= {0.0, 1.0}
 
 
-@pytest.mark.parametrize(('call', 'message'), [
-    (lambda: pipeline.steps_per_epoch(10, 11), 'batch_size=11: expected at most the number of training examples, 10'),
-    (lambda: pipeline.epoch_order(0, 0, 10, 11), 'batch_size=11: expected at most'),
-    (lambda: pipeline.steps_per_epoch(10, 0), 'batch_size=0: expected at least 1'),
-    (lambda: pipeline.padded_batches(10, -1), 'batch_size=-1: expected at least 1'),
-    (lambda: pipeline.padded_batches(-1, 4), 'num_examples=-1: expected a number >= 0'),
-])
+@pytest.mark.parametrize(
+    ('call', 'message'),
+    [
+        (
+            lambda: pipeline.steps_per_epoch(10, 11),
+            'batch_size=11: expected at most the number of training examples, 10',
+        ),
+        (lambda: pipeline.epoch_order(0, 0, 10, 11), 'batch_size=11: expected at most'),
+        (lambda: pipeline.steps_per_epoch(10, 0), 'batch_size=0: expected at least 1'),
+        (lambda: pipeline.padded_batches(10, -1), 'batch_size=-1: expected at least 1'),
+        (lambda: pipeline.padded_batches(-1, 4), 'num_examples=-1: expected a number >= 0'),
+    ],
+)
 def test_refused(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()

@@ -24,27 +24,46 @@ def make_tfds(root, name='cifar10', version='3.0.2', shape=(32, 32, 3), file_for
     tfds = pytest.importorskip('tensorflow_datasets')
     folder = root / name / version
     folder.mkdir(parents=True)
-    features = tfds.features.FeaturesDict({
-        'id': tfds.features.Text(), 'image': tfds.features.Image(shape=shape, encoding_format='png'),
-        'label': tfds.features.ClassLabel(names=[f'c{i}' for i in range(classes)])})
+    features = tfds.features.FeaturesDict(
+        {
+            'id': tfds.features.Text(),
+            'image': tfds.features.Image(shape=shape, encoding_format='png'),
+            'label': tfds.features.ClassLabel(names=[f'c{i}' for i in range(classes)]),
+        }
+    )
     features.save_config(str(folder))
     truth = {split: write_records(folder, name, split, size, features, shape) for split, size in SIZES.items()}
-    (folder / 'dataset_info.json').write_text(json.dumps({
-        'name': name, 'version': version, 'fileFormat': file_format,
-        'splits': [{'name': split, 'numBytes': '1', 'shardLengths': [str(size)],
-                    'filepathTemplate': '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'}
-                   for split, size in SIZES.items()]}))
+    (folder / 'dataset_info.json').write_text(
+        json.dumps(
+            {
+                'name': name,
+                'version': version,
+                'fileFormat': file_format,
+                'splits': [
+                    {
+                        'name': split,
+                        'numBytes': '1',
+                        'shardLengths': [str(size)],
+                        'filepathTemplate': '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
+                    }
+                    for split, size in SIZES.items()
+                ],
+            }
+        )
+    )
     return folder, truth
 
 
 def write_records(folder, name, split, size, features, shape):
     from array_record.python import array_record_module
     from PIL import Image
+
     rng = np.random.default_rng(size)
     images = rng.integers(0, 256, (size, *shape), dtype=np.uint8)
     labels = rng.integers(0, 10, size)
     writer = array_record_module.ArrayRecordWriter(
-        str(folder / f'{name}-{split}.array_record-00000-of-00001'), 'group_size:1')
+        str(folder / f'{name}-{split}.array_record-00000-of-00001'), 'group_size:1'
+    )
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         png = io.BytesIO()
         Image.fromarray(image.squeeze()).save(png, 'PNG')
@@ -78,15 +97,21 @@ def test_digits():
 
 def test_digits_splits_are_disjoint_and_whole():
     from sklearn.datasets import load_digits
+
     source = sources.load_source('digits')
     got = np.concatenate([source.train.images, source.test.images]).reshape(1797, 64)
     want = np.round(load_digits().data * 255 / 16)
     assert sorted(map(tuple, got.tolist())) == sorted(map(tuple, want.tolist()))
 
 
-@pytest.mark.parametrize(('name', 'folder', 'shape'), [
-    ('cifar10', 'cifar10', (32, 32, 3)), ('svhn', 'svhn_cropped', (32, 32, 3)),
-    ('fashion_mnist', 'fashion_mnist', (28, 28, 1))])
+@pytest.mark.parametrize(
+    ('name', 'folder', 'shape'),
+    [
+        ('cifar10', 'cifar10', (32, 32, 3)),
+        ('svhn', 'svhn_cropped', (32, 32, 3)),
+        ('fashion_mnist', 'fashion_mnist', (28, 28, 1)),
+    ],
+)
 def test_tfds_folder(tmp_path, name, folder, shape, monkeypatch):
     _, truth = make_tfds(tmp_path / 'tfds', folder, shape=shape)
     monkeypatch.setattr(sources, '_CHUNK', 7)  # several chunks, the last one short
@@ -112,12 +137,16 @@ def test_newest_version_is_read_whatever_tfds_expects(tmp_path):
     assert sources.load_source('cifar10', tmp_path / 'tfds').description == 'CIFAR-10 (JPEG q90)'
 
 
-@pytest.mark.parametrize(('text', 'suffix'), [
-    (None, ''),
-    ('the pictures are lossy JPEG copies\n(quality 75, 4:2:0), kept', ' (JPEG q75)'),
-    ('Say "CIFAR-10 (JPEG q60)" beside it', ' (JPEG q60)'),
-    ('Kept as PNG. It was a copy of high quality.', ' (not the official build: see its PROVENANCE.md)'),
-    ('Some are JPEG. Others have quality 30.', ' (not the official build: see its PROVENANCE.md)')])
+@pytest.mark.parametrize(
+    ('text', 'suffix'),
+    [
+        (None, ''),
+        ('the pictures are lossy JPEG copies\n(quality 75, 4:2:0), kept', ' (JPEG q75)'),
+        ('Say "CIFAR-10 (JPEG q60)" beside it', ' (JPEG q60)'),
+        ('Kept as PNG. It was a copy of high quality.', ' (not the official build: see its PROVENANCE.md)'),
+        ('Some are JPEG. Others have quality 30.', ' (not the official build: see its PROVENANCE.md)'),
+    ],
+)
 def test_provenance(tmp_path, text, suffix):
     if text is not None:
         (tmp_path / 'PROVENANCE.md').write_text(text)
@@ -259,6 +288,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     def fail(file):
         file.write(b'half')
         raise OSError('disk full')
+
     with pytest.raises(OSError, match='disk full'):
         cache.write_atomically(path, fail)
     assert path.read_bytes() == b'old' and [p.name for p in tmp_path.iterdir()] == ['x.npy']
@@ -266,17 +296,29 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 
 def test_two_processes_at_once(prepared):
     data_dir, truth = prepared
-    code = ('import sys, warnings; warnings.simplefilter("error", RuntimeWarning)\n'
-            'from convnorm_jax.data.sources import load_source\n'
-            'print(int(load_source("cifar10", sys.argv[1]).train.images.astype(int).sum()))')
-    running = [subprocess.Popen([sys.executable, '-c', code, str(data_dir)], stdout=subprocess.PIPE, text=True,
-                                cwd=Path(__file__).parents[2]) for _ in range(2)]
+    code = (
+        'import sys, warnings; warnings.simplefilter("error", RuntimeWarning)\n'
+        'from convnorm_jax.data.sources import load_source\n'
+        'print(int(load_source("cifar10", sys.argv[1]).train.images.astype(int).sum()))'
+    )
+    running = [
+        subprocess.Popen(
+            [sys.executable, '-c', code, str(data_dir)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        for _ in range(2)
+    ]
     assert [int(p.communicate(timeout=60)[0]) for p in running] == [truth['train'][0].astype(int).sum()] * 2
 
 
 def test_import_is_light():
-    code = ('import sys, convnorm_jax.data, convnorm_jax.data.sources, convnorm_jax.data.splits\n'
-            'print([m for m in ("tensorflow_datasets", "sklearn", "tensorflow") if m in sys.modules])')
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
-                          cwd=Path(__file__).parents[2])
+    code = (
+        'import sys, convnorm_jax.data, convnorm_jax.data.sources, convnorm_jax.data.splits\n'
+        'print([m for m in ("tensorflow_datasets", "sklearn", "tensorflow") if m in sys.modules])'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
     assert done.stdout.strip() == '[]'

@@ -87,9 +87,7 @@ def test_the_preconditioner_makes_every_channel_an_isometry(shape, size, dtype):
     np.testing.assert_allclose(result.power_after, 1, rtol=tolerance)
     total = (result.singular_after.astype(np.float64) ** 2).sum()
     np.testing.assert_allclose(total, shape[-1] * size[0] * size[1], rtol=tolerance)
-    np.testing.assert_array_equal(
-        result.power_before, spectral.channel_power_spectrum(kernel, size)
-    )
+    np.testing.assert_array_equal(result.power_before, spectral.channel_power_spectrum(kernel, size))
     np.testing.assert_array_equal(result.singular_before, spectral.singular_values(kernel, size))
 
 

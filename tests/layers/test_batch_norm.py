@@ -10,122 +10,138 @@ from flax import linen as nn
 
 from convnorm_jax.layers import BatchNorm
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 def random(seed, *shape):
-  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def train(layer, variables, x):
-  return layer.apply(variables, x, use_running_average=False, mutable=['batch_stats'])
+    return layer.apply(variables, x, use_running_average=False, mutable=['batch_stats'])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def evaluate(layer, variables, x):
-  return layer.apply(variables, x, use_running_average=True)
+    return layer.apply(variables, x, use_running_average=True)
 
 
 @pytest.fixture(scope='module')
 def variables():
-  rng = np.random.default_rng(0)
-  return {
-      'params': {'scale': rng.uniform(0.5, 2, 3).astype(np.float32), 'bias': rng.standard_normal(3).astype(np.float32)},
-      'batch_stats': {'mean': rng.standard_normal(3).astype(np.float32), 'var': rng.uniform(0.5, 2, 3).astype(np.float32)},
-  }
+    rng = np.random.default_rng(0)
+    return {
+        'params': {
+            'scale': rng.uniform(0.5, 2, 3).astype(np.float32),
+            'bias': rng.standard_normal(3).astype(np.float32),
+        },
+        'batch_stats': {
+            'mean': rng.standard_normal(3).astype(np.float32),
+            'var': rng.uniform(0.5, 2, 3).astype(np.float32),
+        },
+    }
 
 
 def normalized(x, mean, var, variables, epsilon=1e-5):
-  p = variables['params']
-  return (np.asarray(x, np.float64) - mean) / np.sqrt(var + epsilon) * p['scale'] + p['bias']
+    p = variables['params']
+    return (np.asarray(x, np.float64) - mean) / np.sqrt(var + epsilon) * p['scale'] + p['bias']
 
 
 @pytest.mark.parametrize('shape', [(4, 5, 6, 3), (8, 3), (2, 1, 1, 3)])
 @pytest.mark.parametrize('momentum', [0.9, 0.5])
 def test_training(variables, shape, momentum):
-  x = 2 + 3 * random(1, *shape)
-  y, after = train(BatchNorm(momentum=momentum), variables, x)
-  x = x.astype(np.float64).reshape(-1, 3)
-  np.testing.assert_allclose(y.reshape(-1, 3), normalized(x, x.mean(0), x.var(0), variables), atol=2e-5)  # values to 5
-  old, stats = variables['batch_stats'], after['batch_stats']
-  np.testing.assert_allclose(stats['mean'], momentum * old['mean'] + (1 - momentum) * x.mean(0), rtol=1e-5)
-  # The unbiased variance, as in PyTorch; with two examples it is twice the biased one.
-  np.testing.assert_allclose(stats['var'], momentum * old['var'] + (1 - momentum) * x.var(0, ddof=1), rtol=1e-5)
+    x = 2 + 3 * random(1, *shape)
+    y, after = train(BatchNorm(momentum=momentum), variables, x)
+    x = x.astype(np.float64).reshape(-1, 3)
+    np.testing.assert_allclose(
+        y.reshape(-1, 3), normalized(x, x.mean(0), x.var(0), variables), atol=2e-5
+    )  # values to 5
+    old, stats = variables['batch_stats'], after['batch_stats']
+    np.testing.assert_allclose(stats['mean'], momentum * old['mean'] + (1 - momentum) * x.mean(0), rtol=1e-5)
+    # The unbiased variance, as in PyTorch; with two examples it is twice the biased one.
+    np.testing.assert_allclose(stats['var'], momentum * old['var'] + (1 - momentum) * x.var(0, ddof=1), rtol=1e-5)
 
 
 def test_evaluation(variables):
-  x = random(2, 4, 5, 6, 3)
-  stats = variables['batch_stats']
-  y = evaluate(BatchNorm(), variables, x)
-  np.testing.assert_allclose(y, normalized(x, stats['mean'], stats['var'].astype(np.float64), variables), atol=1e-5)
+    x = random(2, 4, 5, 6, 3)
+    stats = variables['batch_stats']
+    y = evaluate(BatchNorm(), variables, x)
+    np.testing.assert_allclose(y, normalized(x, stats['mean'], stats['var'].astype(np.float64), variables), atol=1e-5)
 
 
 def test_training_output_and_gradients_are_those_of_flax(variables):
-  x, cotangent = random(3, 4, 5, 6, 3), random(4, 4, 5, 6, 3)
+    x, cotangent = random(3, 4, 5, 6, 3), random(4, 4, 5, 6, 3)
 
-  def gradients(layer):
-    def loss(params, x):
-      y, _ = layer.apply({**variables, 'params': params}, x, mutable=['batch_stats'])
-      return (y * cotangent).sum(), y
-    return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables['params'], x)
+    def gradients(layer):
+        def loss(params, x):
+            y, _ = layer.apply({**variables, 'params': params}, x, mutable=['batch_stats'])
+            return (y * cotangent).sum(), y
 
-  ours = gradients(BatchNorm(use_running_average=False))
-  flax = gradients(nn.BatchNorm(use_running_average=False))
-  # Two float32 orders of the same sums over 120 values.
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, flax)
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables['params'], x)
+
+    ours = gradients(BatchNorm(use_running_average=False))
+    flax = gradients(nn.BatchNorm(use_running_average=False))
+    # Two float32 orders of the same sums over 120 values.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, flax)
 
 
 def test_variables_have_the_names_of_flax():
-  x = jax.ShapeDtypeStruct((2, 4, 4, 3), jnp.float32)
-  ours, flax = (jax.eval_shape(lambda x, m=m: m(use_running_average=True).init(jax.random.key(0), x), x)
-                for m in (BatchNorm, nn.BatchNorm))
-  assert ours == flax
-  bare = jax.eval_shape(lambda x: BatchNorm(use_running_average=True, use_affine=False).init(jax.random.key(0), x), x)
-  assert set(bare) == {'batch_stats'}
+    x = jax.ShapeDtypeStruct((2, 4, 4, 3), jnp.float32)
+    ours, flax = (
+        jax.eval_shape(lambda x, m=m: m(use_running_average=True).init(jax.random.key(0), x), x)
+        for m in (BatchNorm, nn.BatchNorm)
+    )
+    assert ours == flax
+    bare = jax.eval_shape(lambda x: BatchNorm(use_running_average=True, use_affine=False).init(jax.random.key(0), x), x)
+    assert set(bare) == {'batch_stats'}
 
 
 def test_init_leaves_the_statistics_at_their_start():
-  layer, x = BatchNorm(use_running_average=False), 5 + random(5, 4, 3)
-  stats = layer.init(jax.random.key(0), x)['batch_stats']
-  np.testing.assert_array_equal(stats['mean'], 0)
-  np.testing.assert_array_equal(stats['var'], 1)
+    layer, x = BatchNorm(use_running_average=False), 5 + random(5, 4, 3)
+    stats = layer.init(jax.random.key(0), x)['batch_stats']
+    np.testing.assert_array_equal(stats['mean'], 0)
+    np.testing.assert_array_equal(stats['var'], 1)
 
 
 def test_one_example_leaves_finite_statistics(variables):
-  y, after = train(BatchNorm(), variables, random(6, 1, 3))
-  np.testing.assert_allclose(y[0], variables['params']['bias'], atol=1e-6)
-  assert np.all(np.isfinite(after['batch_stats']['var']))
+    y, after = train(BatchNorm(), variables, random(6, 1, 3))
+    # Zero but for the rounding of mean / sqrt(epsilon) = 316 mean, 316 * eps = 4e-5 for a mean of one.
+    np.testing.assert_allclose(y[0], variables['params']['bias'], atol=5e-4)
+    assert np.all(np.isfinite(after['batch_stats']['var']))
 
 
 def test_far_from_zero(variables):
-  # Mean 1000 standard deviations away: float32 keeps 1000 * eps = 1e-4 of a deviation; the
-  # formula E[x^2] - E[x]^2 would lose 1000^2 * eps = 10 % of the variance.
-  x = 1000 + random(7, 16, 8, 8, 3)
-  y, after = train(BatchNorm(momentum=0.0), variables, x)
-  x = x.astype(np.float64).reshape(-1, 3)
-  np.testing.assert_allclose(after['batch_stats']['var'], x.var(0, ddof=1), rtol=1e-4)
-  np.testing.assert_allclose(y.reshape(-1, 3), normalized(x, x.mean(0), x.var(0), variables), atol=2e-3)
+    # Mean 1000 standard deviations away: float32 keeps 1000 * eps = 1e-4 of a deviation; the
+    # formula E[x^2] - E[x]^2 would lose 1000^2 * eps = 10 % of the variance.
+    x = 1000 + random(7, 16, 8, 8, 3)
+    y, after = train(BatchNorm(momentum=0.0), variables, x)
+    x = x.astype(np.float64).reshape(-1, 3)
+    np.testing.assert_allclose(after['batch_stats']['var'], x.var(0, ddof=1), rtol=1e-4)
+    np.testing.assert_allclose(y.reshape(-1, 3), normalized(x, x.mean(0), x.var(0), variables), atol=2e-3)
 
 
 @pytest.mark.parametrize('dtype,expected', [(None, jnp.bfloat16), (jnp.float32, jnp.float32)])
 def test_bfloat16(variables, dtype, expected):
-  x = jnp.asarray(random(8, 8, 6, 6, 3), jnp.bfloat16)
-  y, after = train(BatchNorm(dtype=dtype), variables, x)
-  assert y.dtype == expected
-  assert after['batch_stats']['mean'].dtype == after['batch_stats']['var'].dtype == jnp.float32
-  x = np.asarray(x, np.float64)
-  mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2), ddof=1)
-  old = variables['batch_stats']
-  # Statistics in float32 of the bfloat16 input: no further rounding.
-  np.testing.assert_allclose(after['batch_stats']['mean'], 0.9 * old['mean'] + 0.1 * mean, rtol=1e-5)
-  np.testing.assert_allclose(after['batch_stats']['var'], 0.9 * old['var'] + 0.1 * var, rtol=1e-5)
-  # The output is rounded once: relative error 2^-9, twice that allowed; float32 where asked for.
-  tolerance = 2**-8 if dtype is None else 1e-5
-  exact = normalized(x, mean, x.var((0, 1, 2)), variables)
-  np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=tolerance, atol=1e-5)
+    x = jnp.asarray(random(8, 8, 6, 6, 3), jnp.bfloat16)
+    y, after = train(BatchNorm(dtype=dtype), variables, x)
+    assert y.dtype == expected
+    assert after['batch_stats']['mean'].dtype == after['batch_stats']['var'].dtype == jnp.float32
+    x = np.asarray(x, np.float64)
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2), ddof=1)
+    old = variables['batch_stats']
+    # Statistics in float32 of the bfloat16 input: no further rounding.
+    np.testing.assert_allclose(after['batch_stats']['mean'], 0.9 * old['mean'] + 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(after['batch_stats']['var'], 0.9 * old['var'] + 0.1 * var, rtol=1e-5)
+    # The output is rounded once: relative error 2^-9, twice that allowed; float32 where asked for.
+    tolerance = 2**-8 if dtype is None else 1e-5
+    exact = normalized(x, mean, x.var((0, 1, 2)), variables)
+    np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=tolerance, atol=1e-5)
 
 
 def test_constant_channel_is_finite(variables):
-  x = np.full((4, 4, 4, 3), 7, np.float32)
-  y, back = jax.vjp(lambda x: train(BatchNorm(), variables, x)[0], x)
-  np.testing.assert_allclose(y, np.broadcast_to(variables['params']['bias'], y.shape), atol=2e-3)  # 7 * eps / sqrt(epsilon)
-  assert np.all(np.isfinite(back(jnp.ones_like(y))[0]))
+    x = np.full((4, 4, 4, 3), 7, np.float32)
+    y, back = jax.vjp(lambda x: train(BatchNorm(), variables, x)[0], x)
+    np.testing.assert_allclose(
+        y, np.broadcast_to(variables['params']['bias'], y.shape), atol=2e-3
+    )  # 7 * eps / sqrt(epsilon)
+    assert np.all(np.isfinite(back(jnp.ones_like(y))[0]))
