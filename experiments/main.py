@@ -4,10 +4,9 @@ python -m experiments.main --config=configs/digits_convnorm.py [--workdir=DIR]
     [--mode=train|eval] [--config.KEY=VALUE ...]
 """
 
-import os
 import sys
 
-from absl import flags
+from absl import flags, logging
 
 from experiments import command_line
 
@@ -26,20 +25,23 @@ def run(argv):
         loop.check_workdir(workdir, config)
     experiment = setup.build(config)
     if mode == 'train':
-        print(
-            f'{config.model.name} with {config.model.layer} on {experiment.source.description}: '
-            f'{len(experiment.prepared.train.labels)} training, {len(experiment.prepared.validation.labels)} validation, '
-            f'{len(experiment.prepared.test.labels)} test examples; {experiment.total_steps} steps; run folder {workdir}',
-            file=sys.stderr,
-        )
+        print(_headline(experiment, workdir), file=sys.stderr)
         loop.train(experiment, workdir)
     return report(experiment, workdir)
 
 
+def _headline(experiment, workdir):
+    config, prepared = experiment.config, experiment.prepared
+    sizes = ', '.join(f'{len(getattr(prepared, part).labels)} {part}' for part in ('train', 'validation', 'test'))
+    return (
+        f'{config.model.name} with {config.model.layer} on {experiment.source.description} ({sizes} examples), '
+        f'{experiment.total_steps} steps, run folder {workdir}'
+    )
+
+
 def main(argv=None):
     """Runs the command; a user's mistake becomes one line and exit code 2."""
-    # Orbax and JAX speak of their own matters at this level.
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant
     try:
         run(sys.argv if argv is None else argv)
     except ValueError as error:

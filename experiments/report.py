@@ -1,7 +1,6 @@
 """The end of a run: accuracy clean and attacked, pictures, `result.json` and a table."""
 
 import functools
-import json
 import os
 
 import jax
@@ -12,7 +11,7 @@ from convnorm_jax import plots
 from convnorm_jax.evaluation.layers import layer_spectra
 from convnorm_jax.training import setup
 from convnorm_jax.training.loop import restore_variables
-from convnorm_jax.training.metrics import read_rows
+from convnorm_jax.training.metrics import read_rows, write_json
 
 PICTURES = 8  # columns of the grid of attacked images
 
@@ -38,7 +37,7 @@ def report(experiment, workdir):
         **_facts(experiment, variables, progress),
         'attacked_examples': max((found['examples'] for found in attacked.values()), default=0),
     }
-    _write_json(os.path.join(workdir, 'result.json'), result)
+    write_json(os.path.join(workdir, 'result.json'), result)
     pictures = _draw(experiment, variables, attacks, workdir) if config.plots else []
     print(_table(experiment, result, attacked))
     for path in (os.path.join(workdir, 'result.json'), *pictures):
@@ -87,13 +86,6 @@ def _facts(experiment, variables, progress):
         'device': f'{experiment.mesh.size} x {jax.devices()[0].device_kind}',
         'jax': jax.__version__,
     }
-
-
-def _write_json(path, content):
-    with open(path + '.tmp', 'w') as file:
-        json.dump(content, file, indent=2)
-        file.write('\n')
-    os.replace(path + '.tmp', path)
 
 
 def _draw(experiment, variables, attacks, workdir):
@@ -154,7 +146,8 @@ def _table(experiment, result, attacked):
         [
             '',
             f'{config.model.name} with {config.model.layer} ({result["parameters"]:,} parameters) on {result["data"]}, '
-            f'seed {config.seed}, {config.eval.checkpoint} checkpoint (step {result["checkpoint_step"]} of {result["total_steps"]})',
+            f'seed {config.seed}, {config.eval.checkpoint} checkpoint '
+            f'(step {result["checkpoint_step"]} of {result["total_steps"]})',
             '',
             head,
             rule,

@@ -53,12 +53,11 @@ def create_model(
         raise ValueError(f'model.name={name!r}: expected one of {MODELS}')
     _check_sizes(name, num_classes, width, depth, stem)
     dtype = _dtype(dtype)
-    if not isinstance(layer, str):
-        if not callable(layer) or layer_options:
-            raise ValueError(
-                f'layer={layer!r} with options {sorted(layer_options)}: expected one of {LAYERS}, '
-                'or a constructor without options'
-            )
+    if not isinstance(layer, str) and (not callable(layer) or layer_options):
+        raise ValueError(
+            f'layer={layer!r} with options {sorted(layer_options)}: expected one of {LAYERS}, '
+            'or a constructor without options'
+        )
     common = dict(
         num_classes=num_classes,
         activation=make_activation(activation),

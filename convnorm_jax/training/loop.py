@@ -59,7 +59,7 @@ def _prepare_workdir(workdir, config, prepared):
     check_workdir(workdir, config)
     try:
         os.makedirs(workdir, exist_ok=True)
-        _write_json(os.path.join(workdir, 'config.json'), config.to_dict())
+        metrics_lib.write_json(os.path.join(workdir, 'config.json'), config.to_dict())
         splits.save_record(prepared, os.path.join(workdir, 'splits.npz'))
     except OSError as error:
         raise ValueError(f'--workdir={workdir}: can not write there ({error.strerror}); give another folder') from error
@@ -83,13 +83,6 @@ def load_config(workdir):
         raise ValueError(f'{path}: can not be read ({error})') from error
 
 
-def _write_json(path, content):
-    with open(path + '.tmp', 'w') as file:
-        json.dump(content, file, indent=2)
-        file.write('\n')
-    os.replace(path + '.tmp', path)
-
-
 def train(experiment, workdir):
     """Trains until the config's end, resuming whatever `workdir` holds of this run.
 
@@ -104,12 +97,11 @@ def train(experiment, workdir):
       ValueError: `workdir` holds another run, or its checkpoint can not be read.
       NonFiniteLoss: the last good checkpoint stays.
     """
-    # First: a net that can not take these pictures must not leave a folder behind.
-    state = experiment.initial_state()
+    experiment.abstract_state()  # a net that can not take these pictures must not leave a folder behind
     _prepare_workdir(workdir, experiment.config, experiment.prepared)
     checkpointer = Checkpointer(workdir, experiment.config.checkpoint.keep)
     try:
-        return _Run(experiment, workdir, checkpointer, state).run()
+        return _Run(experiment, workdir, checkpointer).run()
     finally:
         checkpointer.close()
 
@@ -120,17 +112,17 @@ def restore_variables(experiment, workdir, which):
     Raises:
       ValueError: there is no checkpoint, or it can not be read.
     """
-    checkpointer = (
-        Checkpointer(workdir, read_only=True) if os.path.isdir(os.path.join(workdir, 'checkpoints')) else None
-    )
-    step = checkpointer and (
-        checkpointer.best_step if which == 'best' and checkpointer.best_step is not None else checkpointer.latest_step
-    )
-    if step is None:
+    if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
         raise ValueError(f'--workdir={workdir}: no checkpoint there yet; train first')
-    totals = mesh_lib.replicate(experiment.mesh, metrics_lib.zero_totals())
-    arrays, progress = checkpointer.restore(step, _arrays(experiment.initial_state(), totals))
-    checkpointer.close()
+    checkpointer = Checkpointer(workdir, read_only=True)
+    try:
+        best = checkpointer.best_step if which == 'best' else None
+        step = checkpointer.latest_step if best is None else best
+        if step is None:
+            raise ValueError(f'--workdir={workdir}: no checkpoint there yet; train first')
+        arrays, progress = checkpointer.restore(step, _arrays(experiment.abstract_state(), _no_totals(experiment)))
+    finally:
+        checkpointer.close()
     return arrays['state'].eval_variables, Progress(**progress)
 
 
@@ -138,18 +130,22 @@ def _arrays(state, totals):
     return {'state': state, 'totals': totals}
 
 
+def _no_totals(experiment):
+    return mesh_lib.replicate(experiment.mesh, metrics_lib.zero_totals())
+
+
 class _Run:
     """One call of `train`: the state, the totals of the epoch so far, and the host's progress."""
 
-    def __init__(self, experiment, workdir, checkpointer, state):
+    def __init__(self, experiment, workdir, checkpointer):
         self.experiment, self.config = experiment, experiment.config
         self.checkpointer = checkpointer
-        self.state = state
-        self.totals = mesh_lib.replicate(experiment.mesh, metrics_lib.zero_totals())
-        self.progress = Progress()
+        self.totals, self.progress = _no_totals(experiment), Progress()
         latest = checkpointer.latest_step
-        if latest is not None:
-            arrays, saved = checkpointer.restore(latest, _arrays(self.state, self.totals))
+        if latest is None:
+            self.state = experiment.initial_state()
+        else:
+            arrays, saved = checkpointer.restore(latest, _arrays(experiment.abstract_state(), self.totals))
             self.state, self.totals, self.progress = arrays['state'], arrays['totals'], Progress(**saved)
         self.writer = metrics_lib.MetricWriter(workdir, self.progress.step)
         self.display = metrics_lib.Progress(experiment.total_steps, self.progress.step)
@@ -232,9 +228,9 @@ class _Run:
                 else 'there was no checkpoint yet'
             )
             raise NonFiniteLoss(
-                f'the loss or the gradient became infinite or NaN between steps {self.checked} and {self.progress.step}; '
-                f'{kept}; try a smaller config.optimizer.learning_rate ({self.config.optimizer.learning_rate}) '
-                'or config.schedule.warmup_epochs, in another --workdir'
+                f'the loss or the gradient became infinite or NaN between steps {self.checked} and '
+                f'{self.progress.step}; {kept}; try a smaller config.optimizer.learning_rate '
+                f'({self.config.optimizer.learning_rate}) or config.schedule.warmup_epochs, in another --workdir'
             )
         self.checked = self.progress.step
         return values
@@ -258,7 +254,7 @@ class _Run:
         self.display.update(step, epoch + 1, epochs, values, self.progress.examples_per_second)
         self.display.line(_epoch_line(row, epochs))
         self.writer.write(row)
-        self.totals = mesh_lib.replicate(experiment.mesh, metrics_lib.zero_totals())
+        self.totals = _no_totals(experiment)
         self._save(validation.get('accuracy'))
 
     def _rate(self, validation, step):

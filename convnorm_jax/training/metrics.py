@@ -1,6 +1,7 @@
 """Where a run's figures go: CSV, TensorBoard, and the progress line."""
 
 import csv
+import json
 import os
 import sys
 
@@ -31,6 +32,14 @@ def means(totals):
     """Host floats sum / count of (sum, count) pairs; NaN where the count is 0."""
     totals = jax.device_get(totals)
     return {name: float(s) / float(n) if n else float('nan') for name, (s, n) in totals.items()}
+
+
+def write_json(path, content):
+    """Writes a JSON file in one stroke: a reader sees the old one or the new one."""
+    with open(path + '.tmp', 'w') as file:
+        json.dump(content, file, indent=2)
+        file.write('\n')
+    os.replace(path + '.tmp', path)
 
 
 def read_rows(path):

@@ -51,15 +51,23 @@ class Experiment:
 
     def initial_state(self):
         """The state before the first step, on every device."""
-        make = functools.partial(
-            create_state,
-            self.model,
-            self.tx,
-            self.input_shape,
-            self.config.seed,
-            use_ema=self.config.train.ema_decay > 0,
+        return jax.jit(self._create, out_shardings=mesh_lib.replicated(self.mesh))()
+
+    def abstract_state(self):
+        """Shapes, dtypes and shardings of the state, without computing it.
+
+        Raises:
+          ValueError: the net can not take pictures of this size.
+        """
+        sharding = mesh_lib.replicated(self.mesh)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(self._create)
         )
-        return jax.jit(make, out_shardings=mesh_lib.replicated(self.mesh))()
+
+    def _create(self):
+        return create_state(
+            self.model, self.tx, self.input_shape, self.config.seed, use_ema=self.config.train.ema_decay > 0
+        )
 
 
 def build(config, devices=None):

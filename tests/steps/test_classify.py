@@ -1,0 +1,209 @@
+"""The training step and the evaluation step on a tiny net."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from convnorm_jax.data.augment import augment, normalize, to_float
+from convnorm_jax.models import create_model
+from convnorm_jax.steps import classify
+from convnorm_jax.steps.state import create_state, make_optimizer
+
+MEAN, STD = (0.3,), (0.4,)
+SHAPE, CLASSES = (8, 8, 1), 10
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+
+@pytest.fixture(scope='module')
+def batch():
+    random = np.random.default_rng(1)
+    images = random.integers(0, 256, (16, *SHAPE), np.uint8)
+    return {'images': jnp.asarray(images), 'labels': jnp.asarray(random.integers(0, CLASSES, 16), jnp.int32)}
+
+
+def net(layer='convnorm', **options):
+    return create_model('simple_cnn', num_classes=CLASSES, layer=layer, width=4, depth=(1,), **options)
+
+
+def make(model, *, kind='crop', tx=None, **options):
+    """(train_step, fresh state)."""
+    tx = tx or make_optimizer('sgd', 0.1, weight_decay=1e-4)
+    step = classify.make_train_step(
+        model, tx, mean=MEAN, std=STD, augment_fn=functools.partial(augment, kind=kind, padding=1), **options
+    )
+    return step, create_state(model, tx, SHAPE, 0, use_ema=options.get('ema_decay', 0) > 0)
+
+
+def close(actual, expected, atol=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol), actual, expected)
+
+
+@pytest.fixture(scope='module')
+def convnorm(batch):
+    """(jitted step, state before, state after, metrics)."""
+    step, state = make(net())
+    step = jax.jit(step)
+    return step, state, *step(state, batch)
+
+
+def test_jitted_equals_eager(convnorm, batch):
+    _, state, after, metrics = convnorm
+    eager_state, eager_metrics = make(net())[0](state, batch)
+    close(after.params, eager_state.params)
+    close(after.model_state, eager_state.model_state)
+    close(metrics, eager_metrics)
+    assert int(after.step) == int(eager_state.step) == 1
+
+
+def test_metrics_are_sums_and_counts(convnorm, batch):
+    _, state, _, metrics = convnorm
+    key = jax.random.fold_in(state.rng, 0)
+    images = normalize(to_float(augment(key, batch['images'], 'crop', 1)), MEAN, STD)
+    logits, _ = net().apply({'params': state.params, **state.model_state}, images, train=True, mutable=['batch_stats'])
+    logits, labels = np.asarray(logits, np.float64), np.asarray(batch['labels'])
+    losses = scipy.special.logsumexp(logits, axis=-1) - logits[np.arange(16), labels]
+    assert set(metrics) == {'loss', 'accuracy', 'gradient_norm'}
+    np.testing.assert_allclose(metrics['loss'], (losses.sum(), 16), rtol=1e-5)
+    np.testing.assert_allclose(metrics['accuracy'], ((logits.argmax(-1) == labels).sum(), 16))
+    assert metrics['gradient_norm'][1] == 1
+    assert all(np.asarray(v).dtype == np.float32 for pair in metrics.values() for v in pair)
+
+
+def test_the_state_moves_on_but_its_key_stays(convnorm):
+    _, state, after, _ = convnorm
+    np.testing.assert_array_equal(state.rng, after.rng)
+    stats = after.model_state['batch_stats']['conv1_1']
+    assert float(stats['count']) == 1
+    assert not np.array_equal(
+        stats['batch_norm']['mean'], state.model_state['batch_stats']['conv1_1']['batch_norm']['mean']
+    )
+
+
+def test_randomness_is_a_function_of_key_and_step(convnorm, batch):
+    step, state, after, metrics = convnorm
+    again, metrics_again = step(state, batch)
+    jax.tree.map(np.testing.assert_array_equal, (after, metrics), (again, metrics_again))
+    for other in (state.replace(step=state.step + 1), state.replace(rng=jax.random.PRNGKey(9))):
+        assert float(step(other, batch)[1]['loss'][0]) != float(metrics['loss'][0])
+
+
+@pytest.mark.parametrize('layer', ['batchnorm', 'none'])
+def test_gradient_equals_finite_differences(layer, batch):
+    # Not ConvNorm: its preconditioner is a constant to differentiation, as published.
+    with jax.enable_x64(True):
+        model = net(layer)
+        # Learning rate 1 without momentum and decay: the update is the gradient.
+        step, state = make(model, kind='none', tx=make_optimizer('sgd', 1.0, momentum=0.0))
+        step = jax.jit(step)
+        after, metrics = step(state, batch)
+        gradient = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), state.params, after.params)
+        norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
+        np.testing.assert_allclose(metrics['gradient_norm'][0], norm, rtol=1e-4)
+        for block, name, index in (
+            ('linear', 'kernel', (7, 3)),
+            ('linear', 'bias', (5,)),
+            ('conv1_1', 'conv', (1, 1, 0, 2)),
+        ):
+            losses = []
+            for sign in (1, -1):
+                params = jax.tree.map(np.array, state.params)
+                leaf = params[block]['conv']['kernel'] if name == 'conv' else params[block][name]
+                leaf[index] += sign * 1e-2
+                losses.append(float(step(state.replace(params=params), batch)[1]['loss'][0]) / 16)
+            found = gradient[block]['conv']['kernel'] if name == 'conv' else gradient[block][name]
+            np.testing.assert_allclose(found[index], (losses[0] - losses[1]) / 2e-2, rtol=0.02, atol=2e-4)
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1, 0.6])
+def test_label_smoothing(smoothing):
+    random = np.random.default_rng(2)
+    logits, labels = random.normal(size=(6, CLASSES)), random.integers(0, CLASSES, 6)
+    targets = (1 - smoothing) * np.eye(CLASSES)[labels] + smoothing / CLASSES
+    expected = -(targets * (logits - scipy.special.logsumexp(logits, axis=-1, keepdims=True))).sum(-1)
+    found = classify.classification_loss(jnp.float32(logits), jnp.int32(labels), smoothing)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_label_smoothing_reaches_the_step(convnorm, batch):
+    plain = float(convnorm[3]['loss'][0])
+    step, state = make(net(), label_smoothing=0.3)
+    assert abs(float(jax.jit(step)(state, batch)[1]['loss'][0]) - plain) > 1e-3
+
+
+def test_moving_average(batch):
+    step, state = make(net('batchnorm'), ema_decay=0.75)
+    step, expected = jax.jit(step), jax.tree.map(np.float64, state.params)
+    for _ in range(4):
+        state, _ = step(state, batch)
+        expected = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * np.float64(p), expected, state.params)
+    close(state.ema, expected, atol=1e-6)
+    assert not np.allclose(state.ema['linear']['kernel'], state.params['linear']['kernel'], atol=1e-4)
+
+
+def test_a_net_without_state(batch):
+    step, state = make(net('none'))
+    assert state.model_state == {}
+    after, metrics = jax.jit(step)(state, batch)
+    assert after.model_state == {} and np.isfinite(metrics['loss'][0])
+    assert not np.array_equal(after.params['linear']['kernel'], state.params['linear']['kernel'])
+
+
+def test_bfloat16_trains(batch):
+    step, state = make(net(dtype='bfloat16'), kind='none')
+    step, losses = jax.jit(step), []
+    for _ in range(20):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics['loss'][0]) / 16)
+    assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:2])
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.model_state))} == {'float32'}
+
+
+# --- evaluation ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def evaluation(batch):
+    """(jitted evaluation step, variables, batch without mask)."""
+    model = net('batchnorm')
+    variables = create_state(model, make_optimizer('sgd', 0.1), SHAPE, 0).eval_variables
+    return jax.jit(classify.make_eval_step(classify.make_logits_fn(model, MEAN, STD))), variables, batch
+
+
+def test_masked_equals_subset(evaluation):
+    step, variables, batch = evaluation
+    mask = np.ones(16, np.float32)
+    mask[[1, 5, 11, 12, 13, 14, 15]] = 0
+    masked = step(variables, {**batch, 'mask': mask})
+    subset = step(variables, {**{k: v[mask > 0] for k, v in batch.items()}, 'mask': np.ones(9, np.float32)})
+    close(masked, subset)
+    assert masked['loss'][1] == masked['accuracy'][1] == 9
+    whole = step(variables, {**batch, 'mask': np.ones(16, np.float32)})
+    assert whole['loss'][0] != masked['loss'][0]
+
+
+def test_a_nan_in_a_filled_up_example_does_not_spread(batch):
+    def logits_fn(variables, pixels):
+        logits = jnp.tile(jnp.arange(10.0), (len(pixels), 1)) * variables
+        return logits.at[3].set(jnp.nan)
+
+    mask = np.ones(16, np.float32)
+    mask[3] = 0
+    step = classify.make_eval_step(logits_fn)
+    metrics = step(1.0, {**batch, 'mask': mask})
+    expected = scipy.special.logsumexp(np.arange(10.0)) - np.asarray(batch['labels'])[mask > 0]
+    np.testing.assert_allclose(metrics['loss'], (expected.sum(), 15), rtol=1e-5)
+    assert np.isnan(step(1.0, {**batch, 'mask': np.ones(16, np.float32)})['loss'][0])
+
+
+def test_the_logits_function_normalizes_and_uses_fixed_statistics(evaluation):
+    _, variables, batch = evaluation
+    model, pixels = net('batchnorm'), to_float(batch['images'])
+    logits = classify.make_logits_fn(model, MEAN, STD)(variables, pixels)
+    np.testing.assert_allclose(logits, model.apply(variables, (pixels - 0.3) / 0.4, train=False), atol=1e-4)
+    alone = classify.make_logits_fn(model, MEAN, STD)(variables, pixels[:1])
+    np.testing.assert_allclose(alone, logits[:1], atol=1e-4)

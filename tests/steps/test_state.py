@@ -1,0 +1,109 @@
+"""The optimizer against PyTorch's rule, and what the state holds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from convnorm_jax.models import create_model
+from convnorm_jax.steps.state import TrainState, create_state, make_optimizer
+
+STEPS = 5
+
+
+def torch_sgd(value, grads, learning_rates, momentum, weight_decay):
+    """PyTorch's SGD in float64: decay joins the gradient, the first buffer is the gradient itself."""
+    value, buffer = np.float64(value), None
+    for gradient, rate in zip(grads, learning_rates):
+        direction = np.float64(gradient) + weight_decay * value
+        buffer = direction if buffer is None else momentum * buffer + direction
+        value = value - rate * buffer
+    return value
+
+
+def updated(tx, params, grads):
+    """Parameters after all of `grads`."""
+    opt_state = tx.init(params)
+    update = jax.jit(tx.update)
+    for gradient in grads:
+        updates, opt_state = update(gradient, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.fixture
+def problem():
+    random = np.random.default_rng(0)
+    shapes = {'conv': {'kernel': (3, 3, 2, 4), 'bias': (4,)}, 'relu': {'shift': (4,)}}
+
+    def draw():
+        return jax.tree.map(
+            lambda s: random.normal(size=s).astype(np.float32), shapes, is_leaf=lambda s: isinstance(s, tuple)
+        )
+
+    return draw(), [draw() for _ in range(STEPS)]
+
+
+@pytest.mark.parametrize('momentum', [0.9, 0.0])
+def test_sgd_is_pytorchs(problem, momentum):
+    params, grads = problem
+    rates = [0.1, 0.1, 0.01, 0.01, 0.001]
+    tx = make_optimizer('sgd', lambda step: jnp.asarray(rates)[step], momentum=momentum, weight_decay=0.3)
+    found = updated(tx, params, grads)
+    for block, name, decay in (('conv', 'kernel', 0.3), ('conv', 'bias', 0.3), ('relu', 'shift', 0.0)):
+        expected = torch_sgd(params[block][name], [g[block][name] for g in grads], rates, momentum, decay)
+        np.testing.assert_allclose(found[block][name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_sgd_is_that_of_torch_itself(problem):
+    torch = pytest.importorskip('torch')
+    params, grads = problem
+    value = torch.nn.Parameter(torch.tensor(params['conv']['kernel']))
+    optimizer = torch.optim.SGD([value], lr=0.1, momentum=0.9, weight_decay=0.3)
+    for gradient in grads:
+        value.grad = torch.tensor(gradient['conv']['kernel'])
+        optimizer.step()
+    found = updated(make_optimizer('sgd', 0.1, momentum=0.9, weight_decay=0.3), params, grads)
+    np.testing.assert_allclose(found['conv']['kernel'], value.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_adamw_decays_all_but_the_shift(problem):
+    params, grads = problem
+    plain, decayed = (
+        updated(make_optimizer('adamw', 0.01, weight_decay=decay), params, grads) for decay in (0.0, 0.5)
+    )
+    np.testing.assert_array_equal(plain['relu']['shift'], decayed['relu']['shift'])
+    # The decay joins the step, not the gradient: after one step it is exactly rate * decay * value.
+    one_plain, one_decayed = (
+        updated(make_optimizer('adamw', 0.01, weight_decay=decay), params, grads[:1]) for decay in (0.0, 0.5)
+    )
+    for name in ('kernel', 'bias'):
+        np.testing.assert_allclose(
+            one_plain['conv'][name] - one_decayed['conv'][name], 0.01 * 0.5 * params['conv'][name], atol=1e-6
+        )
+
+
+def test_unknown_optimizer():
+    with pytest.raises(ValueError, match=r"optimizer\.name='adam': expected one of .*sgd"):
+        make_optimizer('adam', 0.1)
+
+
+def test_a_fresh_state(quick_compilation):
+    model = create_model('simple_cnn', num_classes=10, layer='convnorm', width=4, depth=(1,))
+    tx = make_optimizer('sgd', 0.1)
+    make = jax.jit(lambda seed: create_state(model, tx, (8, 8, 1), seed, use_ema=True))
+    state, same, other = make(3), make(3), make(4)
+    assert isinstance(state, TrainState) and int(state.step) == 0
+    assert set(state.model_state) == {'batch_stats'}
+    jax.tree.map(np.testing.assert_array_equal, state, same)
+    kernels = [s.params['conv1_1']['kernel'] for s in (state, other)]
+    assert not np.array_equal(*kernels) and not np.array_equal(state.rng, other.rng)
+    jax.tree.map(np.testing.assert_array_equal, state.ema, state.params)
+    assert create_state(model, tx, (8, 8, 1), 3).ema is None
+
+
+def test_evaluation_takes_the_average_where_there_is_one():
+    state = TrainState(step=0, params={'a': 1}, model_state={'batch_stats': {'b': 2}}, opt_state=(), rng=None)
+    assert state.eval_variables == {'params': {'a': 1}, 'batch_stats': {'b': 2}}
+    assert state.replace(ema={'a': 5}).eval_variables == {'params': {'a': 5}, 'batch_stats': {'b': 2}}
