@@ -106,7 +106,9 @@ def _draw(experiment, variables, attacks, workdir):
 
 def _draw_attacks(experiment, variables, attacks, path, title):
     evaluator, test = experiment.evaluator, experiment.prepared.test
-    pixels, labels = test.images[:PICTURES].astype(np.float32) / 255, test.labels[:PICTURES]
+    _, first = np.unique(test.labels, return_index=True)  # the first example of each class: nobody's choice
+    chosen = first[:PICTURES]
+    pixels, labels = test.images[chosen].astype(np.float32) / 255, test.labels[chosen]
     predict = functools.partial(evaluator.predict, variables)
     attacked = {
         _label(name, experiment.config): evaluator.attack_images(

@@ -24,7 +24,6 @@ class Progress:
       step: updates done.
       best_step, best_accuracy: of the best validation accuracy so far.
       epochs_since_best: for early stopping.
-      stopped: early stopping ended the run.
       seconds, examples: training time without compilation and evaluation, and what was
         trained on in it.
     """
@@ -33,7 +32,6 @@ class Progress:
     best_step: int = 0
     best_accuracy: float = -1.0
     epochs_since_best: int = 0
-    stopped: bool = False
     seconds: float = 0.0
     examples: int = 0
 
@@ -167,7 +165,7 @@ class _Run:
     def run(self):
         total, per_epoch = self.experiment.total_steps, self.experiment.steps_per_epoch
         try:
-            while self.progress.step < total and not self.progress.stopped:
+            while self.progress.step < total and not self._out_of_patience():
                 epoch = self.progress.step // per_epoch
                 self._train_epoch(epoch, min((epoch + 1) * per_epoch, total))
                 self._end_epoch(epoch)
@@ -258,20 +256,24 @@ class _Run:
         self._save(validation.get('accuracy'))
 
     def _rate(self, validation, step):
-        """Notes the best validation accuracy, and whether to stop."""
-        progress, patience = self.progress, self.config.train.early_stopping_epochs
+        """Notes the best validation accuracy and how long ago it was."""
+        progress = self.progress
         if not validation:
             return
         if validation['accuracy'] > progress.best_accuracy:
             progress.best_step, progress.best_accuracy, progress.epochs_since_best = step, validation['accuracy'], 0
-            return
-        progress.epochs_since_best += 1
-        if patience and progress.epochs_since_best >= patience:
-            progress.stopped = True
-            self.display.line(
-                f'early stopping: no better validation accuracy than {progress.best_accuracy:.4f} '
-                f'(step {progress.best_step}) in {patience} epochs'
-            )
+        else:
+            progress.epochs_since_best += 1
+
+    def _out_of_patience(self):
+        progress, patience = self.progress, self.config.train.early_stopping_epochs
+        if not patience or progress.epochs_since_best < patience:
+            return False
+        self.display.line(
+            f'early stopping: no better validation accuracy than {progress.best_accuracy:.4f} '
+            f'(step {progress.best_step}) in {progress.epochs_since_best} epochs'
+        )
+        return True
 
     def _save(self, validation_accuracy=None):
         self.checkpointer.save(

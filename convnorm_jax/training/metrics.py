@@ -43,11 +43,12 @@ def write_json(path, content):
 
 
 def read_rows(path):
-    """Rows of a metrics.csv as dicts of floats; empty cells are left out."""
+    """Rows of a metrics.csv as dicts of floats; empty cells and rows cut short are left out."""
     if not os.path.exists(path):
         return []
     with open(path, newline='') as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]
+    return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
 
 
 class MetricWriter:

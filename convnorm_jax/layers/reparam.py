@@ -1,0 +1,264 @@
+"""Convolutions with a reparametrized kernel: spectral norm, ONI, OWN, weight norm.
+
+Each stands where `flax.linen.Conv` stands, with PyTorch's initial values, and leaves the
+normalization of its output to whatever follows. The mathematics is in `orthogonal`.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from flax.linen.module import merge_param
+
+from convnorm_jax.layers import orthogonal
+from convnorm_jax.layers.convnorm import canonical_padding, pair_of_ints
+from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init
+
+SPECTRAL_NORM_MODES = ('reshaped', 'conv')
+
+# OWN's filters in a group, unless told: the paper's figure, for the cost of the eigenvectors.
+MOST_FILTERS = 64
+
+
+class _ReparametrizedConv(nn.Module):
+    """What the convolutions of this file share.
+
+    Attributes:
+      features: output channels.
+      kernel_size: int or (kh, kw).
+      strides: int or (sh, sw).
+      padding: 'SAME', 'VALID', 'CIRCULAR' (periodic pictures, as in `flax.linen.Conv`), int,
+        or pairs, between 0 and k-1 on each side.
+      use_bias: add a learned bias.
+      dtype: of the convolution and the output, as in `flax.linen.Conv`; the kernel is
+        reparametrized in float32 always.
+      param_dtype: of the parameters.
+      precision: of the convolution's products (`jax.lax.Precision`).
+    """
+
+    features: int
+    kernel_size: int | Sequence[int] = (3, 3)
+    strides: int | Sequence[int] = (1, 1)
+    padding: str | int | Sequence[int | tuple[int, int]] = 'SAME'
+    use_bias: bool = True
+    dtype: jnp.dtype | None = None
+    param_dtype: jnp.dtype = jnp.float32
+    precision: jax.lax.PrecisionLike = None
+
+    def _parameters(self, x):
+        """(kernel, bias or None) for images x, checked."""
+        if x.ndim != 4:
+            raise ValueError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
+        if not isinstance(self.features, int) or self.features < 1:
+            raise ValueError(f'features={self.features!r}: expected a positive int')
+        kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
+        kernel = self.param('kernel', torch_kernel_init, (*kernel_size, x.shape[-1], self.features), self.param_dtype)
+        if not self.use_bias:
+            return kernel, None
+        fan_in = kernel_size[0] * kernel_size[1] * x.shape[-1]
+        return kernel, self.param('bias', torch_bias_init(fan_in), (self.features,), self.param_dtype)
+
+    def _geometry(self, image_size):
+        """(strides, padding) as `orthogonal.convolve` takes them."""
+        strides = pair_of_ints(self.strides, 'strides')
+        if self.padding == 'CIRCULAR':
+            return strides, 'CIRCULAR'
+        if isinstance(self.padding, str) and self.padding not in ('SAME', 'VALID'):
+            raise ValueError(
+                f"padding={self.padding!r}: expected 'SAME', 'VALID', 'CIRCULAR', an int or a pair for each axis"
+            )
+        kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
+        return strides, canonical_padding(self.padding, image_size, kernel_size, strides)
+
+    def _convolution(self, x, kernel, bias):
+        strides, padding = self._geometry(x.shape[1:3])
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = orthogonal.convolve(x, kernel, strides, padding, self.precision)
+        return y if bias is None else y + bias
+
+    def _scale(self, init_scale, learn_scale):
+        """Factor of every output channel, learned or constant."""
+        if not learn_scale:
+            return init_scale
+        return self.param('scale', nn.initializers.constant(init_scale), (self.features,), self.param_dtype)
+
+
+class SpectralNormConv(_ReparametrizedConv):
+    """Convolution whose kernel is divided by its largest singular value (arXiv 1802.05957).
+
+    Power iteration: each training pass moves the singular vectors u and v, kept in
+    `batch_stats` (float32), by one step; evaluation takes them as they are. The norm is
+    u^T W v with u and v constant to differentiation, as `torch.nn.utils.spectral_norm` has it.
+
+    Other attributes: those of `flax.linen.Conv`, see `_ReparametrizedConv`.
+
+    Attributes:
+      mode: 'reshaped' is the published way, the norm of the kernel as a matrix, a row for each output
+        channel: u [features], v [cin*kh*kw]. It is not the norm of the layer, which can be up to
+        sqrt(kh*kw) times as large. 'conv' takes that of the convolution itself with its padding and
+        strides, on pictures of the size it was initialized with: u [H', W', features], v [H, W, cin].
+      iterations: steps of each training pass.
+      init_iterations: steps at initialization, from random u and v. With 0, as in
+        `torch.nn.utils.spectral_norm`, evaluation before any training divides by a random
+        number; its successor in `torch.nn.utils.parametrizations` makes 15.
+      eps: u and v are divided by their norm or this, whichever is larger.
+      use_running_average: evaluation (here or in the call).
+    """
+
+    mode: str = 'reshaped'
+    iterations: int = 1
+    init_iterations: int = 15
+    eps: float = 1e-12
+    use_running_average: bool | None = None
+
+    @nn.compact
+    def __call__(self, x, use_running_average=None):
+        """[B, H, W, cin] -> [B, H', W', features]; use_running_average: True in evaluation."""
+        use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
+        self._check_options()
+        kernel, bias = self._parameters(x)
+        u_state, v_state = self._singular_vectors(kernel, x.shape[1:3])
+        u, v = u_state.value, v_state.value
+        if not use_running_average:
+            constant = self._operator(jax.lax.stop_gradient(kernel), v)
+            u, v = orthogonal.power_iteration(constant, u, v, self.iterations, self.eps)
+            if not self.is_initializing():
+                u_state.value, v_state.value = u, v
+        norm = orthogonal.norm_estimate(self._operator(kernel, v), u, v)
+        return self._convolution(x, kernel.astype(jnp.float32) / orthogonal.safe_divisor(norm), bias)
+
+    def _check_options(self):
+        if self.mode not in SPECTRAL_NORM_MODES:
+            raise ValueError(f'mode={self.mode!r}: expected one of {SPECTRAL_NORM_MODES}')
+        for name, least in (('iterations', 1), ('init_iterations', 0)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f'{name}={getattr(self, name)!r}: expected an int of {least} or more')
+
+    def _operator(self, kernel, v):
+        if self.mode == 'reshaped':
+            return orthogonal.reshaped_operator(kernel)
+        return orthogonal.convolution_operator(kernel, *self._geometry(v.shape[:2]))
+
+    def _singular_vectors(self, kernel, image_size):
+        """The variables u and v; made from the kernel and the 'params' random stream."""
+
+        @functools.cache
+        def initial():
+            shape = (kernel.size // self.features,) if self.mode == 'reshaped' else (*image_size, kernel.shape[2])
+            # Without that stream, as when statistics are made for given parameters, a fixed key.
+            key = self.make_rng('params') if self.has_rng('params') else jax.random.key(0)
+            u_key, v_key = jax.random.split(key)
+            v = orthogonal.normalized(jax.random.normal(v_key, shape, jnp.float32), self.eps)
+            operator = self._operator(jax.lax.stop_gradient(kernel), v)
+            u = jax.random.normal(u_key, jax.eval_shape(operator, v).shape, jnp.float32)
+            u = orthogonal.normalized(u, self.eps)
+            return orthogonal.power_iteration(operator, u, v, self.init_iterations, self.eps)
+
+        u = self.variable('batch_stats', 'u', lambda: initial()[0])
+        v = self.variable('batch_stats', 'v', lambda: initial()[1])
+        return u, v
+
+
+class ONIConv(_ReparametrizedConv):
+    """Convolution with filters made nearly orthogonal by Newton's iteration (arXiv 2004.00887).
+
+    Other attributes: those of `flax.linen.Conv`, see `_ReparametrizedConv`.
+
+    Attributes:
+      iterations: of Newton, the paper's T.
+      groups: of consecutive filters, each orthogonalized by itself; a divisor of features.
+      init_scale: first value of the factor `scale` of every output channel.
+      learn_scale: learn it; otherwise it stays.
+      eps: see `orthogonal.oni`.
+      rows_only: orthogonalize rows even with more filters than weights in each.
+      bounded_columns: False, as published, can diverge with more filters than weights in
+        each; see `orthogonal.oni`.
+    """
+
+    iterations: int = 3
+    groups: int = 1
+    init_scale: float = 1.414
+    learn_scale: bool = True
+    eps: float = 1e-5
+    rows_only: bool = False
+    bounded_columns: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, H, W, cin] -> [B, H', W', features]."""
+        kernel, bias = self._parameters(x)
+        _check_weights_per_filter(kernel)
+        orthogonalized = orthogonal.oni(
+            kernel, self.iterations, self.groups, self.eps, True if self.rows_only else None, self.bounded_columns
+        )
+        return self._convolution(x, orthogonalized * self._scale(self.init_scale, self.learn_scale), bias)
+
+
+class OWNConv(_ReparametrizedConv):
+    """Convolution with orthonormal filters, by an eigendecomposition (arXiv 1709.06079).
+
+    Other attributes: those of `flax.linen.Conv`, see `_ReparametrizedConv`.
+
+    Attributes:
+      groups: of consecutive filters, each orthogonalized by itself; a divisor of features
+        that leaves fewer filters in a group than a filter has weights. None takes the
+        fewest such groups of at most 64 filters. (The published class defaults to 64
+        groups: with 64 channels it only normalizes each filter.)
+      init_scale: first value of the factor `scale` of every output channel.
+      learn_scale: learn it; otherwise it stays, as published.
+    """
+
+    groups: int | None = None
+    init_scale: float = 1.414
+    learn_scale: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, H, W, cin] -> [B, H', W', features]."""
+        kernel, bias = self._parameters(x)
+        _check_weights_per_filter(kernel)
+        orthogonalized = orthogonal.own(kernel, self._group_count(kernel.size // self.features))
+        return self._convolution(x, orthogonalized * self._scale(self.init_scale, self.learn_scale), bias)
+
+    def _group_count(self, weights):
+        """Number of groups for filters of that many weights."""
+        # Centring takes one dimension.
+        most = weights - 1
+        if self.groups is None:
+            most = min(most, MOST_FILTERS)
+            return next(g for g in range(1, self.features + 1) if self.features % g == 0 and self.features // g <= most)
+        if not isinstance(self.groups, int) or self.groups < 1 or self.features % self.groups:
+            raise ValueError(f'groups={self.groups!r}: expected a divisor of features={self.features}, or None')
+        if self.features // self.groups > most:
+            raise ValueError(
+                f'groups={self.groups} with features={self.features}: at most {most} centred filters of {weights} '
+                'weights can be orthogonal; give more groups, or None'
+            )
+        return self.groups
+
+
+class WeightNormConv(_ReparametrizedConv):
+    """Convolution whose filters have a learned norm, scale * kernel / ||kernel|| (arXiv 1602.07868).
+
+    `scale`, [features], starts as the norms of the kernel, so that the first output is that of
+    the plain convolution: PyTorch's start, not the paper's data-dependent one.
+
+    Attributes: those of `flax.linen.Conv`, see `_ReparametrizedConv`.
+    """
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, H, W, cin] -> [B, H', W', features]."""
+        kernel, bias = self._parameters(x)
+        scale = self.param('scale', lambda key: orthogonal.filter_norms(kernel).astype(self.param_dtype))
+        return self._convolution(x, orthogonal.weight_norm(kernel, scale), bias)
+
+
+def _check_weights_per_filter(kernel):
+    if kernel.shape[0] * kernel.shape[1] * kernel.shape[2] == 1:
+        raise ValueError(
+            f'kernel_size={kernel.shape[:2]} with one input channel: a filter of one weight, less its mean, is zero'
+        )
