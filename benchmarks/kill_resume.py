@@ -2,9 +2,10 @@
 
     python -m benchmarks.kill_resume [--kills=3] [--seed=0] [--config=configs/digits_convnorm.py]
 
-One run is left alone. The other is killed, at a moment drawn uniformly from the time the
-first needed, and started again with the same command, until it ends by itself. Both must
-end with the same state, bit for bit, and the same metrics.csv (but for the speed column).
+One run is left alone. The other is started, killed at a moment drawn uniformly from the
+time that the first one took (start-up and compilation included), and started again with the
+same command, as often as asked or until it ends. Both must end with the same state, bit for
+bit, and the same metrics.csv (but for the speed column).
 """
 
 import argparse
@@ -46,12 +47,9 @@ def latest_step(workdir):
 
 
 def run_and_kill(options, workdir, delay):
-    """Runs for `delay` seconds after training starts; True if it was killed before its end."""
+    """Runs for `delay` seconds, None for ever; True if it was killed before its end."""
     with open(workdir + '.log', 'a') as log:
         process = subprocess.Popen(command(options, workdir), stdout=log, stderr=log)
-        before = latest_step(workdir)
-        while process.poll() is None and latest_step(workdir) <= before:
-            time.sleep(0.02)
         try:
             process.wait(delay)
         except subprocess.TimeoutExpired:
@@ -59,7 +57,8 @@ def run_and_kill(options, workdir, delay):
             process.wait()
             return True
     if process.returncode:
-        raise SystemExit(f'the run failed by itself (exit {process.returncode}): see {workdir}.log')
+        with open(workdir + '.log') as log:
+            raise SystemExit(f'the run failed by itself (exit {process.returncode}):\n{log.read()[-2000:]}')
     return False
 
 
@@ -94,7 +93,7 @@ def main():
         seconds = time.time() - start
         print(f'uninterrupted: step {latest_step(alone)} in {seconds:.0f} s', flush=True)
         for kill in range(options.kills):
-            if not run_and_kill(options, killed, generator.uniform(0, seconds / (2 * options.kills))):
+            if not run_and_kill(options, killed, generator.uniform(0, seconds)):
                 print(f'kill {kill + 1}: came too late, the run had ended')
                 break
             print(f'kill {kill + 1}: newest checkpoint then was step {latest_step(killed)}', flush=True)

@@ -29,6 +29,17 @@ def get_config():
     config.model.convnorm.spectrum = 'running'  # at inference; or exact
     config.model.groupnorm = ConfigDict()
     config.model.groupnorm.groups = 32
+    config.model.spectralnorm = ConfigDict()
+    config.model.spectralnorm.mode = 'reshaped'  # the published way; or conv: the norm of the convolution
+    config.model.spectralnorm.iterations = 1  # of power iteration in a step
+    config.model.oni = ConfigDict()
+    config.model.oni.iterations = 3  # of Newton, the paper's T
+    config.model.oni.groups = 1
+    config.model.oni.init_scale = 1.414
+    config.model.oni.bounded_columns = False  # False as published, where the column case can diverge
+    config.model.own = ConfigDict()
+    config.model.own.groups = config_dict.placeholder(int)  # None: the fewest of at most 64 filters
+    config.model.own.init_scale = 1.414
 
     config.data = ConfigDict()
     config.data.name = 'digits'

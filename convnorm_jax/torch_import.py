@@ -10,8 +10,8 @@ from flax import traverse_util
 from convnorm_jax.models.plain import PlainNet, SimpleCNN2
 from convnorm_jax.models.resnet import ResNet
 
-# (our name within a convolution block, its published name). {norm} is the published
-# name of the normalization after a plain convolution.
+# (our name within a convolution block, its published names, of which a state dict has
+# one at most). {norm} is the published name of the normalization after the convolution.
 _BLOCK_NAMES = {
     ('kernel',): '{conv}.weight',
     ('affine_kernel',): '{conv}.bpconv.weight',
@@ -21,15 +21,18 @@ _BLOCK_NAMES = {
     ('batch_norm', 'mean'): '{conv}.batch_norm.running_mean',
     ('batch_norm', 'var'): '{conv}.batch_norm.running_var',
     ('preconditioner',): '{conv}.running_V',
-    ('conv', 'kernel'): '{conv}.weight',
-    ('conv', 'bias'): '{conv}.bias',
+    ('conv', 'kernel'): '{conv}.weight {conv}.conv.weight_orig {conv}.weight_v',
+    ('conv', 'bias'): '{conv}.bias {conv}.conv.bias',
+    ('conv', 'scale'): '{conv}.WNScale {conv}.weight_g',
+    ('conv', 'u'): '{conv}.conv.weight_u',
+    ('conv', 'v'): '{conv}.conv.weight_v',
     ('norm', 'scale'): '{norm}.weight',
     ('norm', 'bias'): '{norm}.bias',
     ('norm', 'mean'): '{norm}.running_mean',
     ('norm', 'var'): '{norm}.running_var',
     ('shift',): '{conv}.srelu_bias',
 }
-_OPTIONAL = re.compile(r'running_mean$|running_var$|running_V$')
+_OPTIONAL = re.compile(r'running_mean$|running_var$|running_V$|\.conv\.weight_[uv]$')
 _IGNORED = re.compile(r'num_batches_tracked$')
 
 
@@ -54,12 +57,12 @@ def import_state_dict(model, state_dict, input_shape):
     shape = tuple(input_shape) if len(input_shape) == 4 else (1, *input_shape)
     images = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
     template = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    state_dict = {k.removeprefix('module.'): np.asarray(v) for k, v in state_dict.items() if not _IGNORED.search(k)}
     wanted = {
-        path: (published_name(model, path[1:]), leaf)
+        path: (published_name(model, path[1:], state_dict), leaf)
         for path, leaf in traverse_util.flatten_dict(template).items()
         if path[-1] != 'count'
     }
-    state_dict = {k.removeprefix('module.'): np.asarray(v) for k, v in state_dict.items() if not _IGNORED.search(k)}
     # A layer that was never trained has a placeholder of one zero for its spectrum.
     state_dict = {k: v for k, v in state_dict.items() if not (k.endswith('running_V') and v.shape == (1,))}
     _check_names(wanted, state_dict)
@@ -83,8 +86,14 @@ def _fresh_statistics(model, params, shape):
     return jax.jit(initialize)(params)
 
 
-def published_name(model, path):
+def published_name(model, path, given=()):
     """Published name of a parameter or statistic, from its path of module names.
+
+    Args:
+      model: see `import_state_dict`.
+      path: names of modules, and of the leaf.
+      given: the names in a state dict: of several published names that one counts which
+        is among them.
 
     Raises:
       ValueError: the net or its layer has no published counterpart.
@@ -103,7 +112,8 @@ def published_name(model, path):
             'import into one of convnorm, batchnorm, none'
         )
     conv, norm = _published_modules(model, modules, block)
-    return _BLOCK_NAMES[leaf].format(conv=conv, norm=norm)
+    names = _BLOCK_NAMES[leaf].format(conv=conv, norm=norm).split()
+    return next((name for name in names if name in given), names[0])
 
 
 def _published_modules(model, modules, block):
@@ -143,7 +153,7 @@ def _convert(name, array, leaf):
     if name.endswith('running_V') and array.ndim == 3:
         # The half spectrum does not tell an even width from an odd one: the leaf does.
         array = _full_spectrum(array.transpose(1, 2, 0), leaf.shape[1])
-    elif name.endswith('srelu_bias'):
+    elif name.endswith(('srelu_bias', 'WNScale', 'weight_g')):
         array = array.reshape(-1)
     elif array.ndim == 4:
         array = array.transpose(2, 3, 1, 0)

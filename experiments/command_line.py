@@ -3,6 +3,7 @@
 import difflib
 import glob
 import importlib.util
+import itertools
 import os
 
 from absl import flags
@@ -58,7 +59,8 @@ def _with_config(argv):
         return argv, path
     if any(a.lstrip('-') in ('help', 'helpfull', 'helpshort', 'h', '?') for a in argv):
         return argv, None
-    if not any(a.lstrip('-') == 'mode=eval' for a in argv) and argv[-1:] != ['eval']:
+    words = [a.lstrip('-') for a in argv]
+    if 'mode=eval' not in words and ('mode', 'eval') not in itertools.pairwise(words):
         raise ValueError(f'--config is missing: give one of {_configs()}')
     return [argv[0], f'--config={_BASE}', *argv[1:]], _BASE
 
@@ -82,7 +84,23 @@ def _load(path):
         raise ValueError(f'--config={path}: {type(error).__name__}: {error}') from error
     if not isinstance(config, ConfigDict):
         raise ValueError(f'--config={path}: get_config() returns a {type(config).__name__}, expected a ConfigDict')
+    if path != _BASE:
+        _check_keys(path, config, _load(_BASE))
     return config
+
+
+def _check_keys(path, config, base):
+    """Raises ValueError unless a config file has the keys of the base config, and no others."""
+    given, known = set(_all_keys(config)), set(_all_keys(base))
+    for key in sorted(given - known):
+        close = difflib.get_close_matches(key, known, 1)
+        hint = f'; did you mean config.{close[0]}?' if close else ''
+        raise ValueError(f'--config={path}: sets config.{key}, which configs/default.py does not have{hint}')
+    if known - given:
+        raise ValueError(
+            f'--config={path}: lacks config.{min(known - given)}; start from configs/default.py: '
+            'config = default.get_config()'
+        )
 
 
 def _check_overrides(argv, config):
@@ -147,7 +165,7 @@ def _split_names(config):
 
 def _run_config(given, workdir, config_lib):
     """The config of the run in `workdir`, with what this command line overrides."""
-    from convnorm_jax.training.loop import load_config
+    from convnorm_jax.training.workdir import load_config
 
     saved = load_config(workdir)
     merged = ConfigDict(given.to_dict())

@@ -4,6 +4,7 @@ python -m experiments.main --config=configs/digits_convnorm.py [--workdir=DIR]
     [--mode=train|eval] [--config.KEY=VALUE ...]
 """
 
+import os
 import sys
 
 from absl import flags, logging
@@ -14,20 +15,26 @@ flags.DEFINE_string('workdir', None, "the run's folder (default: runs/ and a nam
 flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'train and report, or evaluate what --workdir holds')
 
 
-def run(argv):
-    """One command, from its arguments; user errors are raised as ValueError."""
-    config, workdir, mode = command_line.parse(argv)
+def run():
+    """One command, from `sys.argv`; returns the exit code. User errors are raised as ValueError."""
+    config, workdir, mode = command_line.parse(sys.argv)
     # Only now: a mistake on the command line is answered before anything heavy is loaded.
     from convnorm_jax.training import loop, setup
+    from convnorm_jax.training.workdir import check_workdir
     from experiments.report import report
 
     if mode == 'train':
-        loop.check_workdir(workdir, config)
+        check_workdir(workdir, config)
     experiment = setup.build(config)
     if mode == 'train':
         print(_headline(experiment, workdir), file=sys.stderr)
-        loop.train(experiment, workdir)
-    return report(experiment, workdir)
+        try:
+            loop.train(experiment, workdir)
+        except loop.Stopped as stop:
+            print(stop, file=sys.stderr)
+            return 128 + stop.signal  # what a shell says of a process that a signal ended
+    report(experiment, workdir)
+    return 0
 
 
 def _headline(experiment, workdir):
@@ -39,18 +46,25 @@ def _headline(experiment, workdir):
     )
 
 
-def main(argv=None):
-    """Runs the command; a user's mistake becomes one line and exit code 2."""
+def main():
+    """Runs the command; a user's mistake becomes one line and exit code 2.
+
+    CONVNORM_TRACEBACK=1 in the environment shows where in the code it was noticed.
+    """
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant
+    if any(argument.lstrip('-') in ('help', 'h') for argument in sys.argv[1:]):
+        print(__doc__.strip(), '\n\nEvery key of a config is in configs/default.py.', sep='')
+        return 0
     try:
-        run(sys.argv if argv is None else argv)
+        return run()
     except ValueError as error:
+        if os.environ.get('CONVNORM_TRACEBACK'):
+            raise
         print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
+        print('interrupted', file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == '__main__':

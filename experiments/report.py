@@ -25,7 +25,7 @@ def report(experiment, workdir):
       The flat dict of `result.json`.
     """
     config, evaluator = experiment.config, experiment.evaluator
-    variables, progress = restore_variables(experiment, workdir, config.eval.checkpoint)
+    variables, chosen, final = restore_variables(experiment, workdir, config.eval.checkpoint)
     test = experiment.data['test']
     clean = evaluator.evaluate(variables, test)
     attacks = setup.attack_settings(config)
@@ -34,19 +34,18 @@ def report(experiment, workdir):
         'test_accuracy': clean['accuracy'],
         'test_loss': clean['loss'],
         **{f'{name}_accuracy': found['accuracy'] for name, found in attacked.items()},
-        **_facts(experiment, variables, progress),
+        **_facts(experiment, variables, chosen, final),
         'attacked_examples': max((found['examples'] for found in attacked.values()), default=0),
     }
     write_json(os.path.join(workdir, 'result.json'), result)
-    pictures = _draw(experiment, variables, attacks, workdir) if config.plots else []
-    print(_table(experiment, result, attacked))
-    for path in (os.path.join(workdir, 'result.json'), *pictures):
+    print(_table(experiment, result, attacked), f'wrote {os.path.join(workdir, "result.json")}', sep='\n', flush=True)
+    for path in _draw(experiment, variables, attacks, workdir) if config.plots else ():
         print(f'wrote {path}')
     return result
 
 
 def _attack(experiment, variables, name, attack):
-    with tqdm(desc=f'attacking: {name}', unit='example', mininterval=1, leave=False) as bar:
+    with tqdm(desc=f'attacking: {name}', unit='example', mininterval=1, leave=False, disable=None) as bar:
 
         def progress(done, total):
             bar.total = total
@@ -62,8 +61,8 @@ def _attack(experiment, variables, name, attack):
         )
 
 
-def _facts(experiment, variables, progress):
-    config = experiment.config
+def _facts(experiment, variables, chosen, final):
+    config, rated = experiment.config, chosen.best_accuracy >= 0  # without validation nothing is the best
     return {
         'model': config.model.name,
         'layer': config.model.layer,
@@ -73,16 +72,16 @@ def _facts(experiment, variables, progress):
         'test_examples': len(experiment.prepared.test.labels),
         'algorithm': config.train.algorithm,
         'seed': config.seed,
-        'checkpoint': config.eval.checkpoint,
-        'checkpoint_step': progress.step,
+        'checkpoint': config.eval.checkpoint if rated else 'latest',
+        'checkpoint_step': chosen.step,
         'total_steps': experiment.total_steps,
-        'best_validation_accuracy': progress.best_accuracy,
+        'best_validation_accuracy': final.best_accuracy if rated else None,
         'epsilon': config.attack.epsilon,
         'step_size': config.attack.step_size,
         'pgd_steps': config.attack.pgd_steps,
         'restarts': config.attack.restarts,
-        'examples_per_second': progress.examples_per_second,
-        'training_seconds': progress.seconds,
+        'examples_per_second': final.examples_per_second,
+        'training_seconds': final.seconds,
         'device': f'{experiment.mesh.size} x {jax.devices()[0].device_kind}',
         'jax': jax.__version__,
     }
@@ -148,7 +147,7 @@ def _table(experiment, result, attacked):
         [
             '',
             f'{config.model.name} with {config.model.layer} ({result["parameters"]:,} parameters) on {result["data"]}, '
-            f'seed {config.seed}, {config.eval.checkpoint} checkpoint '
+            f'seed {config.seed}, {result["checkpoint"]} checkpoint '
             f'(step {result["checkpoint_step"]} of {result["total_steps"]})',
             '',
             head,

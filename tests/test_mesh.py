@@ -48,9 +48,7 @@ def trained(request):
 def test_four_devices_train_as_one(trained):
     (_, _, one, history), (mesh, _, four, history4) = trained[1], trained[4]
     assert mesh.size == 4 and len(four.params['linear']['kernel'].sharding.device_set) == 4
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-3, atol=2e-5), one, four
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-3, atol=2e-5), one, four)
     for a, b in zip(history, history4):
         np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-4)
         np.testing.assert_array_equal(a['accuracy'], b['accuracy'])

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from convnorm_jax.evaluation.spectral import layer_spectrum
 from convnorm_jax.layers import spectral
+from convnorm_jax.layers.batch_norm import BatchNorm
 from convnorm_jax.layers.convnorm import ConvNorm
 from convnorm_jax.layers.factory import ConvThenNorm
 
@@ -20,16 +21,14 @@ class LayerSite:
     Attributes:
       name: path of its module, joined by '/'.
       path: the same as a tuple.
-      module: type of the module.
+      module: the module itself, for its attributes.
       grid: size of its full convolution, for the pictures it sees.
-      epsilon: of the BatchNorm that scales it, if one does.
     """
 
     name: str
     path: tuple
-    module: type
+    module: nn.Module
     grid: tuple
-    epsilon: float
 
 
 def find_layers(model, variables, input_shape):
@@ -49,7 +48,7 @@ def find_layers(model, variables, input_shape):
             kernel_size = tuple(module.kernel_size)
             if kernel_size != (1, 1):
                 grid = spectral.grid_size(args[0].shape[1:3], kernel_size)
-                sites.append(LayerSite('/'.join(module.path), module.path, type(module), grid, 1e-5))
+                sites.append(LayerSite('/'.join(module.path), module.path, module, grid))
         return call(*args, **kwargs)
 
     images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
@@ -67,9 +66,10 @@ def _inside(tree, path):
 def layer_spectra(model, variables, input_shape, most=6):
     """Power spectra and singular values before and after normalization, as measured.
 
-    Normalization is ConvNorm's preconditioner in use (the running one), or the scale
-    gamma / sqrt(variance) of the BatchNorm behind the convolution; for other layers both
-    are the same. The stride and ConvNorm's channel-wise convolution are not counted.
+    Normalization is ConvNorm's preconditioner in use (the running one, or the exact one),
+    or the scale gamma / sqrt(variance) of the BatchNorm behind the convolution; for other
+    layers both are the same. The stride, and ConvNorm's channel-wise convolution and
+    BatchNorm, are not counted. Reparametrized kernels (spectral norm, ONI ...) are left out.
 
     Args:
       most: only so many layers, evenly chosen.
@@ -77,24 +77,28 @@ def layer_spectra(model, variables, input_shape, most=6):
     Returns:
       List of `spectral.LayerSpectrum`.
     """
-    sites = find_layers(model, variables, input_shape)
+    sites = [
+        site
+        for site in find_layers(model, variables, input_shape)
+        if isinstance(site.module, ConvNorm) or site.module.conv is None
+    ]
     chosen = sorted({round(i) for i in np.linspace(0, len(sites) - 1, min(most, len(sites)))})
     return [_measure(sites[i], variables) for i in chosen]
 
 
 def _measure(site, variables):
     params, stats = (_inside(variables.get(c, {}), site.path) for c in ('params', 'batch_stats'))
-    if site.module is ConvNorm:
+    if isinstance(site.module, ConvNorm):
         kernel = params['kernel']
-        v = stats.get('preconditioner')
-        v = spectral.preconditioner(kernel, site.grid) if v is None or v.shape[:2] != site.grid else v
+        exact = site.module.spectrum == 'exact'
+        v = spectral.preconditioner(kernel, site.grid) if exact else stats['preconditioner']
         scale = np.asarray(v)[:, : site.grid[1] // 2 + 1]
     else:
-        kernel, scale = params['conv']['kernel'], _batch_norm_scale(params, stats, site.epsilon)
+        kernel, scale = params['conv']['kernel'], _batch_norm_scale(params, stats)
     return layer_spectrum(site.name, np.asarray(kernel, np.float32), site.grid, scale)
 
 
-def _batch_norm_scale(params, stats, epsilon):
+def _batch_norm_scale(params, stats):
     if 'norm' not in stats:
-        return None
-    return np.asarray(params['norm']['scale']) / np.sqrt(np.asarray(stats['norm']['var']) + epsilon)
+        return np.ones(params['conv']['kernel'].shape[-1], np.float32)
+    return np.asarray(params['norm']['scale']) / np.sqrt(np.asarray(stats['norm']['var']) + BatchNorm.epsilon)

@@ -14,12 +14,17 @@ from flax import linen as nn
 from convnorm_jax.layers.batch_norm import BatchNorm
 from convnorm_jax.layers.convnorm import ConvNorm, pair_of_ints
 from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init
+from convnorm_jax.layers.reparam import ONIConv, OWNConv, SpectralNormConv, WeightNormConv
 
 # Options each layer understands, beside dtype.
 LAYER_OPTIONS = {
     'convnorm': ('use_affine', 'use_batch_norm', 'momentum', 'spectrum'),
     'batchnorm': (),
     'groupnorm': ('groups',),
+    'spectralnorm': ('mode', 'iterations'),
+    'oni': ('iterations', 'groups', 'init_scale', 'learn_scale', 'bounded_columns'),
+    'own': ('groups', 'init_scale', 'learn_scale'),
+    'weightnorm': (),
     'none': (),
 }
 LAYERS = tuple(LAYER_OPTIONS)
@@ -30,6 +35,7 @@ class ConvThenNorm(nn.Module):
 
     Attributes:
       features, kernel_size, strides, padding, use_bias, dtype: as in `flax.linen.Conv`.
+      conv: constructor of the convolution, one of `layers.reparam`'s; None is the plain one.
       norm: constructor of the normalization, or None.
     """
 
@@ -38,25 +44,28 @@ class ConvThenNorm(nn.Module):
     strides: int | Sequence[int] = (1, 1)
     padding: str | int | Sequence = 'SAME'
     use_bias: bool = False
+    conv: Callable[..., nn.Module] | None = None
     norm: Callable[..., nn.Module] | None = None
     dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x):
         kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
-        fan_in = kernel_size[0] * kernel_size[1] * x.shape[-1]
-        x = nn.Conv(
+        conv = self.conv or _plain_conv(kernel_size[0] * kernel_size[1] * x.shape[-1])
+        x = conv(
             self.features,
             kernel_size,
             self.strides,
             self.padding,
             use_bias=self.use_bias,
-            kernel_init=torch_kernel_init,
-            bias_init=torch_bias_init(fan_in),
             dtype=self.dtype,
             name='conv',
         )(x)
         return x if self.norm is None else self.norm(name='norm')(x)
+
+
+def _plain_conv(fan_in):
+    return functools.partial(nn.Conv, kernel_init=torch_kernel_init, bias_init=torch_bias_init(fan_in))
 
 
 def _group_count(channels, wanted):
@@ -99,9 +108,17 @@ def _convnorm(
     )
 
 
-def _batchnorm(options, dtype, features, kernel_size, *, train=False, **conv):
+def _batchnorm(options, dtype, features, kernel_size, *, train=False, conv=None, **settings):
     norm = functools.partial(BatchNorm, use_running_average=not train, dtype=dtype, **options)
-    return ConvThenNorm(features, kernel_size, norm=norm, dtype=dtype, **conv)
+    return ConvThenNorm(features, kernel_size, conv=conv, norm=norm, dtype=dtype, **settings)
+
+
+def _reparametrized(conv, options, dtype, features, kernel_size, *, train=False, **settings):
+    """A reparametrized convolution and BatchNorm, as the published nets have them."""
+    state = {'use_running_average': not train} if conv is SpectralNormConv else {}
+    return _batchnorm(
+        {}, dtype, features, kernel_size, train=train, conv=functools.partial(conv, **options, **state), **settings
+    )
 
 
 def _groupnorm(options, dtype, features, kernel_size, *, train=False, **conv):
@@ -116,4 +133,13 @@ def _plain(options, dtype, features, kernel_size, *, train=False, **conv):
     return ConvThenNorm(features, kernel_size, dtype=dtype, **conv)
 
 
-_BUILDERS = {'convnorm': _convnorm, 'batchnorm': _batchnorm, 'groupnorm': _groupnorm, 'none': _plain}
+_BUILDERS = {
+    'convnorm': _convnorm,
+    'batchnorm': _batchnorm,
+    'groupnorm': _groupnorm,
+    'spectralnorm': functools.partial(_reparametrized, SpectralNormConv),
+    'oni': functools.partial(_reparametrized, ONIConv),
+    'own': functools.partial(_reparametrized, OWNConv),
+    'weightnorm': functools.partial(_reparametrized, WeightNormConv),
+    'none': _plain,
+}

@@ -1,5 +1,6 @@
 """Checkpoints by Orbax: atomic, asynchronous, the latest and the best kept."""
 
+import contextlib
 import os
 
 import jax
@@ -34,11 +35,22 @@ class Checkpointer:
             create=not read_only,
             cleanup_tmp_directories=not read_only,
         )
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=options,
-            item_handlers={'arrays': ocp.StandardCheckpointHandler(), 'progress': ocp.JsonCheckpointHandler()},
-        )
+        handlers = {'arrays': ocp.StandardCheckpointHandler(), 'progress': ocp.JsonCheckpointHandler()}
+        with self._readable(self.folder):
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+            self._manager.best_step()  # reads the ratings, which may be damaged
+
+    @contextlib.contextmanager
+    def _readable(self, folder):
+        """Turns what Orbax raises for a damaged folder, which is of many kinds, into one line."""
+        try:
+            yield
+        except Exception as error:
+            reason = f'{type(error).__name__}: {error}'.strip().split('\n')[0][:200]
+            raise ValueError(
+                f'{folder}: the checkpoint can not be read ({reason}); '
+                'move the damaged step away to go on from the one before it'
+            ) from error
 
     @property
     def latest_step(self):
@@ -79,18 +91,15 @@ class Checkpointer:
           ValueError: the checkpoint can not be read as such.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
-            )
-        except Exception as error:  # Orbax raises many kinds for a damaged folder
-            reason = str(error).strip().split('\n')[0][:200]
-            raise ValueError(
-                f'{self.folder}/{step}: the checkpoint can not be read ({type(error).__name__}: {reason}); '
-                f'move this folder away to go on from the one before it'
-            ) from error
+        items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
+        with self._readable(f'{self.folder}/{step}'):
+            restored = self._manager.restore(step, args=items)
         return restored['arrays'], restored['progress']
+
+    def restore_progress(self, step):
+        """The progress alone, see `restore`."""
+        with self._readable(f'{self.folder}/{step}'):
+            return self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))['progress']
 
     def close(self):
         """Waits for what is being written."""

@@ -8,6 +8,7 @@ from convnorm_jax.evaluation.classifier import ATTACKS
 from convnorm_jax.layers.activations import ACTIVATIONS
 from convnorm_jax.layers.convnorm import SPECTRUM_MODES
 from convnorm_jax.layers.factory import LAYERS
+from convnorm_jax.layers.reparam import SPECTRAL_NORM_MODES
 from convnorm_jax.models.classifiers import DTYPES, MODELS, create_model
 from convnorm_jax.models.resnet import STEMS
 from convnorm_jax.steps.state import OPTIMIZERS
@@ -22,6 +23,7 @@ _CHOICES = {
     'model.activation': ACTIVATIONS,
     'model.dtype': DTYPES,
     'model.convnorm.spectrum': SPECTRUM_MODES,
+    'model.spectralnorm.mode': SPECTRAL_NORM_MODES,
     'data.name': NAMES,
     'data.augmentation': AUGMENTATIONS,
     'data.validation': VALIDATION_KINDS,
@@ -39,6 +41,12 @@ _RANGES = {
     'model.width': (1, 2**16, True, True),
     'model.convnorm.momentum': (0, 1, True, False),
     'model.groupnorm.groups': (1, 2**16, True, True),
+    'model.spectralnorm.iterations': (1, 1000, True, True),
+    'model.oni.iterations': (1, 1000, True, True),
+    'model.oni.groups': (1, 2**16, True, True),
+    'model.oni.init_scale': (0, 1e6, False, True),
+    'model.own.groups': (1, 2**16, True, True),
+    'model.own.init_scale': (0, 1e6, False, True),
     'data.batch_size': (1, 2**20, True, True),
     'data.crop_padding': (0, 512, True, True),
     'data.validation_fraction': (0, 1, True, False),
@@ -166,11 +174,14 @@ def _check_milestones(milestones):
 
 
 def differences(saved, given):
-    """Keys that make `given` another run than `saved`: {key: (saved value, given value)}."""
+    """Keys that make `given` another run than `saved`: {key: (saved value, given value)}.
+
+    Keys that `saved` lacks came with a later version and are passed over.
+    """
     saved, given = flatten(saved), flatten(given)
     return {
         key: (saved.get(key), given.get(key))
-        for key in sorted({*saved, *given})
+        for key in sorted(saved)
         if saved.get(key) != given.get(key) and not key.startswith(FREE_KEYS)
     }
 

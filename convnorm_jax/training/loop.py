@@ -1,19 +1,20 @@
 """The one training loop. A new algorithm is a new step, never another loop."""
 
 import dataclasses
-import json
 import math
 import os
 import time
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from convnorm_jax import mesh as mesh_lib
-from convnorm_jax.data import pipeline, splits
+from convnorm_jax.data import pipeline
 from convnorm_jax.training import metrics as metrics_lib
 from convnorm_jax.training.checkpoint import Checkpointer
-from convnorm_jax.training.config import check_same_run
+from convnorm_jax.training.interrupt import StopRequest
+from convnorm_jax.training.workdir import prepare_workdir, save_config
 
 
 @dataclasses.dataclass
@@ -45,40 +46,16 @@ class NonFiniteLoss(ValueError):
     """The loss or the gradient became infinite or NaN."""
 
 
-def check_workdir(workdir, config):
-    """Raises ValueError if a folder holds checkpoints of a run with another config."""
-    folder = os.path.join(workdir, 'checkpoints')
-    if os.path.isdir(folder) and os.listdir(folder):
-        check_same_run(load_config(workdir), config.to_dict(), workdir)
+class Stopped(Exception):
+    """The run was asked to stop, and saved.
 
-
-def _prepare_workdir(workdir, config, prepared):
-    """Makes a run's folder, or checks that it holds this same run; saves config and splits."""
-    check_workdir(workdir, config)
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        metrics_lib.write_json(os.path.join(workdir, 'config.json'), config.to_dict())
-        splits.save_record(prepared, os.path.join(workdir, 'splits.npz'))
-    except OSError as error:
-        raise ValueError(f'--workdir={workdir}: can not write there ({error.strerror}); give another folder') from error
-
-
-def load_config(workdir):
-    """The config a run was started with, as nested dicts.
-
-    Raises:
-      ValueError: there is none, or it can not be read.
+    Attributes:
+      signal: number of the signal that asked.
     """
-    path = os.path.join(workdir, 'config.json')
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f'--workdir={workdir}: no run there (no config.json); train one first, or give its folder'
-        ) from error
-    except (json.JSONDecodeError, OSError) as error:
-        raise ValueError(f'{path}: can not be read ({error})') from error
+
+    def __init__(self, signal, step):
+        super().__init__(f'stopped and saved at step {step}; the same command goes on from there')
+        self.signal = signal
 
 
 def train(experiment, workdir):
@@ -94,18 +71,24 @@ def train(experiment, workdir):
     Raises:
       ValueError: `workdir` holds another run, or its checkpoint can not be read.
       NonFiniteLoss: the last good checkpoint stays.
+      Stopped: after a SIGINT or SIGTERM, with everything saved.
     """
     experiment.abstract_state()  # a net that can not take these pictures must not leave a folder behind
-    _prepare_workdir(workdir, experiment.config, experiment.prepared)
+    prepare_workdir(workdir, experiment.config, experiment.prepared)
     checkpointer = Checkpointer(workdir, experiment.config.checkpoint.keep)
     try:
-        return _Run(experiment, workdir, checkpointer).run()
+        run = _Run(experiment, workdir, checkpointer)
+        save_config(workdir, experiment.config)  # only now: a config that is refused leaves the old one
+        return run.run()
     finally:
         checkpointer.close()
 
 
 def restore_variables(experiment, workdir, which):
-    """(variables to evaluate, `Progress`) of a run's 'best' or 'latest' checkpoint.
+    """(variables to evaluate, `Progress` then, `Progress` at the end) of a run.
+
+    Args:
+      which: 'best', by validation accuracy (the latest if none was rated), or 'latest'.
 
     Raises:
       ValueError: there is no checkpoint, or it can not be read.
@@ -119,9 +102,10 @@ def restore_variables(experiment, workdir, which):
         if step is None:
             raise ValueError(f'--workdir={workdir}: no checkpoint there yet; train first')
         arrays, progress = checkpointer.restore(step, _arrays(experiment.abstract_state(), _no_totals(experiment)))
+        final = checkpointer.restore_progress(checkpointer.latest_step)
     finally:
         checkpointer.close()
-    return arrays['state'].eval_variables, Progress(**progress)
+    return arrays['state'].eval_variables, Progress(**progress), Progress(**final)
 
 
 def _arrays(state, totals):
@@ -145,17 +129,31 @@ class _Run:
         else:
             arrays, saved = checkpointer.restore(latest, _arrays(experiment.abstract_state(), self.totals))
             self.state, self.totals, self.progress = arrays['state'], arrays['totals'], Progress(**saved)
-        self.writer = metrics_lib.MetricWriter(workdir, self.progress.step)
+        if self.progress.step > experiment.total_steps:
+            raise ValueError(
+                f'{workdir} is at step {latest}, past the end of this config at {experiment.total_steps}; '
+                'give it a longer train.epochs, or another --workdir'
+            )
+        self.stop_request = StopRequest()
+        self.compiled = False
+        self.writer = metrics_lib.MetricWriter(workdir, self._last_full_epoch(latest or 0))
         self.display = metrics_lib.Progress(experiment.total_steps, self.progress.step)
         if latest is not None:
             self.display.line(f'resuming {workdir} at step {latest} of {experiment.total_steps}')
         self.checked = latest or 0  # the last step known to be finite
         self._step = jax.jit(self._train_step, donate_argnums=(0, 1))
+        self._norm = jax.jit(optax.global_norm)
         self._order = jax.jit(
             lambda epoch: pipeline.epoch_order(
                 self.config.seed, epoch, len(experiment.prepared.train.labels), self.config.data.batch_size
             )
         )
+
+    def _last_full_epoch(self, step):
+        """The step up to which rows of metrics.csv stand: that of a shorter run may end in mid-epoch."""
+        if step == self.experiment.total_steps:
+            return step
+        return step - step % self.experiment.steps_per_epoch
 
     def _train_step(self, state, totals, images, labels, order, index):
         batch = pipeline.take_batch(images, labels, order, index)
@@ -164,34 +162,37 @@ class _Run:
 
     def run(self):
         total, per_epoch = self.experiment.total_steps, self.experiment.steps_per_epoch
-        try:
-            while self.progress.step < total and not self._out_of_patience():
-                epoch = self.progress.step // per_epoch
-                self._train_epoch(epoch, min((epoch + 1) * per_epoch, total))
-                self._end_epoch(epoch)
-            return self.progress
-        finally:
-            self.display.close()
-            self.writer.close()
+        with self.stop_request:
+            try:
+                while self.progress.step < total and not self._out_of_patience():
+                    epoch = self.progress.step // per_epoch
+                    self._train_epoch(epoch, min((epoch + 1) * per_epoch, total))
+                    self._end_epoch(epoch)
+                return self.progress
+            finally:
+                self.display.close()
+                self.writer.close()
 
     def _train_epoch(self, epoch, end):
         experiment, every = self.experiment, self.config.checkpoint.every_steps
         data, order = experiment.data['train'], self._order(epoch)
-        first, start = True, time.perf_counter()
+        start = time.perf_counter()
         while self.progress.step < end:
             index = self.progress.step - epoch * experiment.steps_per_epoch
             self.state, self.totals = self._step(self.state, self.totals, data['images'], data['labels'], order, index)
             self.progress.step += 1
-            if first:  # the first step of a run compiles: wait, and start the clock behind it
-                jax.block_until_ready(self.totals)
-                first, start = False, time.perf_counter()
-            else:
+            if self.compiled:
                 self.progress.examples += self.config.data.batch_size
+            else:  # wait for the first step, and start the clock behind it
+                jax.block_until_ready(self.totals)
+                self.compiled, start = True, time.perf_counter()
             step = self.progress.step
             if step % self.config.log.every_steps == 0 and step < end:
                 start = self._log(epoch, start)
-            if every and step % every == 0 and step < end:
+            if step < end and (self.stop_request.signal or (every and step % every == 0)):
                 start = self._checkpoint(start)
+            if step < end and self.stop_request.signal:
+                raise Stopped(self.stop_request.signal, step)
         jax.block_until_ready(self.totals)
         self.progress.seconds += time.perf_counter() - start
 
@@ -210,15 +211,15 @@ class _Run:
         return start
 
     def _checkpoint(self, start):
-        self._finite_means()
+        self._check_parameters()
         start = self._clock(start)
         self._save()
         return time.perf_counter()
 
-    def _finite_means(self):
-        """Means over the epoch so far; raises NonFiniteLoss if any step of it was not finite."""
+    def _finite_means(self, *extra):
+        """Means over the epoch so far; raises NonFiniteLoss if any step of it, or `extra`, was not finite."""
         values = metrics_lib.means(self.totals)
-        if not all(map(math.isfinite, values.values())):
+        if not all(map(math.isfinite, [*values.values(), *extra])):
             saved = self.checkpointer.latest_step
             kept = (
                 f'the last good checkpoint is of step {saved} in {self.checkpointer.folder}'
@@ -233,9 +234,13 @@ class _Run:
         self.checked = self.progress.step
         return values
 
+    def _check_parameters(self):
+        """As `_finite_means`, and looks at what the last update made of the parameters."""
+        return self._finite_means(float(self._norm(self.state.params)))
+
     def _end_epoch(self, epoch):
         experiment, step = self.experiment, self.progress.step
-        values = self._finite_means()
+        values = self._check_parameters()
         validation = experiment.evaluator.evaluate(self.state.eval_variables, experiment.data['validation'])
         row = {
             'epoch': epoch + 1,
@@ -252,8 +257,11 @@ class _Run:
         self.display.update(step, epoch + 1, epochs, values, self.progress.examples_per_second)
         self.display.line(_epoch_line(row, epochs))
         self.writer.write(row)
-        self.totals = _no_totals(experiment)
+        if step % experiment.steps_per_epoch == 0:  # a longer run may still finish the last epoch
+            self.totals = _no_totals(experiment)
         self._save(validation.get('accuracy'))
+        if self.stop_request.signal and step < experiment.total_steps:
+            raise Stopped(self.stop_request.signal, step)
 
     def _rate(self, validation, step):
         """Notes the best validation accuracy and how long ago it was."""

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ class MetricWriter:
         self.path = os.path.join(workdir, 'metrics.csv')
         kept = [row for row in read_rows(self.path) if row['step'] <= step]
         self._rewrite(kept)
-        self._board = SummaryWriter(workdir, purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(workdir, purge_step=step + 1)
 
     def _rewrite(self, rows):
         temporary = self.path + '.tmp'
@@ -93,32 +94,48 @@ class MetricWriter:
 
 
 class Progress:
-    """One line: epoch, loss, accuracy, examples/s, time left; and a line for each epoch."""
+    """One line: epoch, loss, accuracy, examples/s, time left; and a line for each epoch.
 
-    def __init__(self, total_steps, step, enabled=True):
+    Where there is no terminal, such as in a log file, the line is printed anew now and then.
+    """
+
+    SECONDS_BETWEEN_LINES = 60
+
+    def __init__(self, total_steps, step):
+        self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps,
             initial=step,
-            unit='step',
-            disable=not enabled,
             file=sys.stderr,
             dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
+            mininterval=0.5,
+            disable=not self._terminal,
             bar_format='{desc} [{percentage:.0f}% of {total_fmt} steps, left {remaining}]',
         )
+        self._start, self._first, self._total = time.monotonic(), step, total_steps
+        self._printed = self._start
 
     def update(self, step, epoch, epochs, values, examples_per_second):
         """Shows the figures at a step."""
-        self._bar.set_description_str(
+        text = (
             f'epoch {epoch}/{epochs}  loss {values["loss"]:.4f}  accuracy {values["accuracy"]:.4f}  '
-            f'{examples_per_second:,.0f} examples/s',
-            refresh=False,
+            f'{examples_per_second:,.0f} examples/s'
         )
-        self._bar.update(step - self._bar.n)
+        if self._terminal:
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif time.monotonic() - self._printed > self.SECONDS_BETWEEN_LINES:
+            elapsed = time.monotonic() - self._start
+            left = elapsed * (self._total - step) / max(step - self._first, 1)
+            self.line(f'{text} [step {step} of {self._total}, left {tqdm.format_interval(left)}]')
 
     def line(self, text):
         """Prints a line of its own above the progress line."""
-        self._bar.write(text, file=sys.stderr)
+        self._printed = time.monotonic()
+        if self._terminal:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def close(self):
         """Ends the progress line."""

@@ -37,10 +37,18 @@ def make_schedule(kind, learning_rate, total_steps, *, milestones=(), factor=0.1
       warmup_steps: linear rise from zero in front, part of the run.
 
     Raises:
-      ValueError: another kind.
+      ValueError: another kind, or a warmup that fills the run.
     """
+    if warmup_steps >= total_steps:
+        raise ValueError(
+            f'config.schedule.warmup_epochs gives {warmup_steps} steps of warmup: '
+            f'expected fewer than the {total_steps} of the run'
+        )
     if kind == 'step':
-        boundaries = {round(share * total_steps) - warmup_steps: factor for share in milestones}
+        boundaries = {}
+        for share in milestones:  # two of them can fall on one step of a short run
+            step = round(share * total_steps) - warmup_steps
+            boundaries[step] = boundaries.get(step, 1.0) * factor
         schedule = optax.piecewise_constant_schedule(learning_rate, boundaries)
     elif kind == 'cosine':
         schedule = optax.cosine_decay_schedule(learning_rate, max(total_steps - warmup_steps, 1))

@@ -70,9 +70,7 @@ def test_sgd_is_that_of_torch_itself(problem):
 
 def test_adamw_decays_all_but_the_shift(problem):
     params, grads = problem
-    plain, decayed = (
-        updated(make_optimizer('adamw', 0.01, weight_decay=decay), params, grads) for decay in (0.0, 0.5)
-    )
+    plain, decayed = (updated(make_optimizer('adamw', 0.01, weight_decay=decay), params, grads) for decay in (0.0, 0.5))
     np.testing.assert_array_equal(plain['relu']['shift'], decayed['relu']['shift'])
     # The decay joins the step, not the gradient: after one step it is exactly rate * decay * value.
     one_plain, one_decayed = (

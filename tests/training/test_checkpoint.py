@@ -94,9 +94,10 @@ def test_an_unfinished_save_is_not_a_checkpoint(make, tmp_path):
     unfinished = tmp_path / 'checkpoints' / '2.orbax-checkpoint-tmp'
     (unfinished / 'arrays.orbax-checkpoint-tmp').mkdir(parents=True)
     checkpointer = make()
-    assert checkpointer.latest_step == 1 and not unfinished.exists()
+    assert checkpointer.latest_step == 1
     checkpointer.save(2, arrays(2), {'step': 2}, 0.6)
     checkpointer.close()
+    assert not unfinished.exists()
     assert make(read_only=True).restore(2, arrays(0))[1] == {'step': 2}
 
 

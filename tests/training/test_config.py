@@ -142,7 +142,9 @@ def test_free_keys_do_not_make_another_run():
 def test_all_other_keys_make_another_run():
     base = default.get_config()
     saved = json.loads(base.to_json())
-    bound = [k for k in flatten(base) if not k.startswith(('attack.', 'eval.', 'log.', 'checkpoint.')) and k not in FREE]
+    bound = [
+        k for k in flatten(base) if not k.startswith(('attack.', 'eval.', 'log.', 'checkpoint.')) and k not in FREE
+    ]
     bound.remove('train.examples')
     for key in bound:
         assert set(differences(saved, changed(key, 'other'))) == {key}

@@ -1,0 +1,33 @@
+"""Stopping between two steps, so that Ctrl-C or a scheduler's SIGTERM loses nothing."""
+
+import signal
+import threading
+
+
+class StopRequest:
+    """Within `with`, notes the first SIGINT or SIGTERM instead of dying of it; a second one kills.
+
+    Attributes:
+      signal: number of the signal that asked to stop, or None.
+    """
+
+    def __init__(self):
+        self.signal = None
+        self._previous = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+            self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, frame):
+        del frame
+        self.signal = number
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception):
+        self._restore()

@@ -1,0 +1,74 @@
+"""A run's folder: its config and its splits, and whether a command continues that run."""
+
+import json
+import os
+
+import numpy as np
+
+from convnorm_jax.data import splits
+from convnorm_jax.training.config import check_same_run
+from convnorm_jax.training.metrics import write_json
+
+
+def has_checkpoints(workdir):
+    """Whether a folder holds checkpoints; before the first of them a run binds nobody."""
+    folder = os.path.join(workdir, 'checkpoints')
+    return os.path.isdir(folder) and bool(os.listdir(folder))
+
+
+def check_workdir(workdir, config):
+    """Raises ValueError if a folder holds checkpoints of a run with another config."""
+    if not has_checkpoints(workdir):
+        return
+    if not os.path.exists(os.path.join(workdir, 'config.json')):
+        raise ValueError(f'--workdir={workdir}: holds checkpoints but no config.json; give another folder')
+    check_same_run(load_config(workdir), config.to_dict(), workdir)
+
+
+def prepare_workdir(workdir, config, prepared):
+    """Makes a run's folder, or checks that it holds this same run on the same data.
+
+    Raises:
+      ValueError: it holds another run, or can not be written.
+    """
+    check_workdir(workdir, config)
+    record = os.path.join(workdir, 'splits.npz')
+    if has_checkpoints(workdir) and os.path.exists(record):
+        _check_same_data(splits.load_record(record), prepared.record, workdir)
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        splits.save_record(prepared, record)
+    except OSError as error:
+        raise ValueError(f'--workdir={workdir}: can not write there ({error.strerror}); give another folder') from error
+
+
+def save_config(workdir, config):
+    """Writes config.json."""
+    write_json(os.path.join(workdir, 'config.json'), config.to_dict())
+
+
+def _check_same_data(saved, given, workdir):
+    changed = [name for name in saved if name not in given or not np.array_equal(saved[name], given[name])]
+    if changed:
+        raise ValueError(
+            f'{workdir} holds a run on other data ({", ".join(changed)} differ from its splits.npz); '
+            'give the --config.data.data_dir it was started with, or another --workdir'
+        )
+
+
+def load_config(workdir):
+    """The config a run was started with, as nested dicts.
+
+    Raises:
+      ValueError: there is none, or it can not be read.
+    """
+    path = os.path.join(workdir, 'config.json')
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f'--workdir={workdir}: no run there (no config.json); train one first, or give its folder'
+        ) from error
+    except (ValueError, OSError) as error:
+        raise ValueError(f'{path}: can not be read ({error})') from error

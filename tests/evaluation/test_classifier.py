@@ -1,0 +1,117 @@
+"""Accuracy, clean and attacked: every example once, whatever the batch size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from convnorm_jax import attacks
+from convnorm_jax import mesh as mesh_lib
+from convnorm_jax.evaluation.classifier import AttackSettings, Evaluator
+from convnorm_jax.models import create_model
+from convnorm_jax.steps.classify import make_logits_fn
+
+MEAN, STD = (0.4,), (0.3,)
+N = 27
+EPSILON, STEP_SIZE = 0.02, 0.007
+PGD = AttackSettings('pgd', EPSILON, STEP_SIZE, 3, 1, 'cross_entropy')
+FGSM = AttackSettings('fgsm', EPSILON, 0.0, 0, 0, 'margin')
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+
+@pytest.fixture(scope='module')
+def net():
+    """(logits_fn, variables, split)."""
+    random = np.random.default_rng(0)
+    model = create_model('simple_cnn', num_classes=10, layer='convnorm', width=4, depth=(1,))
+    images = random.integers(0, 256, (N, 8, 8, 1), np.uint8)
+    variables = jax.jit(lambda x: model.init(jax.random.key(0), x, train=False))(jnp.zeros((1, 8, 8, 1)))
+    logits_fn = make_logits_fn(model, MEAN, STD)
+    labels = np.asarray(logits_fn(variables, images / np.float32(255)).argmax(-1)).astype(np.int32)
+    labels[::4] = (labels[::4] + 1) % 10  # some are wrong
+    return logits_fn, variables, {'images': jnp.asarray(images), 'labels': jnp.asarray(labels)}
+
+
+def evaluator(net, batch_size):
+    return Evaluator(net[0], mesh_lib.create_mesh(jax.devices()[:1]), batch_size)
+
+
+@pytest.mark.parametrize('batch_size', [4, 27, 40])
+def test_every_example_counts_once(net, batch_size):
+    logits_fn, variables, split = net
+    logits = np.float64(logits_fn(variables, split['images'] / np.float32(255)))
+    labels = np.asarray(split['labels'])
+    losses = scipy.special.logsumexp(logits, axis=-1) - logits[np.arange(N), labels]
+    found = evaluator(net, batch_size).evaluate(variables, split)
+    np.testing.assert_allclose(found['loss'], losses.mean(), rtol=1e-5)
+    assert found['accuracy'] == 20 / 27 and set(found) == {'loss', 'accuracy'}
+
+
+def test_an_empty_split_has_no_figures(net):
+    empty = {'images': net[2]['images'][:0], 'labels': net[2]['labels'][:0]}
+    assert evaluator(net, 8).evaluate(net[1], empty) == {}
+
+
+def test_predict(net):
+    logits_fn, variables, split = net
+    pixels = np.asarray(split['images'], np.float32) / 255
+    found = evaluator(net, 8).predict(variables, pixels)
+    assert isinstance(found, np.ndarray) and found.shape == (N,)
+    np.testing.assert_array_equal(found, logits_fn(variables, pixels).argmax(-1))
+    assert len(np.unique(found)) > 1
+
+
+def direct(net, attack, count=N):
+    """Share still right after one call of the attack on the whole split."""
+    logits_fn, variables, split = net
+    pixels, labels = split['images'][:count] / np.float32(255), split['labels'][:count]
+
+    def bound(x):
+        return logits_fn(variables, x)
+
+    attacked = jax.jit(attack, static_argnums=0)(bound, pixels, labels)
+    assert not np.array_equal(attacked, pixels)
+    return float((bound(attacked).argmax(-1) == labels).mean())
+
+
+def pgd_from_the_pictures(logits_fn, images, labels):
+    return attacks.pgd(logits_fn, images, labels, epsilon=EPSILON, step_size=STEP_SIZE, steps=3)
+
+
+def test_pgd_equals_one_batch(net, monkeypatch):
+    # Without its random start, which depends on the batch.
+    monkeypatch.setattr(attacks.gradient, 'uniform_start', lambda rng, images, epsilon: jnp.zeros_like(images))
+    found = evaluator(net, 8).robust_accuracy(net[1], net[2], PGD, seed=0)
+    expected = direct(net, pgd_from_the_pictures)
+    assert found['accuracy'] == pytest.approx(expected, abs=1e-7) and 0 < expected < 20 / 27
+    assert found['examples'] == N and found['seconds'] > 0
+
+
+def test_pgd_in_one_batch_with_its_random_start(net):
+    found = evaluator(net, N).robust_accuracy(net[1], net[2], PGD, seed=5)
+    key = jax.random.fold_in(jax.random.key(5), 0)
+    expected = direct(net, lambda f, x, y: attacks.pgd(f, x, y, epsilon=EPSILON, step_size=STEP_SIZE, steps=3, rng=key))
+    assert found['accuracy'] == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize('examples', [0, 13])
+def test_fgsm_on_the_first_so_many(net, examples):
+    done = []
+    found = evaluator(net, 8).robust_accuracy(
+        net[1], net[2], FGSM, seed=0, examples=examples, progress=lambda *a: done.append(a)
+    )
+    count = 13 if examples == 13 else N
+    expected = direct(net, lambda f, x, y: attacks.fgsm(f, x, y, epsilon=EPSILON, loss='margin'), count)
+    assert found['examples'] == count and found['accuracy'] == pytest.approx(expected, abs=1e-7)
+    assert done[-1] == (count, count) and [d for d, _ in done[:-1]] == list(range(8, count, 8))
+
+
+def test_attack_images_stay_in_the_ball(net):
+    pixels = np.asarray(net[2]['images'][:4], np.float32) / 255
+    labels = np.asarray(net[2]['labels'][:4])
+    found = evaluator(net, 8).attack_images(net[1], pixels, labels, PGD, seed=0)
+    assert isinstance(found, np.ndarray) and found.min() >= 0 and found.max() <= 1
+    distance = np.abs(found - pixels).max()
+    assert 0.9 * EPSILON < distance < EPSILON + 1e-6

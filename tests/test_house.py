@@ -1,0 +1,103 @@
+"""The rules of the house that a machine can read: imports, sizes, docstrings, commands."""
+
+import ast
+import importlib
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / 'convnorm_jax'
+MODULES = sorted(PACKAGE.rglob('*.py'))
+CONFIGS = sorted(p for p in (ROOT / 'configs').glob('*.py') if p.name != '__init__.py')
+NAMES = {path: str(path.relative_to(PACKAGE)) for path in MODULES}
+
+# What each part of the package may import from it, beside itself. Leaves: nothing but the version.
+ALLOWED = {
+    'layers': set(),
+    'models': {'layers'},
+    'data': set(),
+    'attacks': set(),
+    'mesh': set(),
+    'steps': {'models', 'layers', 'data'},
+    'evaluation': {'attacks', 'layers', 'steps', 'data', 'mesh', 'models'},
+    'training': {'steps', 'models', 'layers', 'data', 'attacks', 'mesh', 'evaluation'},
+    'torch_import': {'models', 'layers'},
+    'plots': {'evaluation'},
+    'version': set(),
+    '__init__': {'layers', 'version'},
+}
+
+
+def imports(path):
+    """Absolute names of all modules that a file imports, wherever in it."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f'{path}: a relative import'
+            names += [f'{node.module}.{alias.name}' for alias in node.names]
+    return names
+
+
+def part(path):
+    return NAMES[path].split('/')[0].removesuffix('.py')
+
+
+def test_the_rules_speak_of_every_part():
+    assert {part(path) for path in MODULES} == set(ALLOWED)
+
+
+@pytest.mark.parametrize('path', MODULES, ids=NAMES.get)
+def test_import_direction(path):
+    own = part(path)
+    for name in imports(path):
+        root, *rest = name.split('.')
+        assert root not in ('experiments', 'configs', 'benchmarks', 'tests'), f'{NAMES[path]} imports {name}'
+        if root == 'convnorm_jax':
+            assert rest and rest[0] in {own, *ALLOWED[own]}, f'{NAMES[path]} imports {name}'
+
+
+@pytest.mark.parametrize('path', MODULES, ids=NAMES.get)
+def test_size_and_name(path):
+    assert len(path.read_text().splitlines()) <= 350
+    assert path.stem not in ('utils', 'util', 'helpers', 'misc', 'common')
+
+
+@pytest.mark.parametrize('path', [*MODULES, *CONFIGS, *sorted((ROOT / 'experiments').glob('*.py'))], ids=str)
+def test_docstrings(path):
+    tree = ast.parse(path.read_text())
+    if not tree.body:  # an empty __init__.py
+        assert path.name == '__init__.py'
+        return
+    assert ast.get_docstring(tree), f'{path} has none'
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_'):
+            assert ast.get_docstring(node), f'{path}: {node.name} has none'
+        if isinstance(node, ast.ClassDef) and not node.name.startswith('_'):
+            for method in node.body:
+                # Linen's __call__ and setup, and whatever overrides nothing of ours, are told in the class.
+                if isinstance(method, ast.FunctionDef) and not method.name.startswith('_') and method.name != 'setup':
+                    assert ast.get_docstring(method), f'{path}: {node.name}.{method.name} has none'
+
+
+@pytest.mark.parametrize('path', [p for p in CONFIGS if p.name != 'default.py'], ids=lambda p: p.name)
+def test_the_command_of_a_config(path):
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert f'    python -m experiments.main --config=configs/{path.name}\n' in text + '\n'
+    assert len(text.splitlines()[0]) <= 100
+    assert callable(importlib.import_module(f'configs.{path.stem}').get_config)
+
+
+def test_nothing_in_the_tests_reads_the_shared_folder():
+    outside = '/'.join(('..', 'shared')), '/'.join(('', 'work', ''))
+    found = [p for p in (ROOT / 'tests').rglob('*.py') if any(word in p.read_text() for word in outside)]
+    assert found == []
+
+
+def test_no_assert_for_the_user():
+    # `assert` is for us: nothing in the package may rely on it to speak to a user.
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not isinstance(node, ast.Assert), f'{NAMES[path]}, line {node.lineno}'
