@@ -2,7 +2,7 @@
 
     python -m experiments.main --config=configs/cifar100_convnorm.py
 
-RESULT
+What to expect: not run to its end by us yet; needs a GPU.
 """
 
 from configs import cifar10_convnorm

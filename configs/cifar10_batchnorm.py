@@ -2,7 +2,8 @@
 
     python -m experiments.main --config=configs/cifar10_batchnorm.py
 
-RESULT
+What to expect: SimpleCNN for 15 epochs with --config.schedule.kind=cosine ends at 72.2 % test
+accuracy on CIFAR-10 (JPEG q75), seed 0. ResNet-18 we have run for 100 steps only (see the README).
 """
 
 from configs import cifar10_convnorm

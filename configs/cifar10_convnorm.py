@@ -6,7 +6,8 @@ The published training (SGD 0.1, 120 epochs, batch 128, crop and flip), but the
 validation set is not trained on; `cifar10_published.py` is the published way. A small
 net for a CPU: --config.model.name=simple_cnn --config.train.epochs=15
 
-RESULT
+What to expect: the small net with --config.schedule.kind=cosine too ends at 68.0 % test
+accuracy on CIFAR-10 (JPEG q75), seed 0. ResNet-18 we have run for 100 steps only (see the README).
 """
 
 from configs import default

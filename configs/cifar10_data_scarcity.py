@@ -5,7 +5,8 @@
 Other shares: --config.data.subset_fraction=0.3. The baseline beside it:
 --config.model.layer=batchnorm
 
-RESULT
+What to expect: not run to its end by us yet; needs a GPU, or a small net
+(--config.model.name=simple_cnn --config.train.epochs=15).
 """
 
 from configs import cifar10_convnorm

@@ -7,7 +7,8 @@ The baseline beside it: --config.model.layer=batchnorm. A symmetric rate r draws
 classes, so that 0.9 r of the labels are wrong. The validation labels are noisy too, as
 they come from the same annotators; the test labels are not.
 
-RESULT
+What to expect: not run to its end by us yet; needs a GPU, or a small net
+(--config.model.name=simple_cnn --config.train.epochs=15).
 """
 
 from configs import cifar10_convnorm

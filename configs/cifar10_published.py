@@ -7,7 +7,7 @@ on*, and the best checkpoint is chosen on it: a biased choice, kept for comparis
 the published figures only. SGD 0.1 with momentum 0.9 and weight decay 1e-4, batch 128,
 120 epochs, learning rate x 0.1 after 40 and 80.
 
-RESULT
+What to expect: not run to its end by us yet; needs a GPU.
 """
 
 from configs import cifar10_convnorm
