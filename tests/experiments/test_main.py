@@ -19,6 +19,7 @@ TRAIN = [
     '--config.attack.pgd_steps=2',
     '--config.attack.epsilon=4',
     '--config.eval.examples=100',
+    '--config.eval.checkpoint=best',
 ]
 
 
