@@ -36,7 +36,7 @@ def parse(argv):
     mode, workdir = flags.FLAGS.mode, flags.FLAGS.workdir
     if not workdir and path == _BASE:
         raise ValueError("--workdir is missing: give the run's folder to evaluate")
-    workdir = workdir or default_workdir(path, config)
+    workdir = os.path.expanduser(workdir or default_workdir(path, config))
     if mode == 'eval':
         config = _run_config(config, workdir, config_lib)
     return config, workdir, mode

@@ -1,6 +1,7 @@
 """The end of a run: accuracy clean and attacked, pictures, `result.json` and a table."""
 
 import functools
+import itertools
 import os
 
 import jax
@@ -37,11 +38,20 @@ def report(experiment, workdir):
         **_facts(experiment, variables, chosen, final),
         'attacked_examples': max((found['examples'] for found in attacked.values()), default=0),
     }
+    _keep_earlier_result(workdir)
     write_json(os.path.join(workdir, 'result.json'), result)
     print(_table(experiment, result, attacked), f'wrote {os.path.join(workdir, "result.json")}', sep='\n', flush=True)
     for path in _draw(experiment, variables, attacks, workdir) if config.plots else ():
         print(f'wrote {path}')
     return result
+
+
+def _keep_earlier_result(workdir):
+    """An earlier result.json, perhaps of other attacks, becomes result-1.json, result-2.json, ..."""
+    path = os.path.join(workdir, 'result.json')
+    if os.path.exists(path):
+        number = next(n for n in itertools.count(1) if not os.path.exists(os.path.join(workdir, f'result-{n}.json')))
+        os.replace(path, os.path.join(workdir, f'result-{number}.json'))
 
 
 def _attack(experiment, variables, name, attack):
@@ -80,6 +90,7 @@ def _facts(experiment, variables, chosen, final):
         'step_size': config.attack.step_size,
         'pgd_steps': config.attack.pgd_steps,
         'restarts': config.attack.restarts,
+        'attack_loss': config.attack.loss,
         'examples_per_second': final.examples_per_second,
         'training_seconds': final.seconds,
         'device': f'{experiment.mesh.size} x {jax.devices()[0].device_kind}',

@@ -149,6 +149,8 @@ class ConvNorm(nn.Module):
             raise ValueError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
         if self.spectrum not in SPECTRUM_MODES:
             raise ValueError(f'spectrum={self.spectrum!r}: expected one of {SPECTRUM_MODES}')
+        if not _is_int(self.features) or self.features < 1:
+            raise ValueError(f'features={self.features!r}: expected a positive int')
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ValueError(
                 f'momentum={self.momentum}: expected at least 0 and below 1, or None for the published schedule'

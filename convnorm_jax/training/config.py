@@ -83,11 +83,11 @@ FREE_KEYS = (
     'checkpoint.',
     'plots',
     'data.data_dir',
-    'train.epochs',
-    'train.steps',
-    'train.examples',
     'train.early_stopping_epochs',
 )
+
+# The length of a run, which its other schedules follow: only a constant learning rate may be trained for longer.
+DURATION_KEYS = ('train.epochs', 'train.steps', 'train.examples')
 
 
 def build_model(config, num_classes):
@@ -179,10 +179,11 @@ def differences(saved, given):
     Keys that `saved` lacks came with a later version and are passed over.
     """
     saved, given = flatten(saved), flatten(given)
+    free = FREE_KEYS + (DURATION_KEYS if saved.get('schedule.kind') == 'constant' else ())
     return {
         key: (saved.get(key), given.get(key))
         for key in sorted(saved)
-        if saved.get(key) != given.get(key) and not key.startswith(FREE_KEYS)
+        if saved.get(key) != given.get(key) and not key.startswith(free)
     }
 
 

@@ -17,7 +17,9 @@ def has_checkpoints(workdir):
 
 
 def check_workdir(workdir, config):
-    """Raises ValueError if a folder holds checkpoints of a run with another config."""
+    """Raises ValueError if a folder holds checkpoints of another run, or can not be one."""
+    if os.path.exists(workdir) and not os.path.isdir(workdir):
+        raise ValueError(f'--workdir={workdir}: can not write there (it is a file); give another folder')
     if not has_checkpoints(workdir):
         return
     if not os.path.exists(os.path.join(workdir, 'config.json')):

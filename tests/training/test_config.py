@@ -127,8 +127,6 @@ FREE = {
     'checkpoint.keep': 9,
     'plots': False,
     'data.data_dir': '/elsewhere',
-    'train.epochs': 7.0,
-    'train.steps': 70,
     'train.early_stopping_epochs': 2,
 }
 
@@ -139,13 +137,22 @@ def test_free_keys_do_not_make_another_run():
     check_same_run(json.loads(default.get_config().to_json()), given.to_dict(), 'DIR')
 
 
+@pytest.mark.parametrize('key, value', [('train.epochs', 7.0), ('train.steps', 70), ('train.examples', 700)])
+@pytest.mark.parametrize('kind', ['constant', 'cosine', 'step'])
+def test_only_a_constant_learning_rate_may_be_trained_for_longer(key, value, kind):
+    saved = default.get_config()
+    saved.schedule.kind = kind
+    given = saved.copy_and_resolve_references()
+    given.update_from_flattened_dict({key: value})
+    assert list(differences(saved, given)) == ([] if kind == 'constant' else [key])
+
+
 def test_all_other_keys_make_another_run():
     base = default.get_config()
     saved = json.loads(base.to_json())
     bound = [
         k for k in flatten(base) if not k.startswith(('attack.', 'eval.', 'log.', 'checkpoint.')) and k not in FREE
     ]
-    bound.remove('train.examples')
     for key in bound:
         assert set(differences(saved, changed(key, 'other'))) == {key}
     assert len(bound) > 20

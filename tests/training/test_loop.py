@@ -332,9 +332,17 @@ def test_a_run_that_ended_in_mid_epoch_goes_on_as_if_it_had_not(tiny_experiment,
     same(saved(longer, str(tmp_path / 'run'))[0], saved(longer, str(tmp_path / 'at once'))[0])
 
 
-def test_a_shorter_run_than_the_one_there_is_refused(tiny_experiment, whole):
-    with pytest.raises(ValueError, match=r'is at step 10, past the end of this config at 5'):
-        loop.train(tiny_experiment({'train.epochs': 1.0}), whole[0])
+def test_a_shorter_run_than_the_one_there_is_refused(tiny_experiment, tmp_path):
+    loop.train(tiny_experiment({'train.epochs': 1.0, 'schedule.kind': 'constant'}), str(tmp_path))
+    shorter = tiny_experiment({'train.epochs': 0.4, 'schedule.kind': 'constant'})
+    with pytest.raises(ValueError, match=r'is at step 5, past the end of this config at 2'):
+        loop.train(shorter, str(tmp_path))
+    assert load_config(str(tmp_path))['train']['epochs'] == 1.0
+
+
+def test_a_trial_does_not_become_the_start_of_a_run_with_a_schedule(tiny_experiment, whole):
+    with pytest.raises(ValueError, match=r'config.train.epochs was 2.0, is now 3.0'):
+        loop.train(tiny_experiment({'train.epochs': 3.0}), whole[0])
 
 
 def test_other_data_under_the_same_config_are_refused(experiment, whole):
