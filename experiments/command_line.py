@@ -25,8 +25,7 @@ def parse(argv):
       ValueError: anything the user got wrong, in one line.
     """
     argv, path = _with_config(list(argv))
-    if path is not None:
-        _check_overrides(argv, _load(path))
+    _check_overrides(argv, _load(path))
     config = _parse_flags(argv)
     # Heavy imports only now: a mistake in the flags has been answered by here.
     from convnorm_jax.training import config as config_lib
@@ -49,7 +48,7 @@ def default_workdir(path, config):
 
 
 def _with_config(argv):
-    """The arguments as --config=PATH ..., and that path; None if only help is wanted."""
+    """The arguments as --config=PATH ..., and that path."""
     for i, argument in enumerate(argv):
         if argument in ('--config', '-config') and i + 1 < len(argv):
             argv[i : i + 2] = [f'--config={argv[i + 1]}']
@@ -57,8 +56,6 @@ def _with_config(argv):
     path = next((a.split('=', 1)[1] for a in argv if a.startswith(('--config=', '-config='))), None)
     if path is not None:
         return argv, path
-    if any(a.lstrip('-') in ('help', 'helpfull', 'helpshort', 'h', '?') for a in argv):
-        return argv, None
     words = [a.lstrip('-') for a in argv]
     if 'mode=eval' not in words and ('mode', 'eval') not in itertools.pairwise(words):
         raise ValueError(f'--config is missing: give one of {_configs()}')

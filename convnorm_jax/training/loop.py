@@ -134,6 +134,7 @@ class _Run:
                 f'{workdir} is at step {latest}, past the end of this config at {experiment.total_steps}; '
                 'give it a longer train.epochs, or another --workdir'
             )
+        self.epochs = math.ceil(experiment.total_steps / experiment.steps_per_epoch)
         self.stop_request = StopRequest()
         self.compiled = False
         self.writer = metrics_lib.MetricWriter(workdir, self._last_full_epoch(latest or 0))
@@ -205,8 +206,7 @@ class _Run:
     def _log(self, epoch, start):
         values = self._finite_means()  # waits for the device
         start = self._clock(start)
-        epochs = math.ceil(self.experiment.total_steps / self.experiment.steps_per_epoch)
-        self.display.update(self.progress.step, epoch + 1, epochs, values, self.progress.examples_per_second)
+        self.display.update(self.progress.step, epoch + 1, self.epochs, values, self.progress.examples_per_second)
         self.writer.scalars({'running_loss': values['loss']}, self.progress.step)
         return start
 
@@ -253,9 +253,8 @@ class _Run:
             **{f'validation_{name}': value for name, value in validation.items()},
         }
         self._rate(validation, step)
-        epochs = math.ceil(experiment.total_steps / experiment.steps_per_epoch)
-        self.display.update(step, epoch + 1, epochs, values, self.progress.examples_per_second)
-        self.display.line(_epoch_line(row, epochs))
+        self.display.update(step, epoch + 1, self.epochs, values, self.progress.examples_per_second)
+        self.display.line(_epoch_line(row, self.epochs))
         self.writer.write(row)
         if step % experiment.steps_per_epoch == 0:  # a longer run may still finish the last epoch
             self.totals = _no_totals(experiment)
