@@ -55,13 +55,26 @@ def get_config():
     config.data.label_noise.rate = 0.0
 
     config.train = ConfigDict()
-    config.train.algorithm = 'clean'
+    config.train.algorithm = 'clean'  # or free, fast, pgd, trades: see config.train.adversarial
     config.train.epochs = 120.0  # or steps, or examples: the first of steps, examples, epochs that is not 0
     config.train.steps = 0
     config.train.examples = 0
     config.train.label_smoothing = 0.0
     config.train.ema_decay = 0.0  # 0: no average of the parameters
     config.train.early_stopping_epochs = 0  # 0: never
+
+    config.train.ocnn = ConfigDict()  # orthogonality of the convolutions as a regularizer
+    config.train.ocnn.weight = 0.0  # the published runs: 1e-4
+    config.train.ocnn.pattern = ''  # regular expression of kernel paths; '' is the published choice
+    config.train.ocnn.lags = 'published'  # or paper: what a stride of 2 compares with the identity
+    config.train.adversarial = ConfigDict()  # what the training attacks with; config.attack is for evaluation
+    config.train.adversarial.epsilon = 8.0  # in 1/255, as step_size
+    config.train.adversarial.step_size = config_dict.placeholder(float)  # None: 8 (free), 10 (fast), 2 (pgd, trades)
+    config.train.adversarial.steps = 10  # pgd, trades
+    config.train.adversarial.replays = 4  # free: passes over each batch, each an update
+    config.train.adversarial.carry_over = False  # free: True as in its original, False as in the ConvNorm paper
+    config.train.adversarial.beta = 6.0  # trades
+    config.train.adversarial.batch_statistics = ''  # what the attack sees: train (fast, pgd) or eval (trades)
 
     config.optimizer = ConfigDict()
     config.optimizer.name = 'sgd'  # or adamw
@@ -77,7 +90,8 @@ def get_config():
 
     config.attack = ConfigDict()
     config.attack.names = ('fgsm', 'pgd')
-    config.attack.epsilon = 8.0  # in 1/255, as step_size
+    config.attack.epsilon = 8.0  # in 1/255, as step_size; l2: 127.5 is a length of 0.5
+    config.attack.norm = 'linf'  # or l2; FGSM is linf always
     config.attack.step_size = 2.0
     config.attack.pgd_steps = 10
     config.attack.restarts = 1
@@ -87,6 +101,19 @@ def get_config():
     config.eval.batch_size = 256
     config.eval.examples = 0  # attack only the first so many test examples; 0: all
     config.eval.checkpoint = 'best'  # by validation accuracy; or latest
+    config.eval.suite = ''  # standard: all of the parts below, and report.md
+    config.eval.parts = ('autoattack', 'curve', 'simba', 'corruptions')
+    config.eval.autoattack = ConfigDict()
+    config.eval.autoattack.attacks = ('apgd-ce', 'apgd-t', 'fab-t', 'square')
+    config.eval.autoattack.steps = 100
+    config.eval.autoattack.queries = 5000
+    config.eval.autoattack.targets = 9
+    config.eval.autoattack.restarts = 1
+    config.eval.curve = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # times attack.epsilon, under PGD
+    config.eval.simba = ConfigDict()
+    config.eval.simba.examples = 100
+    config.eval.simba.queries = 5000
+    config.eval.simba.step_size = 0.2  # of 1, not of 255
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000  # beside one at the end of every epoch; 0: only those

@@ -25,20 +25,26 @@ def parse(argv):
       ValueError: anything the user got wrong, in one line.
     """
     argv, path = _with_config(list(argv))
-    _check_overrides(argv, _load(path))
-    config = _parse_flags(argv)
-    # Heavy imports only now: a mistake in the flags has been answered by here.
-    from convnorm_jax.training import config as config_lib
-
-    _split_names(config)
-    config_lib.check_config(config)
+    config = _checked_config(argv, path, flags.FLAGS, _CONFIG)
     mode, workdir = flags.FLAGS.mode, flags.FLAGS.workdir
     if not workdir and path == _BASE:
         raise ValueError("--workdir is missing: give the run's folder to evaluate")
     workdir = os.path.expanduser(workdir or default_workdir(path, config))
     if mode == 'eval':
-        config = _run_config(config, workdir, config_lib)
+        config = _run_config(config, workdir)
     return config, workdir, mode
+
+
+def read_config(arguments):
+    """The config of `--config=FILE` and `--config.KEY=VALUE` arguments, checked; absl's global flags stay as they are.
+
+    Raises:
+      ValueError: as `parse`, also for any other option.
+    """
+    argv, path = _with_config(['', *arguments])
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file('config', lock_config=True, flag_values=values, sys_argv=argv)
+    return _checked_config(argv, path, values, holder)
 
 
 def default_workdir(path, config):
@@ -136,11 +142,22 @@ def _all_keys(config, prefix=''):
     return keys
 
 
-def _parse_flags(argv):
-    """The config with its overrides."""
+def _checked_config(argv, path, values, holder):
+    """The config at `path` with the overrides of `argv`, by a `FlagValues` and its config flag, checked."""
+    _check_overrides(argv, _load(path))
+    config = _parse_flags(argv, values, holder)
+    # Heavy imports only now: a mistake in the flags has been answered by here.
+    from convnorm_jax.training.config import check_config
+
+    _split_names(config)
+    check_config(config)
+    return config
+
+
+def _parse_flags(argv, values, holder):
     try:
-        rest = flags.FLAGS(argv)
-        config = _CONFIG.value
+        rest = values(argv)
+        config = holder.value
     except flags.IllegalFlagValueError as error:
         raise ValueError(_illegal_value(str(error))) from error
     except (flags.Error, TypeError, ValueError, AttributeError, KeyError, OSError) as error:
@@ -157,11 +174,13 @@ def _illegal_value(message):
 
 def _split_names(config):
     # A bare a,b on the command line arrives as the one string 'a,b'.
-    config.attack.names = tuple(part for name in config.attack.names for part in str(name).split(',') if part)
+    for section, key in (config.attack, 'names'), (config.eval, 'parts'), (config.eval.autoattack, 'attacks'):
+        section[key] = tuple(part for name in section[key] for part in str(name).split(',') if part)
 
 
-def _run_config(given, workdir, config_lib):
+def _run_config(given, workdir):
     """The config of the run in `workdir`, with what this command line overrides."""
+    from convnorm_jax.training import config as config_lib
     from convnorm_jax.training.workdir import load_config
 
     saved = load_config(workdir)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+import sys
 
 import jax
 import numpy as np
@@ -13,6 +14,8 @@ from convnorm_jax.evaluation.layers import layer_spectra
 from convnorm_jax.training import setup
 from convnorm_jax.training.loop import restore_variables
 from convnorm_jax.training.metrics import read_rows, write_json
+from experiments import robustness
+from experiments.robustness_text import attack_label, attack_rows
 
 PICTURES = 8  # columns of the grid of attacked images
 
@@ -31,19 +34,33 @@ def report(experiment, workdir):
     clean = evaluator.evaluate(variables, test)
     attacks = setup.attack_settings(config)
     attacked = {name: _attack(experiment, variables, name, attack) for name, attack in attacks.items()}
+    found = _suite(experiment, variables, workdir)
     result = {
         'test_accuracy': clean['accuracy'],
         'test_loss': clean['loss'],
-        **{f'{name}_accuracy': found['accuracy'] for name, found in attacked.items()},
+        **{f'{name}_accuracy': row['accuracy'] for name, row in attacked.items()},
+        **robustness.headline_figures(found),
         **_facts(experiment, variables, chosen, final),
-        'attacked_examples': max((found['examples'] for found in attacked.values()), default=0),
+        'attacked_examples': max((row['examples'] for row in attacked.values()), default=0),
     }
     _keep_earlier_result(workdir)
     write_json(os.path.join(workdir, 'result.json'), result)
-    print(_table(experiment, result, attacked), f'wrote {os.path.join(workdir, "result.json")}', sep='\n', flush=True)
-    for path in _draw(experiment, variables, attacks, workdir) if config.plots else ():
+    print(_table(experiment, result, attacked, found), flush=True)
+    paths = [os.path.join(workdir, 'result.json')]
+    if config.eval.suite:
+        paths += robustness.write_report(experiment, result, attacked, found, workdir)
+    if config.plots:
+        paths += _draw(experiment, variables, attacks, found, workdir)
+    for path in paths:
         print(f'wrote {path}')
     return result
+
+
+def _suite(experiment, variables, workdir):
+    """What the suite of the config found; its lines go to the standard error."""
+    if not experiment.config.eval.suite:
+        return {}
+    return robustness.run_suite(experiment, variables, workdir, lambda line: tqdm.write(line, file=sys.stderr))
 
 
 def _keep_earlier_result(workdir):
@@ -98,7 +115,7 @@ def _facts(experiment, variables, chosen, final):
     }
 
 
-def _draw(experiment, variables, attacks, workdir):
+def _draw(experiment, variables, attacks, found, workdir):
     """The pictures of a run; returns their paths."""
     config, folder = experiment.config, os.path.join(workdir, 'plots')
     title = f'{config.model.name}, {config.model.layer}, {experiment.source.description}, seed {config.seed}'
@@ -106,26 +123,29 @@ def _draw(experiment, variables, attacks, workdir):
     rows = read_rows(os.path.join(workdir, 'metrics.csv'))
     if rows:
         paths.append(plots.learning_curves(rows, os.path.join(folder, 'learning_curves.png'), title=title))
-    if attacks:
-        paths.append(_draw_attacks(experiment, variables, attacks, os.path.join(folder, 'attacks.png'), title))
+    if attacks or 'autoattack' in found:
+        path = os.path.join(folder, 'attacks.png')
+        paths.append(_draw_attacks(experiment, variables, attacks, found, path, title))
     spectra = layer_spectra(experiment.model, variables, experiment.input_shape)
     if spectra:
         paths.append(plots.layer_spectra(spectra, os.path.join(folder, 'layer_spectra.png'), title=title))
     return paths
 
 
-def _draw_attacks(experiment, variables, attacks, path, title):
+def _draw_attacks(experiment, variables, attacks, found, path, title):
     evaluator, test = experiment.evaluator, experiment.prepared.test
     _, first = np.unique(test.labels, return_index=True)  # the first example of each class: nobody's choice
     chosen = first[:PICTURES]
     pixels, labels = test.images[chosen].astype(np.float32) / 255, test.labels[chosen]
     predict = functools.partial(evaluator.predict, variables)
     attacked = {
-        _label(name, experiment.config): evaluator.attack_images(
+        attack_label(name, experiment.config): evaluator.attack_images(
             variables, pixels, labels, attack, experiment.config.seed
         )
         for name, attack in attacks.items()
     }
+    if 'autoattack' in found and chosen.max() < len(found['autoattack'].images):
+        attacked['AutoAttack'] = found['autoattack'].images[chosen]
     return plots.attack_grid(
         pixels,
         attacked,
@@ -139,20 +159,14 @@ def _draw_attacks(experiment, variables, attacks, path, title):
     )
 
 
-def _label(name, config):
-    return f'PGD-{config.attack.pgd_steps}' if name == 'pgd' else name.upper()
-
-
-def _table(experiment, result, attacked):
+def _table(experiment, result, attacked, found):
     config = experiment.config
-    rows = [('clean', '', result['test_accuracy'], result['test_examples'])]
-    for name, found in attacked.items():
-        rows.append((_label(name, config), f'eps {config.attack.epsilon:g}/255', found['accuracy'], found['examples']))
     lines = [
-        f'| {name:<8} | {size:<10} | {100 * accuracy:>10.2f} % | {examples:>8} |'
-        for name, size, accuracy, examples in rows
+        f'| {name:<10} | {"" if name == "clean" else f"eps {config.attack.epsilon:g}/255":<10} '
+        f'| {100 * accuracy:>10.2f} % | {examples:>8} |'
+        for name, accuracy, examples, _ in attack_rows(config, result, attacked, found)
     ]
-    head = f'| {"attack":<8} | {"size":<10} | {"accuracy":>12} | {"examples":>8} |'
+    head = f'| {"attack":<10} | {"size":<10} | {"accuracy":>12} | {"examples":>8} |'
     rule = '|' + '|'.join('-' * len(cell) for cell in head.strip('|').split('|')) + '|'
     return '\n'.join(
         [

@@ -19,7 +19,7 @@ ALLOWED = {
     'data': set(),
     'attacks': set(),
     'mesh': set(),
-    'steps': {'models', 'layers', 'data'},
+    'steps': {'models', 'layers', 'data', 'attacks'},
     'evaluation': {'attacks', 'layers', 'steps', 'data', 'mesh', 'models'},
     'training': {'steps', 'models', 'layers', 'data', 'attacks', 'mesh', 'evaluation'},
     'torch_import': {'models', 'layers'},

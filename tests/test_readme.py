@@ -12,7 +12,7 @@ def blocks(language):
 
 
 def test_the_layer_example_runs_and_learns(capsys):
-    (code,) = blocks('python')
+    code, _ = blocks('python')  # the second needs a net of the reader's
     assert len(code.strip().splitlines()) <= 30
     exec(compile(code, 'README.md', 'exec'), {'__name__': 'readme'})
     assert float(re.search(r'loss ([\d.]+)', capsys.readouterr().out)[1]) < 2.0  # chance is ln 10 = 2.30

@@ -1,29 +1,21 @@
-"""Sign-gradient attacks in the l-infinity ball: FGSM and PGD.
+"""Gradient attacks with a fixed step in a ball: FGSM and PGD.
 
 FGSM: Goodfellow, Shlens, Szegedy 2015 (arXiv 1412.6572), equation in section 4.
 PGD:  Madry et al. 2018 (arXiv 1706.06083), section 2.1.
 Margin loss: Carlini and Wagner 2017 (arXiv 1608.04644), f_6 with the sign turned and no cut-off.
 
-An attack sees a model only as `logits_fn`: images [B, H, W, C] with pixels in [0, 1] -> logits
-[B, K]. Normalisation, `train=False`, the parameters: all inside it. `epsilon` and `step_size` are
-in the same units as the pixels: 8/255, not 8.
-
-An attack is start x step x projection x loss, and each of the four is a function below, so that
-a further attack replaces only what differs.
+An attack is start x step x projection x loss; the pieces are in `parts.py`.
 """
 
+import functools
 import numbers
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-LogitsFn = Callable[[jax.Array], jax.Array]
-
-LOSSES = ('cross_entropy', 'margin')
-
-# A program holds at most this many copies of the network (the paper runs PGD-20).
-_UNROLLED_COPIES = 50
+from convnorm_jax.attacks import parts
+from convnorm_jax.attacks.parts import LogitsFn
 
 
 def fgsm(
@@ -49,11 +41,12 @@ def fgsm(
     Raises:
       ValueError: an argument of the wrong shape, dtype, range or name.
     """
-    images, labels = _checked_batch(images, labels)
-    _check_loss(loss)
-    _check_epsilon(epsilon)
+    images, labels = parts.checked_batch(images, labels)
+    parts.check_loss(loss)
+    parts.check_ball(epsilon, 'linf')
     epsilon = jnp.asarray(epsilon, images.dtype)
-    return _step(logits_fn, images, images, labels, epsilon, epsilon, loss)
+    loss_fn = functools.partial(parts.attack_loss, labels=labels, loss=loss)
+    return _step(logits_fn, images, images, loss_fn, epsilon, epsilon, 'linf')
 
 
 def pgd(
@@ -64,19 +57,22 @@ def pgd(
     epsilon: float | jax.Array,
     step_size: float | jax.Array,
     steps: int,
+    norm: str = 'linf',
     rng: jax.Array | None = None,
     init: jax.Array | None = None,
     restarts: int = 1,
-    loss: str = 'cross_entropy',
+    loss: str | Callable = 'cross_entropy',
+    targets: jax.Array | None = None,
 ) -> jax.Array:
-    """`steps` steps along the sign of the gradient, each projected on the ball and on [0, 1].
+    """`steps` steps of steepest ascent, each projected on the ball and on [0, 1].
 
-    The start is the clean image plus `init` if given, else plus noise drawn uniformly from
-    +-`epsilon` with `rng` if given, else the clean image itself; clipped to [0, 1].
+    A step goes along the sign of the gradient ('linf') or along the gradient over its length
+    ('l2'). The start is the clean image plus `init` if given, else plus noise drawn uniformly from
+    the ball with `rng` if given, else the clean image itself; projected.
 
     With several restarts, each from its own noise, an example keeps the first perturbation that
-    makes the prediction wrong, or else the one of highest loss. Restart number i draws the same
-    noise whatever `restarts` is, so that more restarts never find less.
+    fools the model, or else the one of highest loss. Restart number i draws the same noise
+    whatever `restarts` is, so that more restarts never find less.
 
     No example touches another: padding a batch, or its size, changes no example's gradient.
 
@@ -84,14 +80,19 @@ def pgd(
       logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K].
       images: float [B, H, W, C] in [0, 1].
       labels: int [B], the true classes.
-      epsilon: radius of the ball, in pixel units of [0, 1]; a number or a traced scalar.
+      epsilon: radius of the ball, in pixel units of [0, 1] (l2: Euclidean length over all pixels
+        and channels); a number or a traced scalar.
       step_size: length of a step, same units; a number or a traced scalar.
       steps: number of steps, at least 1 (static).
-      rng: a PRNG key for the start noise.
+      norm: 'linf' or 'l2' (static).
+      rng: a PRNG key for the start noise, or one key an image.
       init: float [B, H, W, C], the start noise to use instead of drawing it.
       restarts: number of starts (static); more than one needs `rng` and no `init`.
-      loss: what goes up, one of `LOSSES` (static). Unlike the cross-entropy, the margin has a
-        gradient that does not vanish where the model is very sure of itself.
+      loss: what goes up, one of `LOSSES` (static), or a function logits [B, K] -> loss [B]. Unlike
+        the cross-entropy, the margin has a gradient that does not vanish where the model is very
+        sure of itself.
+      targets: int [B], classes to reach; an example then counts as fooled when its target is
+        predicted. None: any wrong class will do.
 
     Returns:
       Adversarial images, shape and dtype of `images`, in [0, 1]; a constant to differentiation.
@@ -99,171 +100,83 @@ def pgd(
     Raises:
       ValueError: an argument of the wrong shape, dtype, range or name.
     """
-    images, labels = _checked_batch(images, labels)
-    _check_loss(loss)
-    _check_epsilon(epsilon)
-    _check_schedule(step_size, steps)
+    images, labels = parts.checked_batch(images, labels)
+    parts.check_ball(epsilon, norm)
+    _check_schedule(step_size, steps, norm)
     _check_start(images, rng, init, restarts)
     epsilon = jnp.asarray(epsilon, images.dtype)
     step_size = jnp.asarray(step_size, images.dtype)
-    unroll = _unroll(steps * restarts)
+    keys = None if rng is None else parts.example_keys(rng, images.shape[0])
+    loss_fn, fooled = _goal(labels, targets, loss)
+    copies = steps * restarts
 
-    def attack_from(start):
+    def attack_from(noise):
         def body(_, perturbed):
-            return _step(logits_fn, perturbed, images, labels, step_size, epsilon, loss)
+            return _step(logits_fn, perturbed, images, loss_fn, step_size, epsilon, norm)
 
-        return jax.lax.fori_loop(0, steps, body, start, unroll=unroll)
+        return parts.repeat(steps, body, _start(images, noise, epsilon, norm, init is not None), copies)
 
     def attempt(index):
-        noise = uniform_start(jax.random.fold_in(rng, index), images, epsilon)
-        return attack_from(_clip_pixels(images + noise))
+        return attack_from(parts.uniform_start(parts.fold_in(keys, index), images, epsilon, norm))
 
     if init is not None:
-        return attack_from(_clip_pixels(images + jnp.asarray(init, images.dtype)))
+        return attack_from(jnp.asarray(init, images.dtype))
     if rng is None:
-        return attack_from(_clip_pixels(images))
+        return attack_from(jnp.zeros_like(images))
     if restarts == 1:
         return attempt(0)
 
     def judged(perturbed):
-        return (perturbed, *_judge(logits_fn, perturbed, labels, loss))
+        logits = logits_fn(perturbed)
+        return perturbed, fooled(logits), loss_fn(logits)
 
     def body(index, best):
         return _stronger(best, judged(attempt(index)))
 
-    return jax.lax.fori_loop(1, restarts, body, judged(attempt(0)), unroll=unroll)[0]
+    return jax.lax.fori_loop(1, restarts, body, judged(attempt(0)), unroll=parts.unrolls(copies))[0]
 
 
-def uniform_start(rng: jax.Array, images: jax.Array, epsilon: float | jax.Array) -> jax.Array:
-    """Start noise, uniform in +-`epsilon` for every pixel: shape and dtype of `images`."""
-    return jax.random.uniform(rng, images.shape, images.dtype, -1, 1) * epsilon
+def _goal(labels, targets, loss):
+    """(logits -> loss [B], logits -> is it fooled [B]) of an attack away from labels or towards targets."""
+    if targets is None:
+        loss_fn = loss if callable(loss) else functools.partial(parts.attack_loss, labels=labels, loss=loss)
+        return loss_fn, lambda logits: jnp.argmax(logits, axis=-1) != labels
+    targets = jnp.asarray(targets)
+    parts.check_classes(targets, labels.shape[0], 'targets')
+    loss_fn = loss if callable(loss) else lambda logits: parts.targeted_loss(logits, labels, targets, loss)
+    return loss_fn, lambda logits: jnp.argmax(logits, axis=-1) == targets
 
 
-def project_linf(perturbed: jax.Array, images: jax.Array, epsilon: float | jax.Array) -> jax.Array:
-    """The nearest point to `perturbed` within +-`epsilon` of `images` and within [0, 1].
-
-    All of shape [B, H, W, C]. Clipping to the ball and then to [0, 1] is exact, because both are
-    boxes and `images` lies in both.
-    """
-    return _clip_pixels(images + jnp.clip(perturbed - images, -epsilon, epsilon))
+def _start(images, noise, epsilon, norm, given):
+    # Noise that is given is taken as it is, inside the ball or not, as the published code does.
+    moved = images + noise
+    return parts.clip_pixels(moved) if given else parts.project(moved, images, epsilon, norm)
 
 
-def attack_loss(logits: jax.Array, labels: jax.Array, loss: str) -> jax.Array:
-    """What an attack drives up, one value an example.
-
-    Args:
-      logits: float [B, K], K at least 2; computed in float32 or wider.
-      labels: int [B].
-      loss: 'cross_entropy', -log softmax(logits)[label], or
-        'margin', max over j != label of logits[j], minus logits[label]: above 0 exactly where
-        the prediction is wrong (but for ties).
-
-    Returns:
-      float [B].
-
-    Raises:
-      ValueError: an unknown loss, or logits that are not [B, K] with K at least 2.
-    """
-    _check_loss(loss)
-    _check_logits(logits, labels)
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    if loss == 'cross_entropy':
-        return -_at_label(jax.nn.log_softmax(logits), labels)
-    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-    best_other = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
-    return best_other - _at_label(logits, labels)
-
-
-def _step(logits_fn, perturbed, images, labels, step_size, epsilon, loss):
-    """One signed step up the loss, projected."""
-
-    # A sum, not a mean: an example's gradient then does not depend on who else is in the batch,
-    # and a large batch does not push small gradients towards the underflow of float32.
-    def total(pixels):
-        return attack_loss(logits_fn(pixels), labels, loss).sum()
-
-    direction = jnp.sign(jax.grad(total)(perturbed))
-    return project_linf(perturbed + step_size * direction, images, epsilon)
-
-
-def _judge(logits_fn, perturbed, labels, loss):
-    """Per example: is the prediction wrong (bool [B]), and the loss (float [B])."""
-    logits = logits_fn(perturbed)
-    return jnp.argmax(logits, axis=-1) != labels, attack_loss(logits, labels, loss)
+def _step(logits_fn, perturbed, images, loss_fn, step_size, epsilon, norm):
+    """One step up the loss, projected."""
+    _, _, gradient = parts.value_and_gradient(logits_fn, perturbed, loss_fn)
+    return parts.project(perturbed + step_size * parts.steepest(gradient, norm), images, epsilon, norm)
 
 
 def _stronger(best, candidate):
     """Per example the candidate if it is the first to fool, or if none did and it has more loss."""
-    best_images, best_wrong, best_loss = best
-    images, wrong, loss = candidate
-    better = ~best_wrong & (wrong | (loss > best_loss))
-    return (
-        jnp.where(better[:, None, None, None], images, best_images),
-        best_wrong | wrong,
-        jnp.where(better, loss, best_loss),
-    )
+    best_images, best_fooled, best_loss = best
+    images, fooled, loss = candidate
+    better = ~best_fooled & (fooled | (loss > best_loss))
+    return parts.choose(better, images, best_images), best_fooled | fooled, jnp.where(better, loss, best_loss)
 
 
-def _unroll(copies: int) -> bool:
-    """Whether the loops over `copies` passes of the network are written out in full.
-
-    XLA:CPU runs a convolution inside a while loop 2 to 15 times slower than outside it: 2 times on
-    five steps of a ResNet-18, 15 times on twenty of 17 convolutions of 32 channels (2 cores, jax
-    0.10.2). Written out they cost compile time (that net: 0.2 s a copy): hence the limit. Other
-    backends get the loop, which compiles in a moment.
-    """
-    return jax.default_backend() == 'cpu' and copies <= _UNROLLED_COPIES
-
-
-def _clip_pixels(images):
-    return jnp.clip(images, 0, 1)
-
-
-def _at_label(values, labels):
-    return jnp.take_along_axis(values, labels[:, None], axis=-1)[:, 0]
-
-
-def _checked_batch(images, labels):
-    """Both as JAX arrays of a good shape and dtype; images as constants to differentiation."""
-    images, labels = jnp.asarray(images), jnp.asarray(labels)
-    if images.ndim != 4:
-        raise ValueError(f'images.shape={images.shape}: expected [B, H, W, C]')
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f'images.dtype={images.dtype}: expected floating pixels in [0, 1]')
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f'labels.shape={labels.shape}: expected {images.shape[:1]}, one an image')
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f'labels.dtype={labels.dtype}: expected integers')
-    # Adversarial training must not differentiate through the attack.
-    return jax.lax.stop_gradient(images), labels
-
-
-def _check_loss(loss):
-    if loss not in LOSSES:
-        raise ValueError(f'loss={loss!r}: expected one of {", ".join(LOSSES)}')
-
-
-def _check_logits(logits, labels):
-    if logits.ndim != 2 or logits.shape[0] != labels.shape[0] or logits.shape[1] < 2:
-        raise ValueError(f'logits.shape={logits.shape}: expected [{labels.shape[0]}, K] with K at least 2')
-
-
-def _check_epsilon(epsilon):
-    # Only what is a plain number: a traced value is not known yet.
-    if isinstance(epsilon, numbers.Real) and not 0 <= epsilon <= 1:
-        raise ValueError(f'epsilon={epsilon}: expected 0 to 1, in units of [0, 1] (8/255, not 8)')
-
-
-def _check_schedule(step_size, steps):
-    if isinstance(step_size, numbers.Real) and not 0 < step_size <= 1:
-        raise ValueError(f'step_size={step_size}: expected above 0, up to 1, in units of [0, 1] (2/255, not 2)')
-    if not isinstance(steps, numbers.Integral) or steps < 1:
-        raise ValueError(f'steps={steps}: expected an integer of at least 1')
+def _check_schedule(step_size, steps, norm):
+    largest = 1 if norm == 'linf' else float('inf')
+    if isinstance(step_size, numbers.Real) and not 0 < step_size <= largest:
+        words = 'above 0, up to 1, in units of [0, 1] (2/255, not 2)' if norm == 'linf' else 'above 0'
+        raise ValueError(f'step_size={step_size}: expected {words}')
+    parts.check_count(steps, 'steps')
 
 
 def _check_start(images, rng, init, restarts):
-    if not isinstance(restarts, numbers.Integral) or restarts < 1:
-        raise ValueError(f'restarts={restarts}: expected an integer of at least 1')
+    parts.check_count(restarts, 'restarts')
     if restarts > 1 and (rng is None or init is not None):
         raise ValueError(f'restarts={restarts}: more than one needs rng, and no init')
     if init is not None and jnp.shape(init) != images.shape:

@@ -16,6 +16,9 @@ from convnorm_jax.steps.classify import make_eval_step
 
 ATTACKS = ('fgsm', 'pgd')
 
+# Batches under way at a time. XLA:CPU aborts if collectives of very many wait for too few threads.
+_IN_FLIGHT = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class AttackSettings:
@@ -24,7 +27,7 @@ class AttackSettings:
     Attributes:
       name: one of `ATTACKS`.
       epsilon, step_size: in units of pixels in [0, 1].
-      steps, restarts, loss: PGD's; FGSM takes the loss only.
+      steps, restarts, loss, norm: PGD's; FGSM takes the loss only.
     """
 
     name: str
@@ -33,20 +36,34 @@ class AttackSettings:
     steps: int
     restarts: int
     loss: str
+    norm: str = 'linf'
 
-    def run(self, logits_fn, images, labels, key):
-        """Adversarial images of a batch, see `attacks.fgsm` and `attacks.pgd`."""
+    @property
+    def program(self):
+        """The same without its radius and step, which the program of an attack takes as arguments."""
+        return dataclasses.replace(self, epsilon=0.0, step_size=0.0)
+
+    def run(self, logits_fn, images, labels, key, epsilon=None, step_size=None):
+        """Adversarial images of a batch, see `attacks.fgsm` and `attacks.pgd`.
+
+        Args:
+          key: one, or one for each image.
+          epsilon, step_size: instead of its own, may be traced.
+        """
+        epsilon = self.epsilon if epsilon is None else epsilon
+        step_size = self.step_size if step_size is None else step_size
         if self.name == 'fgsm':
-            return attacks.fgsm(logits_fn, images, labels, epsilon=self.epsilon, loss=self.loss)
+            return attacks.fgsm(logits_fn, images, labels, epsilon=epsilon, loss=self.loss)
         return attacks.pgd(
             logits_fn,
             images,
             labels,
-            epsilon=self.epsilon,
-            step_size=self.step_size,
+            epsilon=epsilon,
+            step_size=step_size,
             steps=self.steps,
             restarts=self.restarts,
             loss=self.loss,
+            norm=self.norm,
             rng=key,
         )
 
@@ -74,9 +91,11 @@ class Evaluator:
     def evaluate(self, variables, split):
         """Mean loss and accuracy over a split {'images': uint8, 'labels'} on the device."""
         totals = None
-        for indices, mask in zip(*padded_batches(len(split['labels']), self.batch_size)):
+        for i, (indices, mask) in enumerate(zip(*padded_batches(len(split['labels']), self.batch_size))):
             sums = self._eval(variables, split['images'], split['labels'], indices, mask)
             totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
+            if i % _IN_FLIGHT == 0:
+                jax.block_until_ready(totals)
         return {} if totals is None else {name: float(s) / float(n) for name, (s, n) in totals.items()}
 
     def predict(self, variables, pixels):
@@ -102,20 +121,24 @@ class Evaluator:
         """
         total = min(examples or len(split['labels']), len(split['labels']))
         correct, start = 0.0, time.perf_counter()
-        run = self._attack(attack)
+        run = functools.partial(
+            self._attack(attack.program), jnp.float32(attack.epsilon), jnp.float32(attack.step_size)
+        )
         indices, mask = padded_batches(total, self.batch_size)
         for i in range(len(indices)):
-            key = jax.random.fold_in(jax.random.key(seed), i)
+            key = jax.random.key(seed)
             correct += float(run(variables, split['images'], split['labels'], indices[i], mask[i], key))
             if progress:
                 progress(min((i + 1) * self.batch_size, total), total)
         return {'accuracy': correct / total, 'examples': total, 'seconds': time.perf_counter() - start}
 
     def _make_attack(self, attack):
-        def attacked_correct(variables, images, labels, indices, mask, key):
+        def attacked_correct(epsilon, step_size, variables, images, labels, indices, mask, key):
             batch = self._gather(images, labels, indices, mask)
             logits_fn = functools.partial(self.logits_fn, variables)
-            attacked = attack.run(logits_fn, to_float(batch['images']), batch['labels'], key)
+            # Of the example, not of its place: the batch size changes nothing.
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
+            attacked = attack.run(logits_fn, to_float(batch['images']), batch['labels'], keys, epsilon, step_size)
             correct = logits_fn(attacked).argmax(-1) == batch['labels']
             return (correct * batch['mask']).sum()
 

@@ -1,6 +1,8 @@
 """The normalized convolutions of a trained net: kernels, what scales them, picture sizes."""
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,29 +12,63 @@ from flax import linen as nn
 from convnorm_jax.evaluation.spectral import layer_spectrum
 from convnorm_jax.layers import spectral
 from convnorm_jax.layers.batch_norm import BatchNorm
-from convnorm_jax.layers.convnorm import ConvNorm
+from convnorm_jax.layers.convnorm import ConvNorm, pair_of_ints
 from convnorm_jax.layers.factory import ConvThenNorm
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerSite:
-    """Where a convolution stands in a net.
+    """Where a convolution or a linear layer stands in a net.
 
     Attributes:
       name: path of its module, joined by '/'.
       path: the same as a tuple.
-      module: the module itself, for its attributes.
-      grid: size of its full convolution, for the pictures it sees.
+      module: a copy of the module outside the net, as it stands at evaluation.
+      parts: the same of the modules it is made of, by name: 'conv', 'norm', 'batch_norm'.
+      picture, output: shapes without the batch of what it is given and gives, (H, W, C) or (C,).
     """
 
     name: str
     path: tuple
     module: nn.Module
-    grid: tuple
+    parts: dict
+    picture: tuple
+    output: tuple
+
+    @property
+    def convolution(self):
+        """Whether it is a convolution, not a linear layer."""
+        return isinstance(self.module, (ConvNorm, ConvThenNorm))
+
+    @property
+    def kernel_size(self):
+        """(kh, kw); (1, 1) of a linear layer."""
+        return pair_of_ints(self.module.kernel_size, 'kernel_size') if self.convolution else (1, 1)
+
+    @property
+    def strides(self):
+        """(sh, sw); (1, 1) of a linear layer."""
+        return pair_of_ints(self.module.strides, 'strides') if self.convolution else (1, 1)
+
+    @property
+    def grid(self):
+        """(Hf, Wf) of the full convolution of its pictures."""
+        return spectral.grid_size(self.picture[:2], self.kernel_size)
+
+    @property
+    def batch_norm(self):
+        """The BatchNorm it ends with, or None."""
+        norm = self.parts.get('batch_norm', self.parts.get('norm'))
+        return norm if isinstance(norm, BatchNorm) else None
+
+    @property
+    def linear(self):
+        """Whether it is affine at evaluation: not if it normalizes by the statistics of each picture."""
+        return not self.parts.get('norm') or self.batch_norm is not None
 
 
-def find_layers(model, variables, input_shape):
-    """Every `ConvNorm` and `ConvThenNorm` of a net with kernels above 1x1, in order of call.
+def find_sites(model, variables, input_shape):
+    """Every `ConvNorm`, `ConvThenNorm` and `flax.linen.Dense` of a net, in order of call.
 
     Args:
       model: a Linen classifier; variables: its variables; input_shape: [H, W, C].
@@ -40,16 +76,27 @@ def find_layers(model, variables, input_shape):
     Returns:
       List of `LayerSite`.
     """
-    sites = []
+    sites, within = [], []
 
     def record(call, args, kwargs, context):
         module = context.module
-        if isinstance(module, (ConvNorm, ConvThenNorm)) and context.method_name == '__call__':
-            kernel_size = tuple(module.kernel_size)
-            if kernel_size != (1, 1):
-                grid = spectral.grid_size(args[0].shape[1:3], kernel_size)
-                sites.append(LayerSite('/'.join(module.path), module.path, module, grid))
-        return call(*args, **kwargs)
+        if context.method_name != '__call__':
+            return call(*args, **kwargs)
+        if within:
+            outer, parts = within[0]
+            if module.path[:-1] == outer:
+                parts[module.name] = module.clone(name=None)
+            return call(*args, **kwargs)
+        if not isinstance(module, (ConvNorm, ConvThenNorm, nn.Dense)):
+            return call(*args, **kwargs)
+        path, parts = module.path, {}
+        within.append((path, parts))
+        output = call(*args, **kwargs)
+        within.clear()
+        sites.append(
+            LayerSite('/'.join(path), path, module.clone(name=None), parts, args[0].shape[1:], output.shape[1:])
+        )
+        return output
 
     images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     with nn.intercept_methods(record):
@@ -57,19 +104,51 @@ def find_layers(model, variables, input_shape):
     return sites
 
 
-def _inside(tree, path):
-    for key in path:
-        tree = tree.get(key, {})
-    return tree
+def find_layers(model, variables, input_shape):
+    """Every `ConvNorm` and `ConvThenNorm` of a net with kernels above 1x1, in order of call.
+
+    Args and returns as `find_sites`.
+    """
+    return [s for s in find_sites(model, variables, input_shape) if math.prod(s.kernel_size) > 1]
+
+
+def inner_variables(variables, path):
+    """The variables of the module at `path`: {collection: its part}."""
+    return {name: functools.reduce(lambda tree, key: tree.get(key, {}), path, v) for name, v in variables.items()}
+
+
+def effective_kernel(site, variables):
+    """The kernel that a convolution convolves with at evaluation, float32 [kh, kw, cin, cout].
+
+    That of a reparametrized convolution (spectral norm, ONI, OWN, weight norm) as it comes out of
+    the reparametrization; ConvNorm's is the parameter, without its preconditioner.
+    """
+    inside = inner_variables(variables, site.path)
+    if isinstance(site.module, ConvNorm):
+        return np.asarray(inside['params']['kernel'], np.float32)
+    inside, kernels = inner_variables(inside, ('conv',)), []
+
+    def record(call, args, kwargs, context):
+        if context.method_name == '_convolution':
+            kernels.append(args[1])
+        return call(*args, **kwargs)
+
+    def reparametrize(inside):
+        with nn.intercept_methods(record):
+            site.parts['conv'].apply(inside, jnp.zeros((1, *site.picture)))
+        return kernels.pop() if kernels else inside['params']['kernel']
+
+    return np.asarray(jax.jit(reparametrize)(inside), np.float32)
 
 
 def layer_spectra(model, variables, input_shape, most=6):
     """Power spectra and singular values before and after normalization, as measured.
 
-    Normalization is ConvNorm's preconditioner in use (the running one, or the exact one),
-    or the scale gamma / sqrt(variance) of the BatchNorm behind the convolution; for other
-    layers both are the same. The stride, and ConvNorm's channel-wise convolution and
-    BatchNorm, are not counted. Reparametrized kernels (spectral norm, ONI ...) are left out.
+    Before is the kernel, of reparametrized convolutions (spectral norm, ONI ...) the one that
+    comes out. Normalization is ConvNorm's preconditioner in use (the running one, or the exact
+    one), or the scale gamma / sqrt(variance) of the BatchNorm behind the convolution; for other
+    layers both are the same. The stride, and ConvNorm's channel-wise convolution and BatchNorm,
+    are not counted.
 
     Args:
       most: only so many layers, evenly chosen.
@@ -77,28 +156,37 @@ def layer_spectra(model, variables, input_shape, most=6):
     Returns:
       List of `spectral.LayerSpectrum`.
     """
-    sites = [
-        site
-        for site in find_layers(model, variables, input_shape)
-        if isinstance(site.module, ConvNorm) or site.module.conv is None
-    ]
+    sites = find_layers(model, variables, input_shape)
     chosen = sorted({round(i) for i in np.linspace(0, len(sites) - 1, min(most, len(sites)))})
     return [_measure(sites[i], variables) for i in chosen]
 
 
 def _measure(site, variables):
-    params, stats = (_inside(variables.get(c, {}), site.path) for c in ('params', 'batch_stats'))
-    if isinstance(site.module, ConvNorm):
-        kernel = params['kernel']
-        exact = site.module.spectrum == 'exact'
-        v = spectral.preconditioner(kernel, site.grid) if exact else stats['preconditioner']
-        scale = np.asarray(v)[:, : site.grid[1] // 2 + 1]
+    scale = normalized_scale(site, variables) if isinstance(site.module, ConvNorm) else norm_scale(site, variables)
+    return layer_spectrum(site.name, effective_kernel(site, variables), site.grid, scale)
+
+
+def normalized_scale(site, variables):
+    """ConvNorm's preconditioner in use, [Hf, Wf//2+1, cout], or [cout] of a 1x1 kernel; ones for other layers.
+
+    Half of the grid, as real transforms have it: a `scale` for `spectral.singular_values`.
+    """
+    if not isinstance(site.module, ConvNorm):
+        return np.ones(site.output[-1], np.float32)
+    inside = inner_variables(variables, site.path)
+    if site.module.spectrum == 'exact':
+        v = spectral.preconditioner(inside['params']['kernel'], site.grid)
     else:
-        kernel, scale = params['conv']['kernel'], _batch_norm_scale(params, stats)
-    return layer_spectrum(site.name, np.asarray(kernel, np.float32), site.grid, scale)
+        v = inside['batch_stats']['preconditioner']
+    v = np.asarray(v)
+    return v[0, 0] if v.shape[:2] == (1, 1) else v[:, : site.grid[1] // 2 + 1]
 
 
-def _batch_norm_scale(params, stats):
-    if 'norm' not in stats:
-        return np.ones(params['conv']['kernel'].shape[-1], np.float32)
-    return np.asarray(params['norm']['scale']) / np.sqrt(np.asarray(stats['norm']['var']) + BatchNorm.epsilon)
+def norm_scale(site, variables):
+    """gamma / sqrt(variance + epsilon) of the BatchNorm at the end of a layer, [cout]; ones without one."""
+    if site.batch_norm is None:
+        return np.ones(site.output[-1], np.float32)
+    name = 'batch_norm' if 'batch_norm' in site.parts else 'norm'
+    inside = inner_variables(variables, (*site.path, name))
+    gamma = inside.get('params', {}).get('scale', 1.0)
+    return np.asarray(gamma) / np.sqrt(np.asarray(inside['batch_stats']['var']) + site.batch_norm.epsilon)

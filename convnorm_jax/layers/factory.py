@@ -15,12 +15,14 @@ from convnorm_jax.layers.batch_norm import BatchNorm
 from convnorm_jax.layers.convnorm import ConvNorm, pair_of_ints
 from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init
 from convnorm_jax.layers.reparam import ONIConv, OWNConv, SpectralNormConv, WeightNormConv
+from convnorm_jax.layers.switch_norm import SwitchNorm
 
 # Options each layer understands, beside dtype.
 LAYER_OPTIONS = {
     'convnorm': ('use_affine', 'use_batch_norm', 'momentum', 'spectrum'),
     'batchnorm': (),
     'groupnorm': ('groups',),
+    'switchnorm': (),
     'spectralnorm': ('mode', 'iterations'),
     'oni': ('iterations', 'groups', 'init_scale', 'learn_scale', 'bounded_columns'),
     'own': ('groups', 'init_scale', 'learn_scale'),
@@ -128,6 +130,11 @@ def _groupnorm(options, dtype, features, kernel_size, *, train=False, **conv):
     return ConvThenNorm(features, kernel_size, norm=norm, dtype=dtype, **conv)
 
 
+def _switchnorm(options, dtype, features, kernel_size, *, train=False, **conv):
+    norm = functools.partial(SwitchNorm, use_running_average=not train, dtype=dtype, **options)
+    return ConvThenNorm(features, kernel_size, norm=norm, dtype=dtype, **conv)
+
+
 def _plain(options, dtype, features, kernel_size, *, train=False, **conv):
     del options, train
     return ConvThenNorm(features, kernel_size, dtype=dtype, **conv)
@@ -137,6 +144,7 @@ _BUILDERS = {
     'convnorm': _convnorm,
     'batchnorm': _batchnorm,
     'groupnorm': _groupnorm,
+    'switchnorm': _switchnorm,
     'spectralnorm': functools.partial(_reparametrized, SpectralNormConv),
     'oni': functools.partial(_reparametrized, ONIConv),
     'own': functools.partial(_reparametrized, OWNConv),

@@ -24,14 +24,40 @@ def make_logits_fn(model, mean, std):
     return logits_fn
 
 
-def make_train_step(model, tx, *, mean, std, augment_fn, label_smoothing=0.0, ema_decay=0.0):
+def make_loss_fn(model, *, mean, std, label_smoothing=0.0, penalty_fn=None):
+    """The training loss of a batch of pixels, with batch statistics.
+
+    Args:
+      model: a Linen classifier of normalized images.
+      mean, std: per channel, of pixels in [0, 1].
+      label_smoothing: share of the target spread evenly over all classes.
+      penalty_fn: params -> scalar added to the loss, or None.
+
+    Returns:
+      A function (params, model_state, pixels, labels) -> (loss, (logits [B, K], new model_state)).
+    """
+
+    def loss_fn(params, model_state, pixels, labels):
+        logits, model_state = train_logits(model, params, model_state, normalize(pixels, mean, std))
+        loss = classification_loss(logits, labels, label_smoothing).mean()
+        return loss + (penalty_fn(params) if penalty_fn else 0), (logits, model_state)
+
+    return loss_fn
+
+
+def train_logits(model, params, model_state, images):
+    """(logits, new model_state) of normalized images in training mode, with batch statistics."""
+    return model.apply({'params': params, **model_state}, images, train=True, mutable=list(model_state))
+
+
+def make_train_step(model, tx, *, mean, std, augment_fn, label_smoothing=0.0, ema_decay=0.0, penalty_fn=None):
     """The clean training step.
 
     Args:
       model, tx: Linen classifier and optax transformation.
       mean, std: per channel, of pixels in [0, 1].
       augment_fn: (key, uint8 images) -> uint8 images.
-      label_smoothing: share of the target spread evenly over all classes.
+      label_smoothing, penalty_fn: see `make_loss_fn`.
       ema_decay: share of the old average that an update keeps; unused if the state has none.
 
     Returns:
@@ -39,28 +65,27 @@ def make_train_step(model, tx, *, mean, std, augment_fn, label_smoothing=0.0, em
       and 'labels' int [B]. metrics: (sum, count) pairs of float32 scalars for 'loss',
       'accuracy' and 'gradient_norm'.
     """
+    loss_fn = make_loss_fn(model, mean=mean, std=std, label_smoothing=label_smoothing, penalty_fn=penalty_fn)
 
     def train_step(state, batch):
         key = jax.random.fold_in(state.rng, state.step)
-        images = normalize(to_float(augment_fn(key, batch['images'])), mean, std)
-
-        def loss_fn(params):
-            logits, model_state = model.apply(
-                {'params': params, **state.model_state}, images, train=True, mutable=list(state.model_state)
-            )
-            return classification_loss(logits, batch['labels'], label_smoothing).mean(), (logits, model_state)
-
-        (loss, (logits, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        pixels = to_float(augment_fn(key, batch['images']))
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (logits, model_state)), grads = value_and_grad(state.params, state.model_state, pixels, batch['labels'])
         state = apply_gradients(state, grads, model_state, tx, ema_decay)
-        count = jnp.float32(batch['labels'].shape[0])
-        correct = jnp.sum(logits.argmax(-1) == batch['labels']).astype(jnp.float32)
-        return state, {
-            'loss': (loss * count, count),
-            'accuracy': (correct, count),
-            'gradient_norm': (optax.global_norm(grads), jnp.float32(1)),
-        }
+        return state, step_metrics(loss, logits, batch['labels'], grads)
 
     return train_step
+
+
+def step_metrics(loss, logits, labels, grads):
+    """(sum, count) pairs of one update: 'loss', 'accuracy' and 'gradient_norm', float32 scalars."""
+    count = jnp.float32(labels.shape[0])
+    return {
+        'loss': (loss * count, count),
+        'accuracy': (jnp.sum(logits.argmax(-1) == labels).astype(jnp.float32), count),
+        'gradient_norm': (optax.global_norm(grads), jnp.float32(1)),
+    }
 
 
 def classification_loss(logits, labels, label_smoothing=0.0):

@@ -15,12 +15,13 @@ class TrainState:
     """All that a step reads and writes; a frozen pytree.
 
     Attributes:
-      step: int32 scalar, updates done.
+      step: int32 scalar, batches done.
       params: the model's parameters.
       model_state: every other collection, e.g. {'batch_stats': ...}.
       opt_state: optax's.
       rng: key data of the run; randomness is `fold_in(rng, step)`, so it never changes.
       ema: exponential moving average of `params`, or None.
+      perturbation: float32 [B, H, W, C], what Free training carries from batch to batch, or None.
     """
 
     step: jax.Array
@@ -29,6 +30,7 @@ class TrainState:
     opt_state: Any
     rng: jax.Array
     ema: Any = None
+    perturbation: Any = None
 
     @property
     def eval_variables(self):
@@ -36,7 +38,7 @@ class TrainState:
         return {'params': self.params if self.ema is None else self.ema, **self.model_state}
 
 
-def create_state(model, tx, input_shape, seed, *, use_ema=False):
+def create_state(model, tx, input_shape, seed, *, use_ema=False, carried_batch=0):
     """A fresh state; jittable.
 
     Args:
@@ -45,6 +47,7 @@ def create_state(model, tx, input_shape, seed, *, use_ema=False):
       input_shape: [H, W, C] of a picture.
       seed: int.
       use_ema: keep an average of the parameters.
+      carried_batch: keep perturbations of so many pictures from batch to batch; 0 for none.
     """
     init_key, rng = jax.random.split(jax.random.PRNGKey(seed))
     variables = dict(model.init(init_key, jnp.zeros((1, *input_shape), jnp.float32), train=False))
@@ -56,6 +59,7 @@ def create_state(model, tx, input_shape, seed, *, use_ema=False):
         opt_state=tx.init(params),
         rng=rng,
         ema=params if use_ema else None,
+        perturbation=jnp.zeros((carried_batch, *input_shape), jnp.float32) if carried_batch else None,
     )
 
 

@@ -1,20 +1,24 @@
 """Checks of a config, before anything is read or compiled, and what may change at a resume."""
 
-from convnorm_jax.attacks.gradient import LOSSES
+from convnorm_jax.attacks.members import MEMBERS
+from convnorm_jax.attacks.parts import LOSSES, NORMS
 from convnorm_jax.data.augment import AUGMENTATIONS
 from convnorm_jax.data.sources import NAMES
 from convnorm_jax.data.splits import NOISE_KINDS, VALIDATION_KINDS
 from convnorm_jax.evaluation.classifier import ATTACKS
+from convnorm_jax.evaluation.suite import PARTS, SUITES
 from convnorm_jax.layers.activations import ACTIVATIONS
 from convnorm_jax.layers.convnorm import SPECTRUM_MODES
 from convnorm_jax.layers.factory import LAYERS
+from convnorm_jax.layers.ocnn import LAGS
 from convnorm_jax.layers.reparam import SPECTRAL_NORM_MODES
 from convnorm_jax.models.classifiers import DTYPES, MODELS, create_model
 from convnorm_jax.models.resnet import STEMS
+from convnorm_jax.steps.adversarial import BATCH_STATISTICS
 from convnorm_jax.steps.state import OPTIMIZERS
 from convnorm_jax.training.schedule import SCHEDULES
 
-ALGORITHMS = ('clean',)
+ALGORITHMS = ('clean', 'free', 'fast', 'pgd', 'trades')
 
 _CHOICES = {
     'model.name': MODELS,
@@ -29,11 +33,18 @@ _CHOICES = {
     'data.validation': VALIDATION_KINDS,
     'data.label_noise.kind': NOISE_KINDS,
     'train.algorithm': ALGORITHMS,
+    'train.adversarial.batch_statistics': ('', *BATCH_STATISTICS),
     'optimizer.name': OPTIMIZERS,
     'schedule.kind': SCHEDULES,
+    'train.ocnn.lags': LAGS,
     'attack.loss': LOSSES,
+    'attack.norm': NORMS,
+    'eval.suite': SUITES,
     'eval.checkpoint': ('best', 'latest'),
 }
+
+# Any of these, in any order.
+_SUBSETS = {'attack.names': ATTACKS, 'eval.parts': PARTS, 'eval.autoattack.attacks': MEMBERS}
 
 # key: (smallest, largest, are the bounds themselves allowed)
 _RANGES = {
@@ -58,17 +69,30 @@ _RANGES = {
     'train.label_smoothing': (0, 1, True, False),
     'train.ema_decay': (0, 1, True, False),
     'train.early_stopping_epochs': (0, 1e6, True, True),
+    'train.adversarial.epsilon': (0, 255, True, True),
+    'train.adversarial.step_size': (0, 255, False, True),
+    'train.adversarial.steps': (1, 1000, True, True),
+    'train.adversarial.replays': (1, 1000, True, True),
+    'train.adversarial.beta': (0, 1e6, True, True),
     'optimizer.learning_rate': (0, 1e6, False, True),
     'optimizer.momentum': (0, 1, True, False),
     'optimizer.weight_decay': (0, 1e6, True, True),
     'schedule.factor': (0, 1, False, True),
     'schedule.warmup_epochs': (0, 1e6, True, True),
-    'attack.epsilon': (0, 255, True, True),
-    'attack.step_size': (0, 255, False, True),
+    'train.ocnn.weight': (0, 1e6, True, True),
+    'attack.epsilon': (0, 1e6, True, True),
+    'attack.step_size': (0, 1e6, False, True),
     'attack.pgd_steps': (1, 1e5, True, True),
     'attack.restarts': (1, 1e4, True, True),
     'eval.batch_size': (1, 2**20, True, True),
     'eval.examples': (0, 1e12, True, True),
+    'eval.autoattack.steps': (1, 1e6, True, True),
+    'eval.autoattack.queries': (1, 1e7, True, True),
+    'eval.autoattack.targets': (1, 1e4, True, True),
+    'eval.autoattack.restarts': (1, 1e4, True, True),
+    'eval.simba.examples': (1, 1e6, True, True),
+    'eval.simba.queries': (1, 1e7, True, True),
+    'eval.simba.step_size': (0, 1, False, True),
     'checkpoint.every_steps': (0, 1e12, True, True),
     'checkpoint.keep': (1, 1e6, True, True),
     'log.every_steps': (1, 1e12, True, True),
@@ -134,9 +158,10 @@ def check_config(config):
             raise ValueError(f'config.{key}={flat[key]!r}: expected one of {", ".join(map(repr, choices))}')
     for key, bounds in _RANGES.items():
         _check_range(key, flat[key], *bounds)
-    for name in flat['attack.names']:
-        if name not in ATTACKS:
-            raise ValueError(f'config.attack.names={tuple(flat["attack.names"])}: expected some of {ATTACKS}')
+    for key, names in _SUBSETS.items():
+        if not set(flat[key]) <= set(names):
+            raise ValueError(f'config.{key}={tuple(flat[key])}: expected some of {names}')
+    _check_attack(flat)
     _check_milestones(flat['schedule.milestones'])
     build_model(config, num_classes=10)  # raises for sizes that the net can not have
     if not (flat['train.epochs'] or flat['train.steps'] or flat['train.examples']):
@@ -152,6 +177,17 @@ def check_config(config):
         raise ValueError(
             'config.train.early_stopping_epochs needs validation examples: set config.data.validation_fraction above 0'
         )
+
+
+def _check_attack(flat):
+    if flat['attack.norm'] == 'linf':
+        for key in ('attack.epsilon', 'attack.step_size'):
+            _check_range(key, flat[key], 0, 255, True, True)
+    elif 'fgsm' in flat['attack.names']:
+        raise ValueError("config.attack.norm='l2': FGSM is an l-infinity attack; set config.attack.names=pgd")
+    curve = flat['eval.curve']
+    if not all(isinstance(factor, (int, float)) and factor >= 0 for factor in curve) or sorted(set(curve)) != curve:
+        raise ValueError(f'config.eval.curve={tuple(curve)}: expected rising factors of attack.epsilon, from 0')
 
 
 def _check_range(key, value, low, high, low_allowed, high_allowed):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convnorm_jax.evaluation.layers import find_layers, layer_spectra
+from convnorm_jax.evaluation.layers import effective_kernel, find_layers, find_sites, layer_spectra
 from convnorm_jax.evaluation.spectral import channel_power_spectrum
 from convnorm_jax.layers.convnorm import ConvNorm
 from convnorm_jax.layers.factory import ConvThenNorm
@@ -71,7 +71,43 @@ def test_batch_norms_scale_enters():
         np.testing.assert_allclose(spectrum.power_after, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize('layer', ['none', 'groupnorm'])
+def expected_kernel(layer, params, stats):
+    """The reparametrized kernel in NumPy float64."""
+    kernel = np.asarray(params['kernel'], np.float64)
+    rows = kernel.transpose(3, 2, 0, 1).reshape(kernel.shape[3], -1)
+    if layer == 'weightnorm':
+        return kernel / np.linalg.norm(rows, axis=1) * np.asarray(params['scale'])
+    if layer == 'spectralnorm':
+        return kernel / (np.asarray(stats['u'], np.float64) @ rows @ np.asarray(stats['v'], np.float64))
+    rows = rows - rows.mean(1, keepdims=True)
+    if layer == 'oni':  # three steps of Newton from the identity
+        rows /= np.sqrt(np.linalg.norm(rows @ rows.T))
+        b = np.eye(len(rows))
+        for _ in range(3):
+            b = 1.5 * b - 0.5 * b @ b @ b @ rows @ rows.T
+        rows = b @ rows * np.asarray(params['scale'])[:, None]
+    else:  # OWN: the nearest matrix with orthonormal rows
+        u, _, vt = np.linalg.svd(rows, full_matrices=False)
+        rows = 1.414 * u @ vt
+    return rows.reshape(*kernel.transpose(3, 2, 0, 1).shape).transpose(2, 3, 1, 0)
+
+
+@pytest.mark.parametrize('layer', ['spectralnorm', 'weightnorm', 'oni', 'own'])
+def test_reparametrized_kernels_are_measured_as_they_come_out(layer):
+    model, variables = trained(layer)
+    sites, found = find_layers(model, variables, SHAPE), layer_spectra(model, variables, SHAPE)
+    assert [s.name for s in found] == ['conv1_1', 'conv2_1']
+    for site, spectrum in zip(sites, found):
+        params, stats = (variables[c][site.name] for c in ('params', 'batch_stats'))
+        kernel = effective_kernel(site, variables)
+        assert kernel.dtype == np.float32 and np.abs(kernel - params['conv']['kernel']).max() > 0.05
+        np.testing.assert_allclose(kernel, expected_kernel(layer, params['conv'], stats.get('conv')), atol=1e-4)
+        np.testing.assert_allclose(spectrum.power_before, channel_power_spectrum(kernel, spectrum.size), rtol=1e-5)
+        gain = np.asarray(params['norm']['scale']) ** 2 / (np.asarray(stats['norm']['var']) + 1e-5)
+        np.testing.assert_allclose(spectrum.power_after, spectrum.power_before * gain, rtol=1e-4)
+
+
+@pytest.mark.parametrize('layer', ['none', 'groupnorm', 'switchnorm'])
 def test_layers_without_a_fixed_scale_are_the_same_before_and_after(layer):
     model, variables = trained(layer)
     found = layer_spectra(model, variables, SHAPE)
@@ -101,6 +137,8 @@ def test_the_layers_of_a_resnet(layer, module, stem):
     names = ['conv1', *(f'{block}/{conv}' for block in blocks for conv in ('conv1', 'conv2'))]
     assert [site.name for site in sites] == names  # not the 1x1 shortcut
     assert all(type(site.module) is module and '/'.join(site.path) == site.name for site in sites)
+    everywhere = [site.name for site in find_sites(model, variables, (32, 24, 3))]
+    assert everywhere == [*names, 'layer2_0/shortcut', 'linear']
     # Grids are those of the pictures coming in: halved behind the strided convolution.
     first, inside = ((34, 26), (34, 26)) if stem == 'cifar' else ((38, 30), (10, 8))
     halved = tuple((n - 2) // 2 + 2 for n in inside)

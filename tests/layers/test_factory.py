@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from convnorm_jax.layers import LAYERS, BatchNorm, ConvNorm, ConvThenNorm, factory, make_layer
+from convnorm_jax.layers import LAYERS, BatchNorm, ConvNorm, ConvThenNorm, SwitchNorm, factory, make_layer
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -78,7 +78,12 @@ def test_the_name_reaches_the_module(name):
 
 def test_what_each_name_builds():
     assert isinstance(build('convnorm', True), ConvNorm)
-    for name, norm in [('batchnorm', BatchNorm), ('groupnorm', nn.GroupNorm), ('none', None)]:
+    for name, norm in [
+        ('batchnorm', BatchNorm),
+        ('groupnorm', nn.GroupNorm),
+        ('switchnorm', SwitchNorm),
+        ('none', None),
+    ]:
         layer = build(name, True)
         assert isinstance(layer, ConvThenNorm)
         assert layer.norm is None if norm is None else isinstance(layer.norm(), norm)

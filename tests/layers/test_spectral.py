@@ -267,6 +267,44 @@ def test_channelwise_convolution_in_bfloat16():
     assert np.abs(np.asarray(out, np.float32) - exact).max() < 0.02 * np.abs(exact).max()
 
 
+def lax_channelwise(x, kernel):
+    """XLA's own depthwise convolution, which JAX differentiates."""
+    pads = [((k - 1) // 2, k // 2) for k in kernel.shape[:2]]
+    dims = ('NHWC', 'HWIO', 'NHWC')
+    return jax.lax.conv_general_dilated(
+        x, kernel[:, :, None], (1, 1), pads, dimension_numbers=dims, feature_group_count=x.shape[-1]
+    )
+
+
+@pytest.mark.parametrize('kernel_size', [(1, 1), (3, 3), (2, 4), (5, 2)], ids=str)
+def test_gradients_of_the_channelwise_convolution(kernel_size):
+    x, kernel = jnp.asarray(random(25, 2, 6, 5, 3)), jnp.asarray(random(26, *kernel_size, 3))
+
+    def first(convolution):
+        return jax.jit(jax.grad(lambda x, kernel: (convolution(x, kernel) ** 3).sum(), (0, 1)))
+
+    def second(convolution):
+        def penalty(x, kernel):
+            by_x, by_kernel = first(convolution)(x, kernel)
+            return (by_x**2).sum() + (by_kernel**2).sum()
+
+        return jax.jit(jax.grad(penalty, (0, 1)))
+
+    for order in (first, second):
+        expected = order(lax_channelwise)(x, kernel)
+        found = order(spectral.channelwise_convolution)(x, kernel)
+        for a, b in zip(found, expected):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+def test_channelwise_convolution_under_vmap():
+    x, kernel = jnp.asarray(random(27, 4, 2, 6, 5, 3)), jnp.asarray(random(28, 3, 3, 3))
+    grad = jax.grad(lambda x, kernel: (spectral.channelwise_convolution(x, kernel) ** 2).sum(), (0, 1))
+    for i, parts in enumerate(zip(*jax.vmap(grad, (0, None))(x, kernel))):
+        for a, b in zip(parts, grad(x[i], kernel)):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
 @pytest.mark.parametrize('grid', [(6, 7), (12, 13)], ids=['dense', 'separable'])
 def test_jit_equals_eager(grid):
     kernel, y = jnp.asarray(random(23, 3, 3, 2, 3)), jnp.asarray(random(24, 2, *grid, 3))

@@ -48,7 +48,12 @@ def test_an_unknown_choice(key):
 
 
 # Needed beside a value for the whole config to pass.
-COMPANIONS = {'data.label_noise.rate': {'data.label_noise.kind': 'symmetric'}}
+L2 = {'attack.norm': 'l2', 'attack.names': ('pgd',)}
+COMPANIONS = {
+    'data.label_noise.rate': {'data.label_noise.kind': 'symmetric'},
+    'attack.epsilon': L2,
+    'attack.step_size': L2,
+}
 
 
 @pytest.mark.parametrize('key', config_lib._RANGES)

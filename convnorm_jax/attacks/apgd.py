@@ -1,0 +1,269 @@
+"""Auto-PGD: PGD that chooses its own step size (Croce and Hein 2020, arXiv 2003.01690, algorithm 1).
+
+Where the authors' code (AutoAttack) and their text part, the numbers are the code's: lengths between
+checks are rounded down one by one; the first loss counts as risen if it is above 0, whatever that of
+the start was; and the first check does not ask whether the best loss stood still. Unlike in both, an
+example that is fooled is left alone from then on, since nothing more is to be won from it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from convnorm_jax.attacks import parts
+from convnorm_jax.attacks.parts import LogitsFn
+
+_FIRST_STEP = 2.0  # in units of epsilon
+_MOMENTUM = 0.75  # alpha of the paper: the share of the new step
+_RHO = 0.75  # the step is kept if the loss rose in more than this share of the iterations
+
+
+@struct.dataclass
+class ApgdState:
+    """A run between two iterations; a frozen pytree.
+
+    Every leaf but `iteration` has the batch as its first axis, so that examples can be picked out
+    of a state and packed together: `jax.tree.map(lambda leaf: leaf[kept] if leaf.ndim else leaf, state)`.
+
+    Attributes:
+      iteration: int32 scalar, iterations done.
+      perturbed, previous: [B, H, W, C], the iterate and the one before it.
+      gradient: [B, H, W, C], the gradient of the loss at `perturbed`.
+      best_images, best_gradient, best_loss: the point of highest loss, its gradient, its loss [B].
+      last_loss: [B], the loss of the last iteration; 0 before the first.
+      best_at_check: [B], `best_loss` at the last check of the step size.
+      increases: int32 [B], iterations since the last check in which the loss rose.
+      reduced: bool [B], whether the last check halved the step; true before the first.
+      step_size: [B], in units of the pixels.
+      fooled: bool [B], whether `perturbed` is predicted wrong; such an example no longer moves.
+    """
+
+    iteration: jax.Array
+    perturbed: jax.Array
+    previous: jax.Array
+    gradient: jax.Array
+    best_images: jax.Array
+    best_gradient: jax.Array
+    best_loss: jax.Array
+    last_loss: jax.Array
+    best_at_check: jax.Array
+    increases: jax.Array
+    reduced: jax.Array
+    step_size: jax.Array
+    fooled: jax.Array
+
+    @property
+    def adversarial(self) -> jax.Array:
+        """Images [B, H, W, C]: what fooled the model, or else the point of highest loss."""
+        return parts.choose(self.fooled, self.perturbed, self.best_images)
+
+
+def apgd(
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    epsilon: float | jax.Array,
+    norm: str = 'linf',
+    steps: int = 100,
+    rng: jax.Array,
+    loss: str = 'cross_entropy',
+    targets: jax.Array | None = None,
+) -> jax.Array:
+    """A whole run from one random start on the surface of the ball.
+
+    Pure and jittable; `steps` + 2 passes forward, `steps` + 1 back. It is one program, in which a
+    fooled example still takes its place: to attack many, `ensemble.autoattack` advances chunks of
+    iterations and sends only the examples that are still robust on, packed into full batches.
+
+    Args:
+      logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K].
+      images: float [B, H, W, C] in [0, 1].
+      labels: int [B], the true classes.
+      epsilon: radius of the ball, in pixel units of [0, 1] (l2: Euclidean length over all pixels
+        and channels); a number or a traced scalar.
+      norm: 'linf' or 'l2' (static).
+      steps: number of iterations, at least 1 (static).
+      rng: a PRNG key for the start, or one key an image.
+      loss: what goes up, one of `parts.LOSSES` (static).
+      targets: int [B], the classes that `parts.targeted_loss` leads to. Any wrong prediction
+        counts as fooled, with targets too.
+
+    Returns:
+      Images of the shape and dtype of `images`, a constant to differentiation. An example that is
+      predicted wrong as it is stays as it is; another is its first iterate that is predicted
+      wrong, or, if none is, its point of highest loss.
+
+    Raises:
+      ValueError: an argument of the wrong shape, dtype, range or name.
+    """
+    images, labels = parts.checked_batch(images, labels)
+    parts.check_count(steps, 'steps')
+    goal = {'epsilon': epsilon, 'norm': norm, 'loss': loss, 'targets': targets}
+    state = apgd_start(logits_fn, images, labels, rng=rng, **goal)
+    state = apgd_advance(logits_fn, images, labels, state, steps=steps, count=steps, **goal)
+    clean = jnp.argmax(logits_fn(images), axis=-1) == labels
+    return jax.lax.stop_gradient(parts.choose(clean, state.adversarial, images))
+
+
+def apgd_start(
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    epsilon: float | jax.Array,
+    norm: str,
+    rng: jax.Array,
+    loss: str,
+    targets: jax.Array | None = None,
+) -> ApgdState:
+    """The state before the first iteration; one pass forward and back. Arguments: see `apgd`."""
+    images, labels = parts.checked_batch(images, labels)
+    loss_fn = _checked_goal(labels, targets, epsilon, norm, loss)
+    epsilon = jnp.asarray(epsilon, images.dtype)
+    start = parts.clip_pixels(images + epsilon * _surface(rng, images, norm))
+    value, logits, gradient = parts.value_and_gradient(logits_fn, start, loss_fn)
+    return ApgdState(
+        iteration=jnp.zeros((), jnp.int32),
+        perturbed=start,
+        previous=start,
+        gradient=gradient,
+        best_images=start,
+        best_gradient=gradient,
+        best_loss=value,
+        last_loss=jnp.zeros_like(value),
+        best_at_check=value,
+        increases=jnp.zeros(labels.shape, jnp.int32),
+        reduced=jnp.ones(labels.shape, bool),
+        step_size=jnp.broadcast_to(_FIRST_STEP * epsilon, labels.shape),
+        fooled=jnp.argmax(logits, axis=-1) != labels,
+    )
+
+
+def apgd_advance(
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    state: ApgdState,
+    *,
+    epsilon: float | jax.Array,
+    norm: str,
+    loss: str,
+    steps: int,
+    count: int,
+    targets: jax.Array | None = None,
+) -> ApgdState:
+    """The state `count` iterations later, in a run of `steps` in all.
+
+    Several short calls give what one long call gives. `state.iteration` may be traced: one program
+    serves all chunks of a run. Iterations past `steps` change nothing, so the last chunk may be as
+    long as the others.
+
+    Args:
+      state: as `apgd_start` or this function returned it for the same arguments.
+      steps: iterations of the whole run, which set when the step size is checked (static).
+      count: iterations to do now, at least 1 (static).
+      Others: see `apgd`.
+
+    Raises:
+      ValueError: as `apgd`, or a state of another batch.
+    """
+    images, labels = parts.checked_batch(images, labels)
+    loss_fn = _checked_goal(labels, targets, epsilon, norm, loss)
+    parts.check_count(steps, 'steps')
+    parts.check_count(count, 'count')
+    if state.perturbed.shape != images.shape:
+        raise ValueError(f'state.perturbed.shape={state.perturbed.shape}: expected {images.shape}, as images')
+    epsilon = jnp.asarray(epsilon, images.dtype)
+    windows = jnp.asarray(_windows(steps))
+
+    def body(_, state):
+        moved = _moved(state, images, epsilon, norm)
+        new = _judged(state, moved, *parts.value_and_gradient(logits_fn, moved, loss_fn), labels)
+        new = _checked_step(new, windows[state.iteration])
+        goes_on = ~state.fooled & (state.iteration < steps)
+        kept = jax.tree.map(lambda a, b: parts.choose(goes_on, a, b) if a.ndim else a, new, state)
+        return kept.replace(iteration=jnp.minimum(state.iteration + 1, steps))
+
+    return parts.repeat(count, body, state)
+
+
+def _checked_goal(labels, targets, epsilon, norm, loss):
+    """logits -> loss [B], after a look at what was given."""
+    parts.check_loss(loss)
+    parts.check_ball(epsilon, norm)
+    if targets is None:
+        return lambda logits: parts.attack_loss(logits, labels, loss)
+    targets = jnp.asarray(targets)
+    parts.check_classes(targets, labels.shape[0], 'targets')
+    return lambda logits: parts.targeted_loss(logits, labels, targets, loss)
+
+
+def _surface(rng, images, norm):
+    """Noise of norm 1: uniform in a cube or normal, divided by its norm."""
+    keys, shape, dtype = parts.example_keys(rng, images.shape[0]), images.shape[1:], images.dtype
+    if norm == 'linf':
+        noise = jax.vmap(lambda key: jax.random.uniform(key, shape, dtype, -1, 1))(keys)
+    else:
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
+    return noise / parts.expand(jnp.maximum(parts.norm_of(noise, norm), jnp.finfo(dtype).tiny))
+
+
+def _windows(steps):
+    """int32 [steps]: for an iteration that ends in a check, the iterations since the last; else 0."""
+    window, shorter, smallest = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
+    table = np.zeros(steps, np.int32)
+    done = window
+    while done <= steps:
+        table[done - 1] = window
+        window = max(window - shorter, smallest)
+        done += window
+    return table
+
+
+def _moved(state, images, epsilon, norm):
+    """The next iterate: a projected step up, then `_MOMENTUM` of it and the rest of the last move."""
+    ascent = parts.expand(state.step_size) * parts.steepest(state.gradient, norm)
+    target = parts.project(state.perturbed + ascent, images, epsilon, norm)
+    share = jnp.where(state.iteration == 0, 1, _MOMENTUM).astype(images.dtype)
+    mixed = state.perturbed + share * (target - state.perturbed) + (1 - share) * (state.perturbed - state.previous)
+    return parts.project(mixed, images, epsilon, norm)
+
+
+def _judged(state, moved, loss, logits, gradient, labels):
+    """The state at the new iterate, before its step size is looked at."""
+    better = loss > state.best_loss
+    return state.replace(
+        perturbed=moved,
+        previous=state.perturbed,
+        gradient=gradient,
+        best_images=parts.choose(better, moved, state.best_images),
+        best_gradient=parts.choose(better, gradient, state.best_gradient),
+        best_loss=jnp.where(better, loss, state.best_loss),
+        last_loss=loss,
+        increases=state.increases + (loss > state.last_loss),
+        fooled=jnp.argmax(logits, axis=-1) != labels,
+    )
+
+
+def _checked_step(state, window):
+    """Halves the step and goes back to the best point where progress was poor (section 3.2 of the paper).
+
+    Args:
+      window: int scalar, see `_windows`.
+    """
+    due = window > 0
+    oscillates = state.increases <= _RHO * window
+    stands_still = ~state.reduced & (state.best_at_check >= state.best_loss)
+    halve = due & (oscillates | stands_still)
+    # What has just been fooled must be handed out as it is.
+    back = halve & ~state.fooled
+    return state.replace(
+        perturbed=parts.choose(back, state.best_images, state.perturbed),
+        gradient=parts.choose(back, state.best_gradient, state.gradient),
+        step_size=jnp.where(halve, state.step_size / 2, state.step_size),
+        reduced=jnp.where(due, halve, state.reduced),
+        best_at_check=jnp.where(due, state.best_loss, state.best_at_check),
+        increases=jnp.where(due, 0, state.increases),
+    )

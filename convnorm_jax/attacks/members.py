@@ -1,0 +1,172 @@
+"""The attacks that an ensemble runs, each cut into short jitted programs.
+
+A member's run over a batch is: start, then chunks of iterations. Chunks are short enough to be
+written out in full on a CPU (`parts.unrolls`), and let the host stop when all are fooled. A round
+is one run: of a target class, or of a random start.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from convnorm_jax.attacks import parts
+from convnorm_jax.attacks.apgd import apgd_advance, apgd_start
+from convnorm_jax.attacks.fab import fab_advance, fab_start
+from convnorm_jax.attacks.square import square_advance, square_start
+
+MEMBERS = ('apgd-ce', 'apgd-dlr', 'apgd-t', 'fab-t', 'square')
+
+# Iterations in one program where loops are written out: compile time against dispatches.
+_CPU_CHUNK = {'apgd': 10, 'fab': 5, 'square': 25}
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """An attack as the ensemble drives it.
+
+    Attributes:
+      name: one of `MEMBERS`.
+      rounds: runs, one after another, each over the examples still robust.
+      chunks: calls of `advance` that make a run.
+      repack_every: so many chunks, after which the examples still robust are packed anew.
+      targeted: whether a round aims at a class.
+      white_box: whether it takes gradients.
+      start: jitted (logits_fn, images, labels, keys, targets, epsilon) -> state.
+      advance: jitted (logits_fn, images, labels, keys, targets, epsilon, state, chunk) -> state.
+      found: (state, epsilon) -> (images [B, H, W, C], fooled bool [B]).
+
+    logits_fn is a `jax.tree_util.Partial`: what it holds are arguments of the programs.
+    """
+
+    name: str
+    rounds: int
+    chunks: int
+    repack_every: int
+    targeted: bool
+    white_box: bool
+    start: Callable[..., Any]
+    advance: Callable[..., Any]
+    found: Callable[..., Any]
+
+
+@functools.lru_cache(maxsize=64)  # the programs of a member are compiled once, whatever the radius
+def make_member(name: str, norm: str, classes: int, *, steps: int, queries: int, targets: int, restarts: int) -> Member:
+    """A member by its name.
+
+    Args:
+      name: one of `MEMBERS`.
+      norm: 'linf' or 'l2'.
+      classes: number of logits.
+      steps: iterations of APGD and FAB; queries: of Square.
+      targets: classes that a targeted attack tries; all wrong ones where there are fewer.
+      restarts: runs of an untargeted attack.
+
+    Raises:
+      ValueError: another name or norm, a number below 1, too few classes for the DLR loss.
+    """
+    if name not in MEMBERS:
+        raise ValueError(f'attacks: {name!r}, expected some of {", ".join(MEMBERS)}')
+    parts.check_ball(0, norm)
+    for value, word in ((steps, 'steps'), (queries, 'queries'), (targets, 'targets'), (restarts, 'restarts')):
+        parts.check_count(value, word)
+    targets = min(targets, classes - 1)
+    if name == 'fab-t':
+        return _fab(norm, steps, targets)
+    if name == 'square':
+        return _square(norm, queries, restarts)
+    if name == 'apgd-t':
+        # The targeted DLR loss needs four classes.
+        return _apgd(name, norm, 'dlr' if classes >= 4 else 'margin', steps, targets, targeted=True)
+    if name == 'apgd-dlr' and classes < 3:
+        raise ValueError(f"attacks: 'apgd-dlr' needs at least three classes, the model has {classes}")
+    return _apgd(name, norm, {'apgd-ce': 'cross_entropy', 'apgd-dlr': 'dlr'}[name], steps, restarts, targeted=False)
+
+
+def _chunk(family, total, otherwise=None):
+    """Iterations in one program: a divisor of all of them."""
+    most = _CPU_CHUNK[family] if parts.unrolls(1) else otherwise or total
+    return next(count for count in range(min(most, total), 0, -1) if total % count == 0)
+
+
+def _apgd(name, norm, loss, steps, rounds, *, targeted):
+    count = _chunk('apgd', steps, 25)
+
+    def goal(targets, epsilon):
+        return {'epsilon': epsilon, 'norm': norm, 'loss': loss, 'targets': targets if targeted else None}
+
+    @jax.jit
+    def start(logits_fn, images, labels, keys, targets, epsilon):
+        return apgd_start(logits_fn, images, labels, rng=keys, **goal(targets, epsilon))
+
+    @jax.jit
+    def advance(logits_fn, images, labels, keys, targets, epsilon, state, chunk):
+        return apgd_advance(logits_fn, images, labels, state, steps=steps, count=count, **goal(targets, epsilon))
+
+    chunks = steps // count
+    return Member(
+        name, rounds, chunks, 1, targeted, True, start, advance, lambda state, _: (state.adversarial, state.fooled)
+    )
+
+
+def _fab(norm, steps, rounds):
+    count = _chunk('fab', steps, 25)
+
+    @jax.jit
+    def start(logits_fn, images, labels, keys, targets, epsilon):
+        return fab_start(logits_fn, images, labels, epsilon=epsilon, norm=norm, rng=None, targets=targets)
+
+    @jax.jit
+    def advance(logits_fn, images, labels, keys, targets, epsilon, state, chunk):
+        return fab_advance(logits_fn, images, labels, state, norm=norm, targets=targets, count=count)
+
+    chunks = steps // count
+    return Member(
+        'fab-t',
+        rounds,
+        chunks,
+        max(1, 20 // count),
+        True,
+        True,
+        start,
+        advance,
+        lambda s, epsilon: (s.nearest, s.distance <= epsilon),
+    )
+
+
+def _square(norm, queries, rounds):
+    count = _chunk('square', queries, 100)
+    options = {'norm': norm}
+
+    @jax.jit
+    def start(logits_fn, images, labels, keys, targets, epsilon):
+        return square_start(logits_fn, images, labels, epsilon=epsilon, rng=keys, **options)
+
+    @jax.jit
+    def advance(logits_fn, images, labels, keys, targets, epsilon, state, chunk):
+        return square_advance(
+            logits_fn,
+            images,
+            labels,
+            state,
+            epsilon=epsilon,
+            rng=keys,
+            first_query=chunk * count,
+            queries=queries,
+            count=count,
+            **options,
+        )
+
+    return Member(
+        'square',
+        rounds,
+        queries // count,
+        max(1, 100 // count),
+        False,
+        False,
+        start,
+        advance,
+        lambda state, _: (state.images, state.fooled),
+    )

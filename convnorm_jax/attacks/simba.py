@@ -1,0 +1,303 @@
+"""SimBA: one vector of an orthonormal basis at a time, kept if the label's probability falls.
+
+Guo, Gardner, You, Wilson, Weinberger 2019 (arXiv 1905.07121), algorithm 1, in pixel space or in
+that of the discrete cosine transform. Orders and counts are those of the authors' code: the clean
+image is no counted query; a step counts 1 if +step is taken, else 2.
+
+Each pass of the network asks every example's own next question (+ or - of its own next vector), so
+none waits for another and `queries` of an example are the passes it took part in.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convnorm_jax.attacks import parts
+from convnorm_jax.attacks.parts import LogitsFn
+
+BASES = ('pixel', 'dct')
+
+
+class SimbaState(NamedTuple):
+    """Where the attack stands; every array has the batch as its first axis.
+
+    delta: float [B, H, W, C], the sum of the steps taken, before any clipping.
+    odds: float [B], log(p / (1 - p)) of the label's probability p there.
+    order: int32 [B, steps], each example's vectors, as numbers into [H, W, C].
+    place: int32 [B], the step that each example is at.
+    plus_failed: bool [B], whether +step was tried there already.
+    queries: int32 [B], used so far, the clean image not counted.
+    fooled: bool [B], whether another class than the label is predicted.
+    """
+
+    delta: jax.Array
+    odds: jax.Array
+    order: jax.Array
+    place: jax.Array
+    plus_failed: jax.Array
+    queries: jax.Array
+    fooled: jax.Array
+
+
+class SimbaResult(NamedTuple):
+    """What SimBA found, by example.
+
+    images: float [B, H, W, C] in [0, 1].
+    queries: int32 [B]; 0 exactly where the clean image was misclassified.
+    success: bool [B], whether another class than the label is predicted.
+    l2: float [B], Euclidean length of images - clean images, as clipped (the authors' code
+      measures it before the clipping to [0, 1]).
+    """
+
+    images: jax.Array
+    queries: jax.Array
+    success: jax.Array
+    l2: jax.Array
+
+
+def simba(
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    step_size: float | jax.Array = 0.2,
+    steps: int | None = None,
+    basis: str = 'pixel',
+    frequencies: int | None = None,
+    stride: int | None = None,
+    epsilon: float | jax.Array | None = None,
+    rng: jax.Array,
+) -> SimbaResult:
+    """The whole attack; an example ends when it is misclassified or has been through its vectors.
+
+    Can be jitted. On a CPU more than a few steps are much faster as a loop of the host over a jitted
+    `simba_advance` (`parts.unrolls` says why).
+
+    Args:
+      logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K]. Never differentiated.
+      images: float [B, H, W, C] in [0, 1].
+      labels: int [B], the true classes.
+      step_size: length of a step, in pixel units of [0, 1]; a number or a traced scalar.
+      steps: at most so many vectors, each tried once (static). None: all that the order has.
+      basis: 'pixel' or 'dct' (static).
+      frequencies: 'dct': only the `frequencies` x `frequencies` lowest of each channel, in random
+        order (static). None: all.
+      stride: 'dct', with `frequencies`: all frequencies, first that lowest block, then blocks that
+        reach `stride` further each, in random order within each (static).
+      epsilon: the perturbation is clipped to +-epsilon; None: not. A number or a traced scalar.
+      rng: a PRNG key, or one key an image.
+
+    Returns:
+      SimbaResult; a constant to differentiation.
+
+    Raises:
+      ValueError: an argument of the wrong shape, dtype, range or name.
+    """
+    state = simba_start(
+        logits_fn, images, labels, steps=steps, basis=basis, frequencies=frequencies, stride=stride, rng=rng
+    )
+    queries = 2 * state.order.shape[1]
+
+    def advance(state, count):
+        return simba_advance(
+            logits_fn, images, labels, state, step_size=step_size, basis=basis, epsilon=epsilon, count=count
+        )
+
+    if parts.unrolls(queries):
+        state = advance(state, queries)
+    else:
+        state = jax.lax.while_loop(lambda state: jnp.any(simba_active(state)), lambda state: advance(state, 1), state)
+    return simba_result(images, state, epsilon)
+
+
+def simba_start(
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    steps: int | None = None,
+    basis: str = 'pixel',
+    frequencies: int | None = None,
+    stride: int | None = None,
+    rng: jax.Array,
+) -> SimbaState:
+    """The clean images, judged (one pass of the network), and every example's order of vectors.
+
+    Args, Raises: see `simba`.
+    """
+    images, labels = parts.checked_batch(images, labels)
+    blocks = _blocks(images.shape[1:], basis, frequencies, stride)
+    if steps is not None:
+        parts.check_count(steps, 'steps')
+    order = jax.vmap(_order, (0, None))(parts.example_keys(rng, len(images)), blocks)[:, :steps]
+    odds, fooled = _judged(logits_fn, images, labels)
+    zeros = jnp.zeros(labels.shape, jnp.int32)
+    return SimbaState(jnp.zeros_like(images), odds, order, zeros, zeros > 0, zeros, fooled)
+
+
+def simba_advance(
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    state: SimbaState,
+    *,
+    step_size: float | jax.Array = 0.2,
+    basis: str = 'pixel',
+    epsilon: float | jax.Array | None = None,
+    count: int,
+) -> SimbaState:
+    """`count` queries more (static) by every example that is still active (`simba_active`).
+
+    No random numbers, no clock: examples may be packed into other batches between two calls.
+
+    Args:
+      images, labels: the clean images and their classes, as given to `simba_start`.
+      state: from `simba_start` (of the same basis) or an earlier call.
+      logits_fn, step_size, basis, epsilon: see `simba`.
+
+    Raises:
+      ValueError: an argument of the wrong shape, dtype, range or name.
+    """
+    images, labels = parts.checked_batch(images, labels)
+    parts.check_count(count, 'count')
+    _check_basis(basis)
+    if epsilon is not None:
+        parts.check_ball(epsilon, 'linf')
+    if not isinstance(step_size, jax.Array) and not 0 < step_size < math.inf:
+        raise ValueError(f'step_size={step_size}: expected above 0, in units of [0, 1]')
+    rows, columns = (jnp.asarray(_basis(size, basis), images.dtype) for size in images.shape[1:3])
+
+    def body(_, state):
+        number = jnp.take_along_axis(state.order, state.place[:, None], axis=1, mode='clip')[:, 0]
+        row, column, channel = jnp.unravel_index(number, images.shape[1:])
+        channels = jax.nn.one_hot(channel, images.shape[3], dtype=images.dtype)
+        vector = rows[row][:, :, None, None] * columns[column][:, None, :, None] * channels[:, None, None, :]
+        step = jnp.where(state.plus_failed, -step_size, step_size).astype(images.dtype)
+        delta = state.delta + parts.expand(step) * vector
+        return _next(state, delta, *_judged(logits_fn, _applied(images, delta, epsilon), labels))
+
+    return parts.repeat(count, body, state)
+
+
+def simba_active(state: SimbaState) -> jax.Array:
+    """Whether an example would still ask the network something, bool [B]."""
+    return ~state.fooled & (state.place < state.order.shape[1])
+
+
+def simba_result(images: jax.Array, state: SimbaState, epsilon: float | jax.Array | None = None) -> SimbaResult:
+    """What was found so far.
+
+    Args:
+      images: the clean images.
+      state: from `simba_advance`, with this `epsilon`.
+    """
+    images = jax.lax.stop_gradient(jnp.asarray(images))
+    perturbed = _applied(images, state.delta, epsilon)
+    return SimbaResult(perturbed, state.queries, state.fooled, parts.l2_norm(perturbed - images))
+
+
+def simba_summary(result: SimbaResult) -> dict[str, float]:
+    """The published figures, over the examples that were rightly classified to begin with.
+
+    Args:
+      result: of any number of examples, on the host or not.
+
+    Returns:
+      examples: how many were attacked.
+      average_queries, mean_l2: over all of these.
+      average_queries_success, mean_l2_success: over those that were fooled.
+      success_rate: the share that was, in [0, 1].
+      A mean of nothing is nan.
+    """
+    queries, success, l2 = (np.asarray(x) for x in (result.queries, result.success, result.l2))
+    attacked = queries > 0
+    fooled = attacked & success
+    return {
+        'examples': int(attacked.sum()),
+        'average_queries': _mean(queries[attacked]),
+        'average_queries_success': _mean(queries[fooled]),
+        'success_rate': _mean(success[attacked]),
+        'mean_l2': _mean(l2[attacked]),
+        'mean_l2_success': _mean(l2[fooled]),
+    }
+
+
+def dct_matrix(size: int) -> np.ndarray:
+    """The orthonormal DCT-II as a matrix, float64 [size, size]: row k is the cosine of frequency k."""
+    frequency, place = np.ogrid[:size, :size]
+    matrix = np.sqrt(2 / size) * np.cos(np.pi * (2 * place + 1) * frequency / (2 * size))
+    matrix[0] /= np.sqrt(2)
+    return matrix
+
+
+def _next(state, delta, odds, fooled):
+    """The state after each active example's candidate `delta` was judged."""
+    active = simba_active(state)
+    taken = active & (odds < state.odds)
+    done = taken | (active & state.plus_failed)
+    return state._replace(
+        delta=parts.choose(taken, delta, state.delta),
+        odds=jnp.where(taken, odds, state.odds),
+        place=state.place + done,
+        plus_failed=jnp.where(active, ~done, state.plus_failed),
+        queries=state.queries + active,
+        fooled=state.fooled | (taken & fooled),
+    )
+
+
+def _judged(logits_fn, images, labels):
+    """(log-odds of the label [B], is another class predicted [B])."""
+    # Without stop_gradient a training step around the attack would differentiate its loop.
+    logits = jax.lax.stop_gradient(logits_fn(images))
+    margin = parts.attack_loss(logits, labels, 'margin')
+    others = jnp.where(jax.nn.one_hot(labels, logits.shape[-1], dtype=bool), -jnp.inf, logits.astype(margin.dtype))
+    # They order as probabilities do, but still tell them apart where float32 rounds them all to 1.
+    odds = -margin - jax.nn.logsumexp(others - others.max(axis=-1, keepdims=True), axis=-1)
+    return odds, jnp.argmax(logits, axis=-1) != labels
+
+
+def _applied(images, delta, epsilon):
+    return parts.clip_pixels(images + (delta if epsilon is None else jnp.clip(delta, -epsilon, epsilon)))
+
+
+def _basis(size, basis):
+    return np.eye(size) if basis == 'pixel' else dct_matrix(size)
+
+
+def _blocks(shape, basis, frequencies, stride):
+    """The block [H * W * C] that each vector is in, -1 for none: lower blocks come first."""
+    _check_basis(basis)
+    height, width, _ = shape
+    largest = max(height, width)
+    if basis == 'pixel' and (frequencies is not None or stride is not None):
+        raise ValueError(f"frequencies={frequencies}, stride={stride}: expected None with basis='pixel'")
+    if frequencies is None and stride is not None:
+        raise ValueError(f'stride={stride}: expected None without frequencies')
+    for name, value in (('frequencies', frequencies), ('stride', stride)):
+        if value is not None:
+            parts.check_count(value, name)
+    if frequencies is not None and frequencies > largest:
+        raise ValueError(f'frequencies={frequencies}: expected at most {largest}, the longer side of the images')
+    row, column, _ = np.indices(shape)
+    beyond = np.maximum(row, column) - (frequencies or largest)
+    further = -1 if stride is None else 1 + beyond // stride
+    return np.where(beyond < 0, 0, further).ravel()
+
+
+def _order(key, blocks):
+    """The numbers of all vectors that are in a block, block by block, shuffled in each, int32."""
+    numbers = np.flatnonzero(blocks >= 0)
+    shuffled = jax.random.permutation(key, jnp.asarray(numbers, jnp.int32))
+    return shuffled[jnp.argsort(jnp.asarray(blocks)[shuffled], stable=True)]
+
+
+def _check_basis(basis):
+    if basis not in BASES:
+        raise ValueError(f'basis={basis!r}: expected one of {", ".join(BASES)}')
+
+
+def _mean(values):
+    return float(values.mean()) if values.size else float('nan')

@@ -1,0 +1,335 @@
+"""The Square attack: random search with squares, by queries of the logits alone.
+
+Andriushchenko, Croce, Flammarion, Hein 2020 (arXiv 1912.00049): algorithm 1 with the proposals of
+algorithms 2 ('linf') and 3 ('l2'). Constants and margin loss are those of AutoAttack's version.
+
+Against AutoAttack's code: positions run up to the last one, as in the paper (there the last row
+and column are left out), and every example draws its own ones (there a batch shares them).
+"""
+
+import bisect
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convnorm_jax.attacks import parts
+from convnorm_jax.attacks.parts import LogitsFn
+
+# The share of pixels that a square covers: 0.8 at first, half of it past each of these queries of 10,000.
+_FIRST_SHARE = 0.8
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+_SMALLEST_NORM = 1e-12
+
+
+class SquareState(NamedTuple):
+    """Where the attack stands; every array has the batch as its first axis.
+
+    images: float [B, H, W, C], the best perturbed images so far, in the ball and in [0, 1].
+    margin: float [B], their largest wrong logit minus the logit of the label.
+    queries: int32 [B], passes of the network that each example has used, its start included.
+    fooled: bool [B], whether another class than the label is predicted.
+    """
+
+    images: jax.Array
+    margin: jax.Array
+    queries: jax.Array
+    fooled: jax.Array
+
+
+def square(
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    epsilon: float | jax.Array,
+    norm: str = 'linf',
+    queries: int = 5000,
+    rng: jax.Array,
+) -> SquareState:
+    """The whole attack: a start, then up to `queries` random changes, kept where the margin grows.
+
+    Can be jitted. It ends when all are fooled. On a CPU more than a few queries are much faster as a
+    loop of the host over a jitted `square_advance` (`parts.unrolls` says why). An example that is
+    misclassified to begin with is attacked like any other.
+
+    Args:
+      logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K]. Never differentiated.
+      images: float [B, H, W, C] in [0, 1].
+      labels: int [B], the true classes.
+      epsilon: radius of the ball, in pixel units of [0, 1] (l2: Euclidean length over all pixels
+        and channels); a number or a traced scalar.
+      norm: 'linf' or 'l2' (static).
+      queries: changes tried after the start, at least 1 (static); squares shrink in step with it.
+      rng: a PRNG key, or one key an image.
+
+    Returns:
+      SquareState; its images are the adversarial ones. A constant to differentiation.
+
+    Raises:
+      ValueError: an argument of the wrong shape, dtype, range or name.
+    """
+    parts.check_count(queries, 'queries')
+    options = {'epsilon': epsilon, 'norm': norm, 'rng': rng}
+    start = square_start(logits_fn, images, labels, **options)
+
+    def advance(state, first_query, count):
+        return square_advance(
+            logits_fn, images, labels, state, first_query=first_query, queries=queries, count=count, **options
+        )
+
+    if parts.unrolls(queries):
+        return advance(start, 0, queries)
+
+    def goes_on(carry):
+        query, state = carry
+        return (query < queries) & ~jnp.all(state.fooled)
+
+    return jax.lax.while_loop(goes_on, lambda carry: (carry[0] + 1, advance(carry[1], carry[0], 1)), (0, start))[1]
+
+
+def square_start(
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    epsilon: float | jax.Array,
+    norm: str = 'linf',
+    rng: jax.Array,
+) -> SquareState:
+    """The first perturbation and its margin: one query.
+
+    'linf': every column of every channel moves by +-epsilon (vertical stripes). 'l2': a grid of
+    about 5 x 5 of the pattern that the attack goes on with, scaled to epsilon. Clipped to [0, 1].
+
+    Args, Raises: see `square`.
+    """
+    images, labels = parts.checked_batch(images, labels)
+    parts.check_ball(epsilon, norm)
+    keys = parts.fold_in(parts.example_keys(rng, images.shape[0]), 0)
+    noise = jax.vmap({'linf': _stripes, 'l2': _grid}[norm], (0, None))(keys, images.shape[1:])
+    perturbed = parts.clip_pixels(images + jnp.asarray(epsilon, images.dtype) * noise.astype(images.dtype))
+    margin, fooled = _judged(logits_fn, perturbed, labels)
+    return SquareState(perturbed, margin, jnp.ones(labels.shape, jnp.int32), fooled)
+
+
+def square_advance(
+    logits_fn: LogitsFn,
+    images: jax.Array,
+    labels: jax.Array,
+    state: SquareState,
+    *,
+    epsilon: float | jax.Array,
+    norm: str = 'linf',
+    rng: jax.Array,
+    first_query: int | jax.Array,
+    queries: int = 5000,
+    count: int,
+) -> SquareState:
+    """`count` queries more, from number `first_query` on; those beyond `queries` change nothing.
+
+    One compiled program serves all chunks of an attack, as `first_query` may be traced. A fooled
+    example neither changes nor counts any more. Examples may be packed into other batches between
+    two calls if labels, state and keys (`parts.example_keys`) go with them.
+
+    Args:
+      images, labels: the clean images and their classes, as given to `square_start`.
+      state: from `square_start` or an earlier call.
+      first_query: how many queries of the attack, without the start, were before.
+      queries: those of the whole attack, without the start (static): sets the size of the squares.
+      count: queries in this call, at least 1 (static).
+      logits_fn, epsilon, norm, rng: see `square`.
+
+    Raises:
+      ValueError: an argument of the wrong shape, dtype, range or name.
+    """
+    images, labels = parts.checked_batch(images, labels)
+    parts.check_ball(epsilon, norm)
+    parts.check_count(queries, 'queries')
+    parts.check_count(count, 'count')
+    epsilon = jnp.asarray(epsilon, images.dtype)
+    keys = parts.example_keys(rng, images.shape[0])
+    propose, corners = {'linf': (_propose_linf, 1), 'l2': (_propose_l2, 2)}[norm]
+    # All at once: written out query by query, the generator would take most of the time to compile.
+    numbers = jax.vmap(_numbers, (None, 0, None))(
+        keys, first_query + jnp.arange(count), 2 * corners + 1 + images.shape[3]
+    )
+
+    def body(turn, state):
+        query = first_query + turn
+        candidate = propose(images, state.images, numbers[turn], _stage(query, queries), epsilon)
+        return _better(logits_fn, candidate, labels, state, query < queries)
+
+    return parts.repeat(count, body, state)
+
+
+def _better(logits_fn, candidate, labels, state, in_time):
+    """The state after the candidates were judged, by those examples that are still in the race."""
+    margin, fooled = _judged(logits_fn, candidate, labels)
+    active = in_time & ~state.fooled
+    taken = active & (fooled | (margin > state.margin))
+    return SquareState(
+        parts.choose(taken, candidate, state.images),
+        jnp.where(taken, margin, state.margin),
+        state.queries + active,
+        state.fooled | (active & fooled),
+    )
+
+
+def _judged(logits_fn, images, labels):
+    # Without stop_gradient a training step around the attack would differentiate its loop.
+    logits = jax.lax.stop_gradient(logits_fn(images))
+    return parts.attack_loss(logits, labels, 'margin'), jnp.argmax(logits, axis=-1) != labels
+
+
+def _stage(query, queries):
+    """How often the covered share has been halved at this query (traced) of `queries` (static)."""
+
+    # Rounded as AutoAttack rounds it, in double precision: the first query of every stage is found beforehand.
+    def rescaled(number):
+        return int(number / queries * 10000)
+
+    firsts = [bisect.bisect_right(range(queries), limit, key=rescaled) for limit in _HALVINGS]
+    return jnp.sum(query >= jnp.asarray(firsts))
+
+
+def _sides(height, width, norm):
+    """The side of the square at every stage, int [stages]; 'l2': odd where the image allows it."""
+    sides = []
+    for stage in range(len(_HALVINGS) + 1):
+        side = round((_FIRST_SHARE / 2**stage * height * width) ** 0.5)
+        side = max(side, 1) if norm == 'linf' else max(side, 3) | 1
+        sides.append(min(side, height, width))
+    return sides
+
+
+def _numbers(keys, query, count):
+    """What the examples draw for one query, uniform in [0, 1), float32 [B, count]; query -1 is the start."""
+    draw = lambda key: jax.random.uniform(key, (count,), jnp.float32)
+    return jax.vmap(draw)(parts.fold_in(keys, query + 1))
+
+
+def _moves(numbers, side, shape):
+    """What one example's numbers [2 * corners + 1 + C] stand for.
+
+    Returns:
+      (rows [corners], columns [corners] of the upper left corners of squares, a coin (bool),
+      signs [C] of -1 and 1).
+    """
+    height, width, channels = shape
+    corners, coin, signs = numbers[: -channels - 1], numbers[-channels - 1], numbers[-channels:]
+    rows, columns = corners.reshape(2, -1)
+    rows, columns = (rows * (height - side + 1)).astype(jnp.int32), (columns * (width - side + 1)).astype(jnp.int32)
+    return rows, columns, coin < 0.5, jnp.where(signs < 0.5, -1.0, 1.0)
+
+
+def _window(row, column, side, shape):
+    """1 in the square, else 0, [H, W, 1]: by comparison, as `side` changes within one program."""
+    rows = jnp.arange(shape[0])[:, None, None] - row
+    columns = jnp.arange(shape[1])[None, :, None] - column
+    return (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
+
+
+def _propose_linf(images, best, numbers, stage, epsilon):
+    """Algorithm 2: in one square every channel moves to +epsilon or to -epsilon, [B, H, W, C]."""
+    shape = images.shape[1:]
+    side = jnp.asarray(_sides(*shape[:2], 'linf'))[stage]
+
+    def one(image, best, numbers):
+        rows, columns, _, signs = _moves(numbers, side, shape)
+        moved = parts.clip_pixels(image + epsilon * signs.astype(image.dtype))
+        return jnp.where(_window(rows[0], columns[0], side, shape), moved, best)
+
+    return jax.vmap(one)(images, best, numbers)
+
+
+def _propose_l2(images, best, numbers, stage, epsilon):
+    """Algorithm 3: what one square holds goes to another one, in a new pattern, [B, H, W, C]."""
+    shape = images.shape[1:]
+    sides = _sides(*shape[:2], 'l2')
+    side = jnp.asarray(sides)[stage]
+    pattern = jnp.asarray(_canvases(tuple(sides)), images.dtype)[stage]
+
+    def one(image, best, numbers):
+        rows, columns, coin, signs = _moves(numbers, side, shape)
+        target = _window(rows[0], columns[0], side, shape)
+        source = _window(rows[1], columns[1], side, shape)
+        placed = _placed(jnp.where(coin, pattern.T, pattern), rows[0], columns[0], target)
+        delta = _moved_mass(best - image, target, source, placed * signs.astype(image.dtype), epsilon)
+        return parts.clip_pixels(image + delta * (epsilon / jnp.maximum(_length(delta, None), _SMALLEST_NORM)))
+
+    return jax.vmap(one)(images, best, numbers)
+
+
+def _moved_mass(delta, target, source, pattern, epsilon):
+    """The perturbation [H, W, C] with `target` filled anew and the rest of `source` emptied, unscaled.
+
+    The length that `target` gets, a channel: what both windows held, and an equal share of what the
+    ball still had to spare (clipping to [0, 1] shortens perturbations).
+    """
+    old = delta * target
+    new = pattern + old / jnp.maximum(_length(old), _SMALLEST_NORM)
+    spare = jnp.maximum(epsilon**2 - jnp.sum(delta**2), 0) / delta.shape[-1]
+    length = jnp.sqrt(spare + _length(delta * (target | source)) ** 2)
+    new = new * (length / jnp.maximum(_length(new), _SMALLEST_NORM))
+    return jnp.where(target, new, jnp.where(source, 0, delta))
+
+
+def _length(delta, axis=(0, 1)):
+    """Euclidean length, of every channel or (axis None) of all of [H, W, C]."""
+    return jnp.sqrt(jnp.sum(delta**2, axis=axis, keepdims=True))
+
+
+def _placed(pattern, row, column, target):
+    """The pattern, in the upper left corner of [S, S], brought to (row, column): [H, W, 1], 0 out of `target`."""
+    height, width, _ = target.shape
+    rows, columns = jnp.arange(height) - row, jnp.arange(width) - column
+    return target * pattern.at[rows[:, None], columns].get(mode='clip', wrap_negative_indices=False)[:, :, None]
+
+
+def _canvases(sides):
+    """The pattern of every side, each in the upper left corner of zeros, [stages, S, S]."""
+    largest = max(sides)
+    return np.stack([np.pad(_pattern(side), (0, largest - side)) for side in sides])
+
+
+def _pattern(side):
+    """Section 3.4, `eta`: two bumps of opposite sign, one above the other, float64 [side, side], of length 1."""
+    upper = side // 2
+    pattern = np.concatenate([_bump(upper, side), -_bump(side - upper, side)])
+    return pattern / np.linalg.norm(pattern)
+
+
+def _bump(height, width):
+    """Squares around the centre, the k-th of weight 1 / k^2, summed: [height, width], of length 1."""
+    if height == 0:
+        return np.zeros((0, width))
+    rows, columns = np.ogrid[:height, :width]
+    ring = np.maximum(abs(rows - height // 2), abs(columns - width // 2))
+    # A cell lies in all squares from its ring outwards.
+    bump = np.cumsum(1 / np.arange(ring.max() + 1, 0, -1) ** 2)[::-1][ring]
+    return bump / np.linalg.norm(bump)
+
+
+def _stripes(key, shape):
+    """+-1, the same down a column, [1, W, C]."""
+    return jax.random.rademacher(key, (1, *shape[1:]), jnp.float32)
+
+
+def _grid(key, shape):
+    """A grid of patterns of random signs and directions, [H, W, C], of length 1."""
+    height, width, channels = shape
+    side = max(min(height, width) // 5, 1)
+    rows, columns = height // side, width // side
+    coin_key, sign_key = jax.random.split(key)
+    coins = jax.random.bernoulli(coin_key, shape=(rows, columns, 1, 1))
+    signs = jax.random.rademacher(sign_key, (rows, columns, 1, 1, channels), jnp.float32)
+    pattern = jnp.asarray(_pattern(side), jnp.float32)
+    tiles = jnp.where(coins, pattern.T, pattern)[..., None] * signs
+    tiles = tiles.swapaxes(1, 2).reshape(rows * side, columns * side, channels)
+    before = (height % side // 2, width % side // 2)
+    after = (height - rows * side - before[0], width - columns * side - before[1])
+    noise = jnp.pad(tiles, ((before[0], after[0]), (before[1], after[1]), (0, 0)))
+    return noise / _length(noise, None)

@@ -1,0 +1,40 @@
+"""Pictures as PNG files: learning curves, attacked images, robustness, spectra of layers, runs compared.
+
+Each function writes one file (200 dpi; a temporary file, then a rename, so that a reader never
+sees half a picture), creates its folder, and returns its path. Nothing here touches pyplot or the
+matplotlib backend of the program around it.
+"""
+
+from convnorm_jax.plots.attacks import MAX_COLUMNS, attack_grid
+from convnorm_jax.plots.comparison import accuracy_against
+from convnorm_jax.plots.figure import BLUE, GREY, VERMILLION
+from convnorm_jax.plots.operators import layer_operators
+from convnorm_jax.plots.robustness import (
+    attack_bars,
+    corruption_pictures,
+    corruption_table,
+    epsilon_curve,
+    query_curve,
+    wilson_interval,
+)
+from convnorm_jax.plots.spectra import MAX_LAYERS, layer_spectra
+from convnorm_jax.plots.training import learning_curves
+
+__all__ = [
+    'BLUE',
+    'GREY',
+    'MAX_COLUMNS',
+    'MAX_LAYERS',
+    'VERMILLION',
+    'accuracy_against',
+    'attack_bars',
+    'attack_grid',
+    'corruption_pictures',
+    'corruption_table',
+    'epsilon_curve',
+    'layer_operators',
+    'layer_spectra',
+    'learning_curves',
+    'query_curve',
+    'wilson_interval',
+]

@@ -1,0 +1,148 @@
+"""The standard suite from the command line: the report, and the same report after an interruption."""
+
+import json
+
+import numpy as np
+import pytest
+
+from convnorm_jax.attacks import ensemble
+from convnorm_jax.data.corruptions import CORRUPTIONS
+from convnorm_jax.evaluation import suite as suite_lib
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+TRAIN = (
+    '--config=configs/digits_convnorm.py',
+    '--config.model.width=4',
+    '--config.model.depth=(1,)',
+    '--config.train.epochs=6',
+    '--config.attack.names=()',
+    '--noconfig.plots',
+)
+SUITE = (
+    '--mode=eval',
+    '--config.eval.suite=standard',
+    '--config.eval.examples=24',
+    '--config.eval.batch_size=8',
+    '--config.attack.names=fgsm,pgd',
+    '--config.attack.epsilon=8',
+    '--config.attack.pgd_steps=2',
+    '--config.eval.autoattack.steps=4',
+    '--config.eval.autoattack.queries=20',
+    '--config.eval.autoattack.targets=2',
+    '--config.eval.curve=(0.0,1.0)',
+    '--config.eval.simba.examples=6',
+    '--config.eval.simba.queries=50',
+)
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+    return tmp_path_factory.mktemp('runs') / 'run'
+
+
+def without_seconds(data):
+    """A report without its times."""
+    if isinstance(data, dict):
+        return {k: without_seconds(v) for k, v in data.items() if 'seconds' not in k}
+    return [without_seconds(item) for item in data] if isinstance(data, list) else data
+
+
+def test_the_report(command, workdir):
+    code, out, err = command(*TRAIN, f'--workdir={workdir}')
+    assert code == 0, err
+    code, out, err = command(*SUITE, f'--workdir={workdir}', '--config.plots=True')
+    assert code == 0, err
+    report = json.loads((workdir / 'report.json').read_text())
+    result = json.loads((workdir / 'result.json').read_text())
+    assert (report['eps'], report['norm'], report['architecture'], report['examples']) == (
+        '8/255',
+        'Linf',
+        'simple_cnn',
+        24,
+    )
+    found = report['figures']
+    assert float(report['autoattack_acc']) == pytest.approx(100 * result['autoattack_accuracy'], abs=0.005)
+    assert result['autoattack_accuracy'] <= result['pgd_accuracy'] <= float(report['clean_acc']) / 100
+    assert [a['name'] for a in found['autoattack']['attacks']] == list(ensemble.STANDARD)
+    # Accuracy at a radius of 0 is that of the clean pictures, at the full one PGD's.
+    (zero, clean), (radius, attacked) = found['curve']
+    assert (zero, radius) == (0, pytest.approx(8 / 255)) and attacked == pytest.approx(result['pgd_accuracy'])
+    assert 100 * clean == pytest.approx(float(report['clean_acc']), abs=0.005)
+    table = found['corruptions']['table']
+    assert list(table) == list(CORRUPTIONS)
+    mean = np.mean([accuracy for row in table.values() for accuracy in row.values()])
+    assert result['corruption_accuracy'] == pytest.approx(mean)
+    assert set(found['simba']) == {'pixel', 'dct'} and len(found['simba']['dct']['queries']) == 6
+    text = (workdir / 'report.md').read_text()
+    for words in ('APGD-CE', '+ Square', 'PGD-2', f'AutoAttack: **{report["autoattack_acc"]} %**', 'elastic transform'):
+        assert words in text
+    for line in text.splitlines():
+        if line.startswith('!['):
+            assert (workdir / line.split('(')[1].rstrip(')')).read_bytes().startswith(b'\x89PNG')
+    assert text.count('![') == 4 and '| + FAB-T' in out
+
+
+def test_an_interrupted_evaluation_ends_in_the_same_report(command, workdir, monkeypatch):
+    before = json.loads((workdir / 'report.json').read_text())
+    text = (workdir / 'report.md').read_text()
+    parts = '--config.eval.parts=autoattack,corruptions'
+    options = (*SUITE, parts, f'--workdir={workdir}', '--noconfig.plots', '--config.eval.simba.step_size=0.3')
+    monkeypatch.setattr(ensemble, '_SAVE_EVERY', 0.0)
+    moments = {
+        'in AutoAttack': (ensemble._Run, '_note', 5),
+        'in the corruptions': (suite_lib, 'corrupt', 9),
+    }
+    for holder, name, moment in moments.values():
+        original, calls = getattr(holder, name), []
+
+        def interrupt(*arguments, original=original, calls=calls, moment=moment):
+            calls.append(1)
+            if len(calls) == moment:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        monkeypatch.setattr(holder, name, interrupt)
+        assert command(*options)[0] == 130
+        monkeypatch.setattr(holder, name, original)
+    (interrupted,) = [f for f in (workdir / 'evaluation').iterdir() if not (f / 'corruption-pixelate.json').exists()]
+    code, _, err = command(*options)
+    assert code == 0 and any('going on from' in line for line in err), err
+    assert (interrupted / 'corruption-pixelate.json').exists()
+    # Another folder, for SimBA's step is another one; the same figures as without any interruption.
+    after = json.loads((workdir / 'report.json').read_text())
+    for part in ('simba', 'curve'):
+        before['figures'].pop(part)
+    assert without_seconds(after['figures']) == without_seconds(before['figures'])
+    assert after['autoattack_acc'] == before['autoattack_acc']
+    assert (workdir / 'report.md').read_text() != text
+
+
+def test_a_finished_evaluation_is_not_repeated(command, workdir, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(suite_lib, 'corrupt', never)
+    monkeypatch.setattr(suite_lib, '_simba', never)
+    monkeypatch.setattr(ensemble._Run, 'attack', never)
+    code, _, err = command(*SUITE, f'--workdir={workdir}', '--noconfig.plots')
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ('option', 'message'),
+    [
+        ('--config.eval.suite=all', "config.eval.suite='all': expected one of '', 'standard'"),
+        ('--config.eval.parts=autoattack,apgd', "config.eval.parts=('autoattack', 'apgd'): expected some of"),
+        ('--config.eval.autoattack.attacks=pgd', "config.eval.autoattack.attacks=('pgd',): expected some of"),
+        ('--config.eval.curve=(1.0,0.5)', 'config.eval.curve=(1.0, 0.5): expected rising factors'),
+        ('--config.attack.norm=l1', "config.attack.norm='l1': expected one of 'linf', 'l2'"),
+        ('--config.attack.epsilon=300', 'config.attack.epsilon=300.0: expected at most 255'),
+        ('--config.train.algorithm=mart', "config.train.algorithm='mart': expected one of 'clean', 'free'"),
+        ('--config.train.adversarial.replays=0', 'config.train.adversarial.replays=0: expected at least 1'),
+        ('--config.train.ocnn.pattern=nothing --config.train.ocnn.weight=0.1', 'nothing'),
+    ],
+)
+def test_what_a_user_gets_wrong(command, workdir, tmp_path, option, message):
+    code, _, err = command('--config=configs/digits_convnorm.py', f'--workdir={tmp_path}/run', *option.split())
+    assert code == 2 and message in err[-1] and len(err) < 3
