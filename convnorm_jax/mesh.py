@@ -1,10 +1,26 @@
 """Devices: one data-parallel mesh, and where arrays live on it."""
 
+import os
+import re
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = 'data'
+
+
+def reserve_host_threads():
+    """Gives XLA:CPU threads enough for fake devices; call it before the first array is made.
+
+    A collective there blocks a thread of a pool that is as large as the number of cores. With more
+    fake devices than cores, all of them can end up waiting for each other, until XLA aborts.
+    """
+    flags = os.environ.get('XLA_FLAGS', '')
+    asked = re.search(r'xla_force_host_platform_device_count=(\d+)', flags)
+    devices = int(asked[1] if asked else os.environ.get('JAX_NUM_CPU_DEVICES', 1))
+    if devices > 1:
+        os.environ.setdefault('NPROC', str(2 * devices + (os.cpu_count() or 1)))  # XLA's name for it
 
 
 def create_mesh(devices=None):

@@ -19,10 +19,12 @@ def run():
     """One command, from `sys.argv`; returns the exit code. User errors are raised as ValueError."""
     config, workdir, mode = command_line.parse(sys.argv)
     # Only now: a mistake on the command line is answered before anything heavy is loaded.
+    from convnorm_jax.mesh import reserve_host_threads
     from convnorm_jax.training import loop, setup
     from convnorm_jax.training.workdir import check_workdir
     from experiments.report import report
 
+    reserve_host_threads()
     if mode == 'train':
         check_workdir(workdir, config)
     experiment = setup.build(config)

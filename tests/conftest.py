@@ -21,6 +21,10 @@ import json  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from convnorm_jax.mesh import reserve_host_threads  # noqa: E402
+
+reserve_host_threads()
+
 
 @pytest.fixture(scope='session')
 def golden_dir():

@@ -16,9 +16,6 @@ from convnorm_jax.steps.classify import make_eval_step
 
 ATTACKS = ('fgsm', 'pgd')
 
-# Batches under way at a time. XLA:CPU aborts if collectives of very many wait for too few threads.
-_IN_FLIGHT = 8
-
 
 @dataclasses.dataclass(frozen=True)
 class AttackSettings:
@@ -91,11 +88,9 @@ class Evaluator:
     def evaluate(self, variables, split):
         """Mean loss and accuracy over a split {'images': uint8, 'labels'} on the device."""
         totals = None
-        for i, (indices, mask) in enumerate(zip(*padded_batches(len(split['labels']), self.batch_size))):
+        for indices, mask in zip(*padded_batches(len(split['labels']), self.batch_size)):
             sums = self._eval(variables, split['images'], split['labels'], indices, mask)
             totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
-            if i % _IN_FLIGHT == 0:
-                jax.block_until_ready(totals)
         return {} if totals is None else {name: float(s) / float(n) for name, (s, n) in totals.items()}
 
     def predict(self, variables, pixels):

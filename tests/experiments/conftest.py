@@ -2,16 +2,26 @@
 
 import sys
 
+import jax
 import pytest
 from absl import flags, logging
 from absl.testing import flagsaver
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
+def devices():
+    """How many of the fake devices a `command` uses; a test may ask for another number by parametrization."""
+    return 1
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path, devices):
     """Function of arguments -> (exit code, stdout, lines of stderr), run in the repository's root."""
+    from convnorm_jax import mesh
     from experiments import main
 
+    create_mesh = mesh.create_mesh
+    monkeypatch.setattr(mesh, 'create_mesh', lambda given=None: create_mesh(given or jax.devices()[:devices]))
     monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'no_tfds'))
     monkeypatch.setenv('CONVNORM_CACHE', str(tmp_path / 'cache'))
     verbosity = logging.get_verbosity()

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 TRAIN = (
     '--config=configs/digits_convnorm.py',
+    '--config.model.layer=batchnorm',
     '--config.model.width=4',
     '--config.model.depth=(1,)',
     '--config.train.epochs=6',
@@ -127,6 +128,20 @@ def test_a_finished_evaluation_is_not_repeated(command, workdir, monkeypatch):
     monkeypatch.setattr(ensemble._Run, 'attack', never)
     code, _, err = command(*SUITE, f'--workdir={workdir}', '--noconfig.plots')
     assert code == 0, err
+
+
+@pytest.mark.parametrize('devices', [4])
+def test_the_command_on_four_devices(command, tmp_path):
+    """Training, attacks and AutoAttack with every batch cut over the devices."""
+    folder = tmp_path / 'run'
+    code, _, err = command(*TRAIN, f'--workdir={folder}', '--config.train.epochs=1', '--config.model.layer=convnorm')
+    assert code == 0, err
+    options = '--config.eval.parts=autoattack', '--config.eval.autoattack.attacks=apgd-ce', '--config.attack.names=fgsm'
+    code, _, err = command(*SUITE, *options, f'--workdir={folder}')
+    assert code == 0, err
+    result, report = (json.loads((folder / f'{name}.json').read_text()) for name in ('result', 'report'))
+    assert result['device'].startswith('4 x ') and report['figures']['autoattack']['attacks'][0]['name'] == 'apgd-ce'
+    assert 0 <= float(report['autoattack_acc']) <= float(report['clean_acc'])
 
 
 @pytest.mark.parametrize(
