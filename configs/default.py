@@ -24,7 +24,6 @@ def get_config():
     config.model.dtype = 'float32'  # or bfloat16
     config.model.convnorm = ConfigDict()
     config.model.convnorm.use_affine = True
-    config.model.convnorm.use_batch_norm = True
     config.model.convnorm.momentum = config_dict.placeholder(float)  # None: the published schedule
     config.model.convnorm.spectrum = 'running'  # at inference; or exact
     config.model.groupnorm = ConfigDict()
@@ -40,6 +39,24 @@ def get_config():
     config.model.own = ConfigDict()
     config.model.own.groups = config_dict.placeholder(int)  # None: the fewest of at most 64 filters
     config.model.own.init_scale = 1.414
+    config.model.weightnorm = ConfigDict()
+    for layer in 'convnorm', 'spectralnorm', 'oni', 'own', 'weightnorm':  # BatchNorm at the end of the layer
+        config.model[layer].use_batch_norm = config_dict.placeholder(bool)  # None: as published, but not in GANs
+
+    config.gan = ConfigDict()  # train.algorithm = 'gan': config.model is the discriminator
+    config.gan.generator_layer = ''  # '' is the net's own: none (sngan), batchnorm (dcgan)
+    config.gan.generator_width = config_dict.placeholder(int)
+    config.gan.dense = 'spectralnorm'  # the discriminator's last layer, whatever its convolutions are; or none
+    config.gan.latent = 128
+    config.gan.conditional = False  # on the labels
+    config.gan.loss = 'hinge'  # non_saturating, wasserstein, least_squares
+    config.gan.n_dis = 5  # discriminator updates for each of the generator
+    config.gan.gradient_penalty = 0.0  # its weight, e.g. 10
+    config.gan.augmentation = ()  # differentiable: color, translation, cutout
+    config.gan.setting = ''  # A to F of the SNGAN paper's Adam settings: overrides optimizer and n_dis
+    config.gan.passes = 1  # over the data between two rows of metrics.csv, scores and checkpoints
+    config.gan.score_examples = 1000  # generated pictures behind the scores of such a row; 0: no scores
+    config.gan.classifier = ''  # folder of a run whose features score the pictures; '' trains a small one
 
     config.data = ConfigDict()
     config.data.name = 'digits'
@@ -55,7 +72,7 @@ def get_config():
     config.data.label_noise.rate = 0.0
 
     config.train = ConfigDict()
-    config.train.algorithm = 'clean'  # or free, fast, pgd, trades: see config.train.adversarial
+    config.train.algorithm = 'clean'  # or free, fast, pgd, trades: see config.train.adversarial; or gan
     config.train.epochs = 120.0  # or steps, or examples: the first of steps, examples, epochs that is not 0
     config.train.steps = 0
     config.train.examples = 0
@@ -77,13 +94,14 @@ def get_config():
     config.train.adversarial.batch_statistics = ''  # what the attack sees: train (fast, pgd) or eval (trades)
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = 'sgd'  # or adamw
+    config.optimizer.name = 'sgd'  # or adam, adamw
     config.optimizer.learning_rate = 0.1
-    config.optimizer.momentum = 0.9
+    config.optimizer.momentum = 0.9  # Adam's first beta
+    config.optimizer.beta2 = 0.999  # Adam's second
     config.optimizer.weight_decay = 1e-4
 
     config.schedule = ConfigDict()
-    config.schedule.kind = 'step'  # cosine, constant
+    config.schedule.kind = 'step'  # cosine, linear, constant
     config.schedule.milestones = (1 / 3, 2 / 3)  # shares of the run
     config.schedule.factor = 0.1
     config.schedule.warmup_epochs = 0.0
@@ -114,6 +132,9 @@ def get_config():
     config.eval.simba.examples = 100
     config.eval.simba.queries = 5000
     config.eval.simba.step_size = 0.2  # of 1, not of 255
+    config.eval.samples = 10000  # of a generator; 50000 is the usual number for an FID
+    config.eval.features = ('classifier',)  # that score a generator; and inception, for FID proper
+    config.eval.inception = ''  # its weight file; '' downloads it once
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000  # beside one at the end of every epoch; 0: only those

@@ -174,7 +174,14 @@ def _illegal_value(message):
 
 def _split_names(config):
     # A bare a,b on the command line arrives as the one string 'a,b'.
-    for section, key in (config.attack, 'names'), (config.eval, 'parts'), (config.eval.autoattack, 'attacks'):
+    names = (
+        (config.attack, 'names'),
+        (config.eval, 'parts'),
+        (config.eval, 'features'),
+        (config.eval.autoattack, 'attacks'),
+        (config.gan, 'augmentation'),
+    )
+    for section, key in names:
         section[key] = tuple(part for name in section[key] for part in str(name).split(',') if part)
 
 

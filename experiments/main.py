@@ -22,20 +22,21 @@ def run():
     from convnorm_jax.mesh import reserve_host_threads
     from convnorm_jax.training import loop, setup
     from convnorm_jax.training.workdir import check_workdir
-    from experiments.report import report
+    from experiments import gan_report, gan_scores, report
 
     reserve_host_threads()
     if mode == 'train':
         check_workdir(workdir, config)
     experiment = setup.build(config)
+    generates = config.train.algorithm == 'gan'
     if mode == 'train':
         print(_headline(experiment, workdir), file=sys.stderr)
         try:
-            loop.train(experiment, workdir)
+            loop.train(gan_scores.with_scorer(experiment, workdir) if generates else experiment, workdir)
         except loop.Stopped as stop:
             print(stop, file=sys.stderr)
             return 128 + stop.signal  # what a shell says of a process that a signal ended
-    report(experiment, workdir)
+    (gan_report if generates else report).report(experiment, workdir)
     return 0
 
 

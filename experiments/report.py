@@ -43,7 +43,7 @@ def report(experiment, workdir):
         **_facts(experiment, variables, chosen, final),
         'attacked_examples': max((row['examples'] for row in attacked.values()), default=0),
     }
-    _keep_earlier_result(workdir)
+    keep_earlier_result(workdir)
     write_json(os.path.join(workdir, 'result.json'), result)
     print(_table(experiment, result, attacked, found), flush=True)
     paths = [os.path.join(workdir, 'result.json')]
@@ -63,7 +63,7 @@ def _suite(experiment, variables, workdir):
     return robustness.run_suite(experiment, variables, workdir, lambda line: tqdm.write(line, file=sys.stderr))
 
 
-def _keep_earlier_result(workdir):
+def keep_earlier_result(workdir):
     """An earlier result.json, perhaps of other attacks, becomes result-1.json, result-2.json, ..."""
     path = os.path.join(workdir, 'result.json')
     if os.path.exists(path):
@@ -89,7 +89,7 @@ def _attack(experiment, variables, name, attack):
 
 
 def _facts(experiment, variables, chosen, final):
-    config, rated = experiment.config, chosen.best_accuracy >= 0  # without validation nothing is the best
+    config, rated = experiment.config, chosen.best_rating is not None  # without validation nothing is the best
     return {
         'model': config.model.name,
         'layer': config.model.layer,
@@ -102,7 +102,7 @@ def _facts(experiment, variables, chosen, final):
         'checkpoint': config.eval.checkpoint if rated else 'latest',
         'checkpoint_step': chosen.step,
         'total_steps': experiment.total_steps,
-        'best_validation_accuracy': final.best_accuracy if rated else None,
+        'best_validation_accuracy': final.best_rating if rated else None,
         'epsilon': config.attack.epsilon,
         'step_size': config.attack.step_size,
         'pgd_steps': config.attack.pgd_steps,

@@ -120,7 +120,7 @@ def _measure(workdir, config, checkpoint):
         'data': experiment.source.description,
         'algorithm': config.train.algorithm,
         'seed': config.seed,
-        'checkpoint': checkpoint if chosen.best_accuracy >= 0 else 'latest',
+        'checkpoint': checkpoint if chosen.best_rating is not None else 'latest',
         'checkpoint_step': chosen.step,
         'product_bound': product_bound(experiment.model, operators),
     }

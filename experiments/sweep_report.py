@@ -7,8 +7,11 @@ import os
 import numpy as np
 
 from convnorm_jax import plots
+from convnorm_jax.evaluation.features import SCORE_NAMES
 from convnorm_jax.training.metrics import write_json
 from experiments.sweep_runs import short_keys, value_text
+
+SCORES = tuple(name for names in SCORE_NAMES.values() for name in names)  # of generators
 
 # Words of the names in result.json that are written otherwise.
 _WORDS = {
@@ -18,13 +21,26 @@ _WORDS = {
     'dlr': 'DLR',
     'fab': 'FAB',
     'fgsm': 'FGSM',
+    'fid': 'FID',
+    'kid': 'KID',
     'pgd': 'PGD',
     'simba': 'SimBA',
     'square': 'Square',
     't': 'T',
 }
 # Told once above the tables where all runs have the same.
-_FACTS = ('model', 'layer', 'data', 'algorithm', 'total_steps', 'checkpoint', 'test_examples', 'device', 'jax')
+_FACTS = (
+    'model',
+    'layer',
+    'data',
+    'algorithm',
+    'total_steps',
+    'checkpoint',
+    'test_examples',
+    'samples',
+    'device',
+    'jax',
+)
 _ATTACK_FACTS = {'epsilon': '/255', 'step_size': '/255', 'pgd_steps': '', 'restarts': '', 'attacked_examples': ''}
 
 
@@ -71,8 +87,8 @@ def summarize(runs, results):
       results: for each run its flat result, or None if it is not finished.
 
     Returns:
-      List of {'values': {grid key: value}, 'seeds': [...], 'accuracies': {metric: {'mean', 'standard_deviation',
-      'all'}}}: metrics are the names of the results that end in `_accuracy`; figures in %; the standard
+      List of {'values': {grid key: value}, 'seeds': [...], 'figures': {metric: {'mean', 'standard_deviation',
+      'all'}}}: metrics are the names of the results that end in `_accuracy`, in %, and `SCORES`; the standard
       deviation is that of a sample (n-1), None for a lone seed.
     """
     groups = {}
@@ -88,7 +104,7 @@ def summarize(runs, results):
         {
             'values': group['values'],
             'seeds': group['seeds'],
-            'accuracies': {
+            'figures': {
                 metric: _statistics(numbers) for metric in metrics if (numbers := _numbers(group['found'], metric))
             },
         }
@@ -97,14 +113,23 @@ def summarize(runs, results):
 
 
 def _metrics(results):
-    """Names of accuracies in any result: the test's first, that of the validation last."""
-    names = {name for result in results if result for name in result if name.endswith('_accuracy')}
+    """Names of accuracies and scores in any result: the test's first, that of the validation last."""
+    names = {name for result in results if result for name in result if _is_accuracy(name) or name in SCORES}
     ordered = dict.fromkeys(name for result in results if result for name in result if name in names)
     return sorted(ordered, key=lambda name: (name != 'test_accuracy', 'validation' in name))
 
 
+def _is_accuracy(metric):
+    return metric.endswith('_accuracy')
+
+
 def _numbers(results, metric):
-    return [100 * result[metric] for result in results if result.get(metric) is not None]
+    factor = 100 if _is_accuracy(metric) else 1
+    return [factor * result[metric] for result in results if result.get(metric) is not None]
+
+
+def _unit(cells):
+    return '%' if any(map(_is_accuracy, _found_metrics(cells))) else ''
 
 
 def _statistics(numbers):
@@ -122,7 +147,9 @@ def report(runs, results, rows, columns, workdir, command):
       command: that anyone can run to get the same.
     """
     cells = summarize(runs, results)
-    told = '\n\n'.join([*_heading(runs, results), *_tables(cells, rows, columns, runs), *_missing(runs, results)])
+    told = '\n\n'.join(
+        [*_heading(runs, results, _unit(cells)), *_tables(cells, rows, columns, runs), *_missing(runs, results)]
+    )
     print(f'\n{told}\n')
     paths = [os.path.join(workdir, f'sweep.{kind}') for kind in ('md', 'csv', 'json')]
     name = os.path.basename(os.path.abspath(workdir))
@@ -133,7 +160,7 @@ def report(runs, results, rows, columns, workdir, command):
     print(*(f'wrote {path}' for path in paths), sep='\n', flush=True)
 
 
-def _heading(runs, results):
+def _heading(runs, results, unit):
     found = [result for result in results if result]
     units = dict.fromkeys(_FACTS, '') | (_ATTACK_FACTS if found[0].get('attacked_examples') else {})
     facts = [
@@ -141,7 +168,7 @@ def _heading(runs, results):
         for name, unit in units.items()
         if name in found[0] and all(result.get(name) == found[0][name] for result in found)
     ]
-    return [f'Accuracy in %, {_over_seeds(runs)}.', f'In all runs: {"; ".join(facts)}.']
+    return [f'{"Accuracy in %" if unit else "Scores"}, {_over_seeds(runs)}.', f'In all runs: {"; ".join(facts)}.']
 
 
 def _over_seeds(runs):
@@ -190,11 +217,11 @@ def _place(cell, keys):
 
 
 def _found_metrics(cells):
-    return list(dict.fromkeys(metric for cell in cells for metric in cell['accuracies']))
+    return list(dict.fromkeys(metric for cell in cells for metric in cell['figures']))
 
 
 def _cell_text(cell, metric, seeds):
-    found = cell['accuracies'].get(metric)
+    found = cell['figures'].get(metric)
     if not found:
         return '-'
     text = f'{found["mean"]:.2f}'
@@ -220,13 +247,13 @@ def _markdown(head, body, labels):
 
 
 def _csv(cells):
-    """A row for each combination and metric, figures in %."""
-    keys = list(cells[0]['values'])
+    """A row for each combination and metric, accuracies in %."""
+    keys, unit = list(cells[0]['values']), '_percent' if _unit(cells) else ''
     file = io.StringIO()
     writer = csv.writer(file, lineterminator='\n')
-    writer.writerow([*keys, 'metric', 'mean_percent', 'standard_deviation_percent', 'seeds'])
+    writer.writerow([*keys, 'metric', f'mean{unit}', f'standard_deviation{unit}', 'seeds'])
     for cell in cells:
-        for metric, found in cell['accuracies'].items():
+        for metric, found in cell['figures'].items():
             deviation = '' if found['standard_deviation'] is None else found['standard_deviation']
             values = [value_text(value) for value in cell['values'].values()]
             writer.writerow([*values, metric, found['mean'], deviation, len(found['all'])])
@@ -236,7 +263,7 @@ def _csv(cells):
 def _record(runs, results, cells, command):
     return {
         'command': command,
-        'unit': '%',
+        'unit': _unit(cells),
         'combinations': cells,
         'runs': [
             {'values': run.values, 'seed': run.seed, 'folder': run.name, 'result': result}
@@ -260,11 +287,11 @@ def _draw(cells, rows, columns, path, title):
     names = short_keys([*rows, *columns])
     panels = {}
     for metric in _found_metrics(cells):
-        if 'validation' in metric:
-            continue  # what checkpoints were chosen by is no evidence
+        if 'validation' in metric or not _is_accuracy(metric):
+            continue  # what checkpoints were chosen by is no evidence, and scores have no common scale
         panel = panels.setdefault(_words(metric), {})
         for cell in cells:
-            if found := cell['accuracies'].get(metric):
+            if found := cell['figures'].get(metric):
                 point = (cell['values'][setting], found['mean'], found['standard_deviation'])
                 panel.setdefault(_method(cell['values'], setting, names), []).append(point)
     if not panels:

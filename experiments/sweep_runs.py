@@ -184,8 +184,7 @@ class _Process:
         """Says in one line how it ended; True if not well, though it was not told to stop."""
         problem = self._problem()
         if not problem:
-            accuracy = finished_result(self.run)['test_accuracy']
-            say(f'{self.title}: done in {time.monotonic() - self.begin:.0f} s, test accuracy {100 * accuracy:.2f} %')
+            say(f'{self.title}: done in {time.monotonic() - self.begin:.0f} s, {_headline(finished_result(self.run))}')
         elif told and self.process:
             say(f'{self.title}: {self._last_line()}')
         else:
@@ -206,6 +205,13 @@ class _Process:
             log.seek(self.start)
             lines = [line.strip() for line in log.read().decode(errors='replace').splitlines()]
         return next((line for line in reversed(lines) if line), 'it said nothing')
+
+
+def _headline(result):
+    if 'test_accuracy' in result:
+        return f'test accuracy {100 * result["test_accuracy"]:.2f} %'
+    name = next(name for name in ('fid', 'fid_classifier') if name in result)
+    return f'{name} {result[name]:.3f}'
 
 
 def _lock(file):

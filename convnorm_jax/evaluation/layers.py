@@ -67,11 +67,12 @@ class LayerSite:
         return not self.parts.get('norm') or self.batch_norm is not None
 
 
-def find_sites(model, variables, input_shape):
+def find_sites(model, variables, input_shape, *inputs):
     """Every `ConvNorm`, `ConvThenNorm` and `flax.linen.Dense` of a net, in order of call.
 
     Args:
-      model: a Linen classifier; variables: its variables; input_shape: [H, W, C].
+      model: a Linen classifier or discriminator; variables: its variables; input_shape: [H, W, C].
+      inputs: arrays, or their shapes, that the net takes behind the images.
 
     Returns:
       List of `LayerSite`.
@@ -100,16 +101,16 @@ def find_sites(model, variables, input_shape):
 
     images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     with nn.intercept_methods(record):
-        jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images)
+        jax.eval_shape(lambda v, *x: model.apply(v, *x, train=False), variables, images, *inputs)
     return sites
 
 
-def find_layers(model, variables, input_shape):
+def find_layers(model, variables, input_shape, *inputs):
     """Every `ConvNorm` and `ConvThenNorm` of a net with kernels above 1x1, in order of call.
 
     Args and returns as `find_sites`.
     """
-    return [s for s in find_sites(model, variables, input_shape) if math.prod(s.kernel_size) > 1]
+    return [s for s in find_sites(model, variables, input_shape, *inputs) if math.prod(s.kernel_size) > 1]
 
 
 def inner_variables(variables, path):
@@ -141,7 +142,7 @@ def effective_kernel(site, variables):
     return np.asarray(jax.jit(reparametrize)(inside), np.float32)
 
 
-def layer_spectra(model, variables, input_shape, most=6):
+def layer_spectra(model, variables, input_shape, *inputs, most=6):
     """Power spectra and singular values before and after normalization, as measured.
 
     Before is the kernel, of reparametrized convolutions (spectral norm, ONI ...) the one that
@@ -151,12 +152,13 @@ def layer_spectra(model, variables, input_shape, most=6):
     are not counted.
 
     Args:
+      model, variables, input_shape, inputs: see `find_sites`.
       most: only so many layers, evenly chosen.
 
     Returns:
       List of `spectral.LayerSpectrum`.
     """
-    sites = find_layers(model, variables, input_shape)
+    sites = find_layers(model, variables, input_shape, *inputs)
     chosen = sorted({round(i) for i in np.linspace(0, len(sites) - 1, min(most, len(sites)))})
     return [_measure(sites[i], variables) for i in chosen]
 

@@ -42,7 +42,7 @@ def canonical_padding(padding, image_size, kernel_size, strides):
     if isinstance(padding, str) and padding in ('SAME', 'VALID'):
         pairs = jax.lax.padtype_to_pads(image_size, kernel_size, strides, padding)
     else:
-        pairs = _padding_pairs(padding)
+        pairs = padding_pairs(padding)
     for pair, n, k in zip(pairs, image_size, kernel_size):
         if not all(0 <= p <= k - 1 for p in pair):
             raise ValueError(
@@ -61,7 +61,12 @@ def _is_int(value):
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _padding_pairs(padding):
+def padding_pairs(padding):
+    """Padding as ((top, bottom), (left, right)), from an int, or an int or a pair for each axis.
+
+    Raises:
+      ValueError: anything else, and names too.
+    """
     sides = [padding] * 2 if _is_int(padding) else padding
     if isinstance(sides, Sequence) and not isinstance(sides, str) and len(sides) == 2:
         pairs = [(p, p) if _is_int(p) else p for p in sides]
@@ -82,7 +87,126 @@ def pair_of_ints(value, name):
     return tuple(int(v) for v in pair)
 
 
-class ConvNorm(nn.Module):
+class NormalizedConvolution(nn.Module):
+    """What `ConvNorm` and `ConvNormTranspose` share: all but the geometry.
+
+    A subclass says how large the picture is that its full convolution sees, and which rows
+    and columns of that convolution are kept.
+
+    Attributes: see `ConvNorm`.
+    """
+
+    features: int
+    kernel_size: int | Sequence[int] = (3, 3)
+    strides: int | Sequence[int] = (1, 1)
+    padding: str | int | Sequence[int | tuple[int, int]] = 'SAME'
+    use_affine: bool = True
+    use_batch_norm: bool = True
+    use_running_average: bool | None = None
+    momentum: float | None = None
+    spectrum: str = 'running'
+    batch_norm_momentum: float = 0.9
+    batch_norm_epsilon: float = 1e-5
+    dtype: jnp.dtype | None = None
+    param_dtype: jnp.dtype = jnp.float32
+    precision: jax.lax.PrecisionLike = None
+
+    kernel_init = staticmethod(torch_kernel_init)
+
+    @nn.compact
+    def __call__(self, x, use_running_average=None):
+        """Applies the layer.
+
+        Args:
+          x: [B, H, W, C], float.
+          use_running_average: True at inference, False in training.
+
+        Returns:
+          [B, H', W', features], with H' and W' those of a (transposed) convolution with
+          the same padding and strides.
+
+        Raises:
+          ValueError: x of another rank; padding outside 0 ... k-1; at inference in
+            'running' mode, pictures of another size than those trained on.
+        """
+        use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
+        if x.ndim != 4:
+            raise ValueError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
+        if self.spectrum not in SPECTRUM_MODES:
+            raise ValueError(f'spectrum={self.spectrum!r}: expected one of {SPECTRUM_MODES}')
+        if not _is_int(self.features) or self.features < 1:
+            raise ValueError(f'features={self.features!r}: expected a positive int')
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise ValueError(
+                f'momentum={self.momentum}: expected at least 0 and below 1, or None for the published schedule'
+            )
+        kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
+        strides = pair_of_ints(self.strides, 'strides')
+        padding = self._canonical_padding(x.shape[1:3], kernel_size, strides)
+        kernel = self.param('kernel', self.kernel_init, (*kernel_size, x.shape[-1], self.features), self.param_dtype)
+        v = self._preconditioner(kernel, self._grid(x.shape[1:3], kernel_size, strides), use_running_average)
+        x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
+        if kernel_size == (1, 1):
+            # A flat spectrum scales the kernel itself, and nothing is computed that a stride drops.
+            y = self._pointwise(x, (kernel * v).astype(kernel.dtype), strides)
+        else:
+            y, kept = self._full_convolution(x, kernel, padding, strides)
+            y = spectral.filter_and_crop(y, v, kept)
+        if self.use_affine:
+            y = self._affine(y, kernel_size)
+        if self.use_batch_norm:
+            y = BatchNorm(
+                use_running_average=use_running_average,
+                momentum=self.batch_norm_momentum,
+                epsilon=self.batch_norm_epsilon,
+                use_affine=self.use_affine,
+                param_dtype=self.param_dtype,
+                name='batch_norm',
+            )(y)
+        return y
+
+    def _preconditioner(self, kernel, grid, use_running_average):
+        """V of this pass, float32 [Hf, Wf, features]; updates the running average in training."""
+        # At initialization the state is made in every mode, so that it never changes its shape.
+        if self.spectrum == 'exact' and use_running_average and not self.is_initializing():
+            return spectral.preconditioner(kernel, grid)
+        running = self.variable('batch_stats', 'preconditioner', lambda: spectral.preconditioner(kernel, grid))
+        # float32: loops that average batch_stats over devices leave its dtype alone.
+        count = self.variable('batch_stats', 'count', lambda: jnp.zeros((), jnp.float32))
+        self._check_size(running.value.shape[:2], grid, kernel.shape[:2], use_running_average)
+        if use_running_average:
+            return running.value
+        v = spectral.preconditioner(kernel, grid)
+        if not self.is_initializing():
+            count.value = count.value + 1
+            weight = update_weight(count.value) if self.momentum is None else 1 - self.momentum
+            running.value = weight * v + (1 - weight) * running.value
+        return v
+
+    def _check_size(self, stored, grid, kernel_size, use_running_average):
+        if kernel_size == (1, 1) or tuple(stored) == grid:
+            return
+        trained, given = (self._image_size(g, kernel_size) for g in (stored, grid))
+        remedy = (
+            "or set spectrum='exact', which recomputes it from the kernel"
+            if use_running_average
+            else 'or initialize with the picture size you train on'
+        )
+        where = '/'.join(self.path) or type(self).__name__
+        raise ValueError(
+            f'{where}: the running spectrum is of {trained[0]}x{trained[1]} pictures, '
+            f'got {given[0]}x{given[1]}; give {trained[0]}x{trained[1]}, {remedy}'
+        )
+
+    def _affine(self, y, kernel_size):
+        fan_in = kernel_size[0] * kernel_size[1]
+        kernel = self.param('affine_kernel', torch_kernel_init, (*kernel_size, 1, self.features), self.param_dtype)
+        bias = self.param('affine_bias', torch_bias_init(fan_in), (self.features,), self.param_dtype)
+        y, kernel, bias = promote_dtype(y, kernel, bias, dtype=self.dtype)
+        return spectral.channelwise_convolution(y, kernel[:, :, 0]) + bias
+
+
+class ConvNorm(NormalizedConvolution):
     """Convolution whose output channels are normalized by their power spectrum.
 
     Stands in for "convolution, then normalization": full convolution, division by the
@@ -113,119 +237,22 @@ class ConvNorm(nn.Module):
       precision: of the convolution's products (`jax.lax.Precision`).
     """
 
-    features: int
-    kernel_size: int | Sequence[int] = (3, 3)
-    strides: int | Sequence[int] = (1, 1)
-    padding: str | int | Sequence[int | tuple[int, int]] = 'SAME'
-    use_affine: bool = True
-    use_batch_norm: bool = True
-    use_running_average: bool | None = None
-    momentum: float | None = None
-    spectrum: str = 'running'
-    batch_norm_momentum: float = 0.9
-    batch_norm_epsilon: float = 1e-5
-    dtype: jnp.dtype | None = None
-    param_dtype: jnp.dtype = jnp.float32
-    precision: jax.lax.PrecisionLike = None
+    def _canonical_padding(self, image_size, kernel_size, strides):
+        return canonical_padding(self.padding, image_size, kernel_size, strides)
 
-    @nn.compact
-    def __call__(self, x, use_running_average=None):
-        """Applies the layer.
+    def _grid(self, image_size, kernel_size, strides):
+        del strides
+        return spectral.grid_size(image_size, kernel_size)
 
-        Args:
-          x: [B, H, W, C], float.
-          use_running_average: True at inference, False in training.
+    def _image_size(self, grid, kernel_size):
+        return tuple(n - k + 1 for n, k in zip(grid, kernel_size))
 
-        Returns:
-          [B, H', W', features], with H' and W' those of a convolution with the same
-          padding and strides.
-
-        Raises:
-          ValueError: x of another rank; padding outside 0 ... k-1; at inference in
-            'running' mode, pictures of another size than those trained on.
-        """
-        use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
-        if x.ndim != 4:
-            raise ValueError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
-        if self.spectrum not in SPECTRUM_MODES:
-            raise ValueError(f'spectrum={self.spectrum!r}: expected one of {SPECTRUM_MODES}')
-        if not _is_int(self.features) or self.features < 1:
-            raise ValueError(f'features={self.features!r}: expected a positive int')
-        if self.momentum is not None and not 0 <= self.momentum < 1:
-            raise ValueError(
-                f'momentum={self.momentum}: expected at least 0 and below 1, or None for the published schedule'
-            )
-        kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
-        strides = pair_of_ints(self.strides, 'strides')
-        padding = canonical_padding(self.padding, x.shape[1:3], kernel_size, strides)
-        kernel = self.param('kernel', torch_kernel_init, (*kernel_size, x.shape[-1], self.features), self.param_dtype)
-        v = self._preconditioner(kernel, x.shape[1:3], use_running_average)
-        x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
-        if kernel_size == (1, 1):
-            y = self._pointwise(x, kernel, v, strides)
-        else:
-            y = self._normalized_convolution(x, kernel, v, padding, strides)
-        if self.use_affine:
-            y = self._affine(y, kernel_size)
-        if self.use_batch_norm:
-            y = BatchNorm(
-                use_running_average=use_running_average,
-                momentum=self.batch_norm_momentum,
-                epsilon=self.batch_norm_epsilon,
-                use_affine=self.use_affine,
-                param_dtype=self.param_dtype,
-                name='batch_norm',
-            )(y)
-        return y
-
-    def _preconditioner(self, kernel, image_size, use_running_average):
-        """V of this pass, float32 [Hf, Wf, features]; updates the running average in training."""
-        grid = spectral.grid_size(image_size, kernel.shape[:2])
-        # At initialization the state is made in every mode, so that it never changes its shape.
-        if self.spectrum == 'exact' and use_running_average and not self.is_initializing():
-            return spectral.preconditioner(kernel, grid)
-        running = self.variable('batch_stats', 'preconditioner', lambda: spectral.preconditioner(kernel, grid))
-        # float32: loops that average batch_stats over devices leave its dtype alone.
-        count = self.variable('batch_stats', 'count', lambda: jnp.zeros((), jnp.float32))
-        self._check_size(running.value.shape[:2], grid, kernel.shape[:2], use_running_average)
-        if use_running_average:
-            return running.value
-        v = spectral.preconditioner(kernel, grid)
-        if not self.is_initializing():
-            count.value = count.value + 1
-            weight = update_weight(count.value) if self.momentum is None else 1 - self.momentum
-            running.value = weight * v + (1 - weight) * running.value
-        return v
-
-    def _check_size(self, stored, grid, kernel_size, use_running_average):
-        if kernel_size == (1, 1) or tuple(stored) == grid:
-            return
-        trained, given = (tuple(n - k + 1 for n, k in zip(g, kernel_size)) for g in (stored, grid))
-        remedy = (
-            "or set spectrum='exact', which recomputes it from the kernel"
-            if use_running_average
-            else 'or initialize with the picture size you train on'
-        )
-        raise ValueError(
-            f'{"/".join(self.path) or "ConvNorm"}: the running spectrum is of {trained[0]}x{trained[1]} pictures, '
-            f'got {given[0]}x{given[1]}; give {trained[0]}x{trained[1]}, {remedy}'
-        )
-
-    def _pointwise(self, x, kernel, v, strides):
-        # A flat spectrum scales the kernel itself, and nothing is computed that a stride drops.
-        kernel = (kernel * v).astype(kernel.dtype)
+    def _pointwise(self, x, kernel, strides):
         return jax.lax.conv_general_dilated(
             x, kernel, strides, 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'), precision=self.precision
         )
 
-    def _normalized_convolution(self, x, kernel, v, padding, strides):
+    def _full_convolution(self, x, kernel, padding, strides):
+        """The full convolution, and the rows and columns of it to keep."""
         y = spectral.full_convolution(x, kernel, self.precision)
-        kept = spectral.crop_indices(y.shape[1:3], kernel.shape[:2], padding, strides)
-        return spectral.filter_and_crop(y, v, kept)
-
-    def _affine(self, y, kernel_size):
-        fan_in = kernel_size[0] * kernel_size[1]
-        kernel = self.param('affine_kernel', torch_kernel_init, (*kernel_size, 1, self.features), self.param_dtype)
-        bias = self.param('affine_bias', torch_bias_init(fan_in), (self.features,), self.param_dtype)
-        y, kernel, bias = promote_dtype(y, kernel, bias, dtype=self.dtype)
-        return spectral.channelwise_convolution(y, kernel[:, :, 0]) + bias
+        return y, spectral.crop_indices(y.shape[1:3], kernel.shape[:2], padding, strides)

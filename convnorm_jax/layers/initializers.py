@@ -7,6 +7,9 @@ from flax import linen as nn
 # Variance of a uniform distribution on +-1/sqrt(fan_in) is 1/(3 fan_in).
 torch_kernel_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
+# Of a transposed convolution PyTorch counts the fan on the side of the output channels.
+torch_transposed_kernel_init = nn.initializers.variance_scaling(1 / 3, 'fan_out', 'uniform')
+
 
 def torch_bias_init(fan_in):
     """Initializer of a bias: uniform in +-1/sqrt(fan_in), any shape."""

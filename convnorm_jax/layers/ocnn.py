@@ -122,12 +122,13 @@ def kernel_paths(params, pattern=None):
     return found
 
 
-def convolution_strides(model, input_shape):
+def convolution_strides(model, input_shape, *inputs):
     """{path of its kernel: strides} of every convolution of a net, found by tracing it.
 
     Args:
-      model: a Linen module that can be initialized with images only.
+      model: a Linen module that can be initialized with images and `inputs` only.
       input_shape: [H, W, C].
+      inputs: arrays, or their shapes, that the net takes behind the images.
     """
     found = {}
 
@@ -139,7 +140,7 @@ def convolution_strides(model, input_shape):
 
     images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     with nn.intercept_methods(record):
-        variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
+        variables = jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x), images, *inputs)
     # A block around a convolution has its strides too, but no kernel.
     kernels = _kernels(variables['params'])
     return {path: pair_of_ints(strides, f'strides of {path}') for path, strides in found.items() if path in kernels}

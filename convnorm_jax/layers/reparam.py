@@ -1,11 +1,12 @@
 """Convolutions with a reparametrized kernel: spectral norm, ONI, OWN, weight norm.
 
-Each stands where `flax.linen.Conv` stands, with PyTorch's initial values, and leaves the
-normalization of its output to whatever follows. The mathematics is in `orthogonal`.
+Each stands where `flax.linen.Conv` stands, or, transposed, where `transposed.ConvTranspose`
+does, with PyTorch's initial values, and leaves the normalization of its output to whatever
+follows. Spectral norm has a dense layer too. The mathematics is in `orthogonal`.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from flax.linen.module import merge_param
 
 from convnorm_jax.layers import orthogonal
 from convnorm_jax.layers.convnorm import canonical_padding, pair_of_ints
-from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init
+from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init, torch_transposed_kernel_init
+from convnorm_jax.layers.transposed import canonical_transposed_padding, transposed_convolution
 
 SPECTRAL_NORM_MODES = ('reshaped', 'conv')
 
@@ -37,6 +39,10 @@ class _ReparametrizedConv(nn.Module):
         reparametrized in float32 always.
       param_dtype: of the parameters.
       precision: of the convolution's products (`jax.lax.Precision`).
+      kernel_init: of the kernel; None is PyTorch's.
+      transposed: a transposed convolution, with the geometry of `transposed.ConvTranspose`:
+        padding is an int or pairs then. The kernel is reparametrized just so, a filter
+        being what an output channel has.
     """
 
     features: int
@@ -47,6 +53,8 @@ class _ReparametrizedConv(nn.Module):
     dtype: jnp.dtype | None = None
     param_dtype: jnp.dtype = jnp.float32
     precision: jax.lax.PrecisionLike = None
+    kernel_init: Callable | None = None
+    transposed: bool = False
 
     def _parameters(self, x):
         """(kernel, bias or None) for images x, checked."""
@@ -55,28 +63,32 @@ class _ReparametrizedConv(nn.Module):
         if not isinstance(self.features, int) or self.features < 1:
             raise ValueError(f'features={self.features!r}: expected a positive int')
         kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
-        kernel = self.param('kernel', torch_kernel_init, (*kernel_size, x.shape[-1], self.features), self.param_dtype)
+        init = self.kernel_init or (torch_transposed_kernel_init if self.transposed else torch_kernel_init)
+        kernel = self.param('kernel', init, (*kernel_size, x.shape[-1], self.features), self.param_dtype)
         if not self.use_bias:
             return kernel, None
-        fan_in = kernel_size[0] * kernel_size[1] * x.shape[-1]
+        fan_in = kernel_size[0] * kernel_size[1] * (self.features if self.transposed else x.shape[-1])
         return kernel, self.param('bias', torch_bias_init(fan_in), (self.features,), self.param_dtype)
 
     def _geometry(self, image_size):
-        """(strides, padding) as `orthogonal.convolve` takes them."""
+        """(strides, padding) as `orthogonal.convolve`, or `transposed_convolution`, takes them."""
         strides = pair_of_ints(self.strides, 'strides')
+        kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
+        if self.transposed:
+            return strides, canonical_transposed_padding(self.padding, image_size, kernel_size, strides)
         if self.padding == 'CIRCULAR':
             return strides, 'CIRCULAR'
         if isinstance(self.padding, str) and self.padding not in ('SAME', 'VALID'):
             raise ValueError(
                 f"padding={self.padding!r}: expected 'SAME', 'VALID', 'CIRCULAR', an int or a pair for each axis"
             )
-        kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
         return strides, canonical_padding(self.padding, image_size, kernel_size, strides)
 
     def _convolution(self, x, kernel, bias):
         strides, padding = self._geometry(x.shape[1:3])
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = orthogonal.convolve(x, kernel, strides, padding, self.precision)
+        convolve = transposed_convolution if self.transposed else orthogonal.convolve
+        y = convolve(x, kernel, strides, padding, self.precision)
         return y if bias is None else y + bias
 
     def _scale(self, init_scale, learn_scale):
@@ -120,46 +132,108 @@ class SpectralNormConv(_ReparametrizedConv):
         use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
         self._check_options()
         kernel, bias = self._parameters(x)
-        u_state, v_state = self._singular_vectors(kernel, x.shape[1:3])
-        u, v = u_state.value, v_state.value
-        if not use_running_average:
-            constant = self._operator(jax.lax.stop_gradient(kernel), v)
-            u, v = orthogonal.power_iteration(constant, u, v, self.iterations, self.eps)
-            if not self.is_initializing():
-                u_state.value, v_state.value = u, v
-        norm = orthogonal.norm_estimate(self._operator(kernel, v), u, v)
+        v_shape = (kernel.size // self.features,) if self.mode == 'reshaped' else (*x.shape[1:3], x.shape[3])
+        norm = _power_iterated_norm(self, self._operator, kernel, v_shape, use_running_average)
         return self._convolution(x, kernel.astype(jnp.float32) / orthogonal.safe_divisor(norm), bias)
 
     def _check_options(self):
         if self.mode not in SPECTRAL_NORM_MODES:
             raise ValueError(f'mode={self.mode!r}: expected one of {SPECTRAL_NORM_MODES}')
-        for name, least in (('iterations', 1), ('init_iterations', 0)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise ValueError(f'{name}={getattr(self, name)!r}: expected an int of {least} or more')
+        if self.mode == 'conv' and self.transposed:
+            raise ValueError(f"mode={self.mode!r}: a transposed convolution takes 'reshaped' only")
+        _check_iterations(self)
 
     def _operator(self, kernel, v):
         if self.mode == 'reshaped':
             return orthogonal.reshaped_operator(kernel)
         return orthogonal.convolution_operator(kernel, *self._geometry(v.shape[:2]))
 
-    def _singular_vectors(self, kernel, image_size):
-        """The variables u and v; made from the kernel and the 'params' random stream."""
 
-        @functools.cache
-        def initial():
-            shape = (kernel.size // self.features,) if self.mode == 'reshaped' else (*image_size, kernel.shape[2])
-            # Without that stream, as when statistics are made for given parameters, a fixed key.
-            key = self.make_rng('params') if self.has_rng('params') else jax.random.key(0)
-            u_key, v_key = jax.random.split(key)
-            v = orthogonal.normalized(jax.random.normal(v_key, shape, jnp.float32), self.eps)
-            operator = self._operator(jax.lax.stop_gradient(kernel), v)
-            u = jax.random.normal(u_key, jax.eval_shape(operator, v).shape, jnp.float32)
-            u = orthogonal.normalized(u, self.eps)
-            return orthogonal.power_iteration(operator, u, v, self.init_iterations, self.eps)
+class SpectralNormDense(nn.Module):
+    """Linear layer whose matrix is divided by its largest singular value (arXiv 1802.05957).
 
-        u = self.variable('batch_stats', 'u', lambda: initial()[0])
-        v = self.variable('batch_stats', 'v', lambda: initial()[1])
-        return u, v
+    By power iteration with the state u [features] and v [cin] in `batch_stats`, as
+    `SpectralNormConv` has it.
+
+    Attributes:
+      features: outputs.
+      use_bias: add a learned bias, from 0.
+      kernel_init: of the kernel [cin, features].
+      iterations, init_iterations, eps, use_running_average: see `SpectralNormConv`.
+      dtype: of the product and the output, as in `flax.linen.Dense`; the kernel is divided in float32.
+      param_dtype: of the parameters.
+    """
+
+    features: int
+    use_bias: bool = True
+    kernel_init: Callable = nn.initializers.xavier_uniform()
+    iterations: int = 1
+    init_iterations: int = 15
+    eps: float = 1e-12
+    use_running_average: bool | None = None
+    dtype: jnp.dtype | None = None
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, use_running_average=None):
+        """[..., cin] -> [..., features]; use_running_average: True in evaluation."""
+        use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
+        _check_iterations(self)
+        kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
+        bias = self.param('bias', nn.initializers.zeros, (self.features,), self.param_dtype) if self.use_bias else None
+        norm = _power_iterated_norm(
+            self,
+            lambda w, _: orthogonal.reshaped_operator(w[None, None]),
+            kernel,
+            kernel.shape[:1],
+            use_running_average,
+        )
+        kernel = kernel.astype(jnp.float32) / orthogonal.safe_divisor(norm)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = jnp.dot(x, kernel)
+        return y if bias is None else y + bias
+
+
+def _check_iterations(module):
+    for name, least in (('iterations', 1), ('init_iterations', 0)):
+        if not isinstance(getattr(module, name), int) or getattr(module, name) < least:
+            raise ValueError(f'{name}={getattr(module, name)!r}: expected an int of {least} or more')
+
+
+def _power_iterated_norm(module, operator_of, kernel, v_shape, use_running_average):
+    """Norm of the kernel, float32 scalar; moves the module's u and v in training.
+
+    Args:
+      module: has iterations, init_iterations, eps; keeps u and v.
+      operator_of: (kernel, v) -> the linear map of the kernel on arrays of v's shape.
+    """
+    u_state, v_state = _singular_vectors(module, operator_of, kernel, v_shape)
+    u, v = u_state.value, v_state.value
+    if not use_running_average:
+        constant = operator_of(jax.lax.stop_gradient(kernel), v)
+        u, v = orthogonal.power_iteration(constant, u, v, module.iterations, module.eps)
+        if not module.is_initializing():
+            u_state.value, v_state.value = u, v
+    return orthogonal.norm_estimate(operator_of(kernel, v), u, v)
+
+
+def _singular_vectors(module, operator_of, kernel, v_shape):
+    """The variables u and v; made from the kernel and the 'params' random stream."""
+
+    @functools.cache
+    def initial():
+        # Without that stream, as when statistics are made for given parameters, a fixed key.
+        key = module.make_rng('params') if module.has_rng('params') else jax.random.key(0)
+        u_key, v_key = jax.random.split(key)
+        v = orthogonal.normalized(jax.random.normal(v_key, v_shape, jnp.float32), module.eps)
+        operator = operator_of(jax.lax.stop_gradient(kernel), v)
+        u = jax.random.normal(u_key, jax.eval_shape(operator, v).shape, jnp.float32)
+        u = orthogonal.normalized(u, module.eps)
+        return orthogonal.power_iteration(operator, u, v, module.init_iterations, module.eps)
+
+    u = module.variable('batch_stats', 'u', lambda: initial()[0])
+    v = module.variable('batch_stats', 'v', lambda: initial()[1])
+    return u, v
 
 
 class ONIConv(_ReparametrizedConv):

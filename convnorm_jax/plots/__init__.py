@@ -1,4 +1,5 @@
-"""Pictures as PNG files: learning curves, attacked images, robustness, spectra of layers, runs compared.
+"""Pictures as PNG files: learning curves, attacked images, robustness, spectra of layers,
+runs compared, what a GAN draws.
 
 Each function writes one file (200 dpi; a temporary file, then a rename, so that a reader never
 sees half a picture), creates its folder, and returns its path. Nothing here touches pyplot or the
@@ -8,6 +9,14 @@ matplotlib backend of the program around it.
 from convnorm_jax.plots.attacks import MAX_COLUMNS, attack_grid
 from convnorm_jax.plots.comparison import accuracy_against
 from convnorm_jax.plots.figure import BLUE, GREY, VERMILLION
+from convnorm_jax.plots.generative import (
+    MAX_STEPS,
+    gan_curves,
+    interpolation_grid,
+    real_and_fake,
+    sample_grid,
+    sample_progress,
+)
 from convnorm_jax.plots.operators import layer_operators
 from convnorm_jax.plots.robustness import (
     attack_bars,
@@ -25,6 +34,7 @@ __all__ = [
     'GREY',
     'MAX_COLUMNS',
     'MAX_LAYERS',
+    'MAX_STEPS',
     'VERMILLION',
     'accuracy_against',
     'attack_bars',
@@ -32,9 +42,14 @@ __all__ = [
     'corruption_pictures',
     'corruption_table',
     'epsilon_curve',
+    'gan_curves',
+    'interpolation_grid',
     'layer_operators',
     'layer_spectra',
     'learning_curves',
     'query_curve',
+    'real_and_fake',
+    'sample_grid',
+    'sample_progress',
     'wilson_interval',
 ]

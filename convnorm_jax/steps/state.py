@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-OPTIMIZERS = ('sgd', 'adamw')
+OPTIMIZERS = ('sgd', 'adam', 'adamw')
 
 
 @struct.dataclass
@@ -63,26 +63,28 @@ def create_state(model, tx, input_shape, seed, *, use_ema=False, carried_batch=0
     )
 
 
-def make_optimizer(name, learning_rate, *, momentum=0.9, weight_decay=0.0):
+def make_optimizer(name, learning_rate, *, momentum=0.9, beta2=0.999, weight_decay=0.0):
     """Optimizer with PyTorch's meaning of weight decay.
 
     'sgd' adds weight decay to the gradient before momentum, on every parameter but the
-    shifted ReLU's shift, as the published code does. 'adamw' is optax's, decaying the same
-    parameters.
+    shifted ReLU's shift, as the published code does, and so does 'adam'. 'adamw' is optax's,
+    decaying the same parameters.
 
     Args:
       name: one of `OPTIMIZERS`.
       learning_rate: float or schedule step -> float.
+      momentum: Adam's first beta; beta2: its second.
 
     Raises:
       ValueError: another name.
     """
+    decay = optax.add_decayed_weights(weight_decay, mask=_decayed)
     if name == 'sgd':
-        return optax.chain(
-            optax.add_decayed_weights(weight_decay, mask=_decayed), optax.sgd(learning_rate, momentum=momentum or None)
-        )
+        return optax.chain(decay, optax.sgd(learning_rate, momentum=momentum or None))
+    if name == 'adam':
+        return optax.chain(decay, optax.adam(learning_rate, b1=momentum, b2=beta2))
     if name == 'adamw':
-        return optax.adamw(learning_rate, b1=momentum, weight_decay=weight_decay, mask=_decayed)
+        return optax.adamw(learning_rate, b1=momentum, b2=beta2, weight_decay=weight_decay, mask=_decayed)
     raise ValueError(f'optimizer.name={name!r}: expected one of {OPTIMIZERS}')
 
 

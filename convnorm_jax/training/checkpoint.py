@@ -10,13 +10,13 @@ from orbax.checkpoint import checkpoint_managers
 
 def _rank(metrics):
     # The first of equals is the best, whatever was saved later.
-    return (metrics['validation_accuracy'], -metrics['step'])
+    return (metrics['rating'], -metrics['step'])
 
 
 class Checkpointer:
     """Saves and restores what a run needs to continue: device arrays and host progress.
 
-    Keeps the `keep` latest checkpoints and the one with the best validation accuracy.
+    Keeps the `keep` latest checkpoints and the one with the best rating.
     """
 
     def __init__(self, workdir, keep=2, read_only=False):
@@ -59,19 +59,19 @@ class Checkpointer:
 
     @property
     def best_step(self):
-        """Step of the checkpoint with the best validation accuracy; None if none was rated."""
+        """Step of the checkpoint with the best rating; None if none was rated."""
         return self._manager.best_step()
 
-    def save(self, step, arrays, progress, validation_accuracy=None):
+    def save(self, step, arrays, progress, rating=None):
         """Saves in the background.
 
         Args:
           step: int.
           arrays: pytree of arrays; may be donated to the next step as soon as this returns.
           progress: JSON-able dict.
-          validation_accuracy: rates the checkpoint for `best_step`; None leaves it unrated.
+          rating: how good it is, for `best_step`; None leaves it unrated.
         """
-        metrics = None if validation_accuracy is None else {'validation_accuracy': validation_accuracy, 'step': step}
+        metrics = None if rating is None else {'rating': rating, 'step': step}
         # force: the loop decides when to save, not Orbax.
         self._manager.save(
             step,

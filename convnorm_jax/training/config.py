@@ -3,25 +3,30 @@
 from convnorm_jax.attacks.members import MEMBERS
 from convnorm_jax.attacks.parts import LOSSES, NORMS
 from convnorm_jax.data.augment import AUGMENTATIONS
+from convnorm_jax.data.diffaugment import POLICIES
 from convnorm_jax.data.sources import NAMES
 from convnorm_jax.data.splits import NOISE_KINDS, VALIDATION_KINDS
 from convnorm_jax.evaluation.classifier import ATTACKS
 from convnorm_jax.evaluation.suite import PARTS, SUITES
 from convnorm_jax.layers.activations import ACTIVATIONS
 from convnorm_jax.layers.convnorm import SPECTRUM_MODES
-from convnorm_jax.layers.factory import LAYERS
+from convnorm_jax.layers.factory import DENSE_LAYERS, LAYERS
 from convnorm_jax.layers.ocnn import LAGS
 from convnorm_jax.layers.reparam import SPECTRAL_NORM_MODES
-from convnorm_jax.models.classifiers import DTYPES, MODELS, create_model
+from convnorm_jax.models.classifiers import DTYPES, MODELS
+from convnorm_jax.models.gan import GANS
 from convnorm_jax.models.resnet import STEMS
 from convnorm_jax.steps.adversarial import BATCH_STATISTICS
+from convnorm_jax.steps.gan_losses import LOSSES as GAN_LOSSES
 from convnorm_jax.steps.state import OPTIMIZERS
+from convnorm_jax.training.nets import ADAM_SETTINGS, build_gan, build_model
 from convnorm_jax.training.schedule import SCHEDULES
 
-ALGORITHMS = ('clean', 'free', 'fast', 'pgd', 'trades')
+ALGORITHMS = ('clean', 'free', 'fast', 'pgd', 'trades', 'gan')
+FEATURES = ('classifier', 'inception')
 
 _CHOICES = {
-    'model.name': MODELS,
+    'model.name': (*MODELS, *GANS),
     'model.layer': LAYERS,
     'model.stem': ('', *STEMS),
     'model.activation': ACTIVATIONS,
@@ -34,6 +39,10 @@ _CHOICES = {
     'data.label_noise.kind': NOISE_KINDS,
     'train.algorithm': ALGORITHMS,
     'train.adversarial.batch_statistics': ('', *BATCH_STATISTICS),
+    'gan.generator_layer': ('', *LAYERS),
+    'gan.dense': DENSE_LAYERS,
+    'gan.loss': GAN_LOSSES,
+    'gan.setting': ('', *ADAM_SETTINGS),
     'optimizer.name': OPTIMIZERS,
     'schedule.kind': SCHEDULES,
     'train.ocnn.lags': LAGS,
@@ -44,7 +53,13 @@ _CHOICES = {
 }
 
 # Any of these, in any order.
-_SUBSETS = {'attack.names': ATTACKS, 'eval.parts': PARTS, 'eval.autoattack.attacks': MEMBERS}
+_SUBSETS = {
+    'attack.names': ATTACKS,
+    'eval.parts': PARTS,
+    'eval.autoattack.attacks': MEMBERS,
+    'gan.augmentation': POLICIES,
+    'eval.features': FEATURES,
+}
 
 # key: (smallest, largest, are the bounds themselves allowed)
 _RANGES = {
@@ -76,6 +91,7 @@ _RANGES = {
     'train.adversarial.beta': (0, 1e6, True, True),
     'optimizer.learning_rate': (0, 1e6, False, True),
     'optimizer.momentum': (0, 1, True, False),
+    'optimizer.beta2': (0, 1, True, False),
     'optimizer.weight_decay': (0, 1e6, True, True),
     'schedule.factor': (0, 1, False, True),
     'schedule.warmup_epochs': (0, 1e6, True, True),
@@ -93,6 +109,13 @@ _RANGES = {
     'eval.simba.examples': (1, 1e6, True, True),
     'eval.simba.queries': (1, 1e7, True, True),
     'eval.simba.step_size': (0, 1, False, True),
+    'gan.generator_width': (1, 2**16, True, True),
+    'gan.latent': (1, 2**16, True, True),
+    'gan.n_dis': (1, 1000, True, True),
+    'gan.gradient_penalty': (0, 1e6, True, True),
+    'gan.passes': (1, 1e6, True, True),
+    'gan.score_examples': (0, 1e7, True, True),
+    'eval.samples': (2, 1e8, True, True),
     'checkpoint.every_steps': (0, 1e12, True, True),
     'checkpoint.keep': (1, 1e6, True, True),
     'log.every_steps': (1, 1e12, True, True),
@@ -112,27 +135,6 @@ FREE_KEYS = (
 
 # The length of a run, which its other schedules follow: only a constant learning rate may be trained for longer.
 DURATION_KEYS = ('train.epochs', 'train.steps', 'train.examples')
-
-
-def build_model(config, num_classes):
-    """The net of a config.
-
-    Raises:
-      ValueError: see `create_model`.
-    """
-    model = config.model
-    options = {key: value for key, value in model.get(model.layer, {}).items() if value is not None}
-    return create_model(
-        model.name,
-        num_classes=num_classes,
-        layer=model.layer,
-        width=model.width,
-        depth=model.depth,
-        stem=model.stem or None,
-        activation=model.activation,
-        dtype=model.dtype,
-        **options,
-    )
 
 
 def flatten(config):
@@ -163,7 +165,7 @@ def check_config(config):
             raise ValueError(f'config.{key}={tuple(flat[key])}: expected some of {names}')
     _check_attack(flat)
     _check_milestones(flat['schedule.milestones'])
-    build_model(config, num_classes=10)  # raises for sizes that the net can not have
+    _check_net(config)
     if not (flat['train.epochs'] or flat['train.steps'] or flat['train.examples']):
         raise ValueError(
             'config.train.epochs=0: expected a duration in one of train.epochs, train.steps, train.examples'
@@ -177,6 +179,20 @@ def check_config(config):
         raise ValueError(
             'config.train.early_stopping_epochs needs validation examples: set config.data.validation_fraction above 0'
         )
+
+
+def _check_net(config):
+    """Raises ValueError for a net that can not be, and for one that the algorithm does not train."""
+    name, algorithm = config.model.name, config.train.algorithm
+    if (algorithm == 'gan') != (name in GANS):
+        raise ValueError(
+            f'config.model.name={name!r} with config.train.algorithm={algorithm!r}: '
+            f'gan trains {", ".join(map(repr, GANS))}, the others a classifier'
+        )
+    if algorithm == 'gan':
+        build_gan(config, (32, 32, 3), num_classes=10)
+    else:
+        build_model(config, num_classes=10)
 
 
 def _check_attack(flat):

@@ -23,7 +23,7 @@ class Progress:
 
     Attributes:
       step: updates done.
-      best_step, best_accuracy: of the best validation accuracy so far.
+      best_step, best_rating: of the best state so far, see `Experiment.rating`; None if none was rated.
       epochs_since_best: for early stopping.
       seconds, examples: training time without compilation and evaluation, and what was
         trained on in it.
@@ -31,7 +31,7 @@ class Progress:
 
     step: int = 0
     best_step: int = 0
-    best_accuracy: float = -1.0
+    best_rating: float | None = None
     epochs_since_best: int = 0
     seconds: float = 0.0
     examples: int = 0
@@ -85,10 +85,16 @@ def train(experiment, workdir):
 
 
 def restore_variables(experiment, workdir, which):
-    """(variables to evaluate, `Progress` then, `Progress` at the end) of a run.
+    """As `restore_state`, with the variables to evaluate in place of the state."""
+    state, chosen, final = restore_state(experiment, workdir, which)
+    return state.eval_variables, chosen, final
+
+
+def restore_state(experiment, workdir, which):
+    """(state, `Progress` then, `Progress` at the end) of a run.
 
     Args:
-      which: 'best', by validation accuracy (the latest if none was rated), or 'latest'.
+      which: 'best', by its rating (the latest if none was rated), or 'latest'.
 
     Raises:
       ValueError: there is no checkpoint, or it can not be read.
@@ -105,7 +111,7 @@ def restore_variables(experiment, workdir, which):
         final = checkpointer.restore_progress(checkpointer.latest_step)
     finally:
         checkpointer.close()
-    return arrays['state'].eval_variables, Progress(**progress), Progress(**final)
+    return arrays['state'], Progress(**progress), Progress(**final)
 
 
 def _arrays(state, totals):
@@ -113,7 +119,7 @@ def _arrays(state, totals):
 
 
 def _no_totals(experiment):
-    return mesh_lib.replicate(experiment.mesh, metrics_lib.zero_totals())
+    return mesh_lib.replicate(experiment.mesh, metrics_lib.zero_totals(experiment.metric_names))
 
 
 class _Run:
@@ -121,7 +127,7 @@ class _Run:
 
     def __init__(self, experiment, workdir, checkpointer):
         self.experiment, self.config = experiment, experiment.config
-        self.checkpointer = checkpointer
+        self.checkpointer, self.workdir = checkpointer, workdir
         self.totals, self.progress = _no_totals(experiment), Progress()
         latest = checkpointer.latest_step
         if latest is None:
@@ -137,18 +143,14 @@ class _Run:
         self.epochs = math.ceil(experiment.total_steps / experiment.steps_per_epoch)
         self.stop_request = StopRequest()
         self.compiled = False
-        self.writer = metrics_lib.MetricWriter(workdir, self._last_full_epoch(latest or 0))
+        self.writer = metrics_lib.MetricWriter(workdir, self._last_full_epoch(latest or 0), experiment.columns)
         self.display = metrics_lib.Progress(experiment.total_steps, self.progress.step)
         if latest is not None:
             self.display.line(f'resuming {workdir} at step {latest} of {experiment.total_steps}')
         self.checked = latest or 0  # the last step known to be finite
         self._step = jax.jit(self._train_step, donate_argnums=(0, 1))
         self._norm = jax.jit(optax.global_norm)
-        self._order = jax.jit(
-            lambda epoch: pipeline.epoch_order(
-                self.config.seed, epoch, len(experiment.prepared.train.labels), self.config.data.batch_size
-            )
-        )
+        self._order = jax.jit(experiment.epoch_order)
 
     def _last_full_epoch(self, step):
         """The step up to which rows of metrics.csv stand: that of a shorter run may end in mid-epoch."""
@@ -183,7 +185,7 @@ class _Run:
             self.state, self.totals = self._step(self.state, self.totals, data['images'], data['labels'], order, index)
             self.progress.step += 1
             if self.compiled:
-                self.progress.examples += self.config.data.batch_size
+                self.progress.examples += experiment.batch_examples
             else:  # wait for the first step, and start the clock behind it
                 jax.block_until_ready(self.totals)
                 self.compiled, start = True, time.perf_counter()
@@ -206,9 +208,18 @@ class _Run:
     def _log(self, epoch, start):
         values = self._finite_means()  # waits for the device
         start = self._clock(start)
-        self.display.update(self.progress.step, epoch + 1, self.epochs, values, self.progress.examples_per_second)
-        self.writer.scalars({'running_loss': values['loss']}, self.progress.step)
+        self._show(epoch, values)
+        running = {f'running_{name}': value for name, value in values.items() if name.endswith('loss')}
+        self.writer.scalars(running, self.progress.step)
         return start
+
+    def _show(self, epoch, values):
+        words = (
+            f'epoch {epoch + 1}/{self.epochs}',
+            self.experiment.describe(values),
+            f'{self.progress.examples_per_second:,.0f} examples/s',
+        )
+        self.display.update(self.progress.step, '  '.join(words))
 
     def _checkpoint(self, start):
         self._check_parameters()
@@ -241,34 +252,35 @@ class _Run:
     def _end_epoch(self, epoch):
         experiment, step = self.experiment, self.progress.step
         values = self._check_parameters()
-        validation = experiment.evaluator.evaluate(self.state.eval_variables, experiment.data['validation'])
+        found = experiment.validate(self.state, step, self.workdir)
+        speed = self.progress.examples_per_second
         row = {
             'epoch': epoch + 1,
             'step': step,
             'learning_rate': float(experiment.schedule(step - 1)),
-            'train_loss': values['loss'],
-            'train_accuracy': values['accuracy'],
-            'gradient_norm': values['gradient_norm'],
-            'examples_per_second': self.progress.examples_per_second,
-            **{f'validation_{name}': value for name, value in validation.items()},
+            **experiment.training_row(values),
+            'examples_per_second': speed,
+            **found,
         }
-        self._rate(validation, step)
-        self.display.update(step, epoch + 1, self.epochs, values, self.progress.examples_per_second)
-        self.display.line(_epoch_line(row, self.epochs))
+        rating = experiment.rating(found)
+        self._rate(rating, step)
+        self._show(epoch, values)
+        words = experiment.describe(values), experiment.describe_validation(found), f'{speed:,.0f} examples/s'
+        self.display.line('  '.join([f'epoch {epoch + 1:>3}/{self.epochs}', *filter(None, words)]))
         self.writer.write(row)
         if step % experiment.steps_per_epoch == 0:  # a longer run may still finish the last epoch
             self.totals = _no_totals(experiment)
-        self._save(validation.get('accuracy'))
+        self._save(rating)
         if self.stop_request.signal and step < experiment.total_steps:
             raise Stopped(self.stop_request.signal, step)
 
-    def _rate(self, validation, step):
-        """Notes the best validation accuracy and how long ago it was."""
+    def _rate(self, rating, step):
+        """Notes the best rating and how long ago it was."""
         progress = self.progress
-        if not validation:
+        if rating is None:
             return
-        if validation['accuracy'] > progress.best_accuracy:
-            progress.best_step, progress.best_accuracy, progress.epochs_since_best = step, validation['accuracy'], 0
+        if progress.best_rating is None or rating > progress.best_rating:
+            progress.best_step, progress.best_rating, progress.epochs_since_best = step, rating, 0
         else:
             progress.epochs_since_best += 1
 
@@ -277,23 +289,12 @@ class _Run:
         if not patience or progress.epochs_since_best < patience:
             return False
         self.display.line(
-            f'early stopping: no better validation accuracy than {progress.best_accuracy:.4f} '
+            f'early stopping: nothing better than {progress.best_rating:.4f} '
             f'(step {progress.best_step}) in {progress.epochs_since_best} epochs'
         )
         return True
 
-    def _save(self, validation_accuracy=None):
+    def _save(self, rating=None):
         self.checkpointer.save(
-            self.progress.step, _arrays(self.state, self.totals), dataclasses.asdict(self.progress), validation_accuracy
+            self.progress.step, _arrays(self.state, self.totals), dataclasses.asdict(self.progress), rating
         )
-
-
-def _epoch_line(row, epochs):
-    words = [
-        f'epoch {row["epoch"]:>3}/{epochs}',
-        f'loss {row["train_loss"]:.4f}',
-        f'accuracy {row["train_accuracy"]:.4f}',
-    ]
-    if 'validation_accuracy' in row:
-        words += [f'validation loss {row["validation_loss"]:.4f}', f'accuracy {row["validation_accuracy"]:.4f}']
-    return '  '.join([*words, f'{row["examples_per_second"]:,.0f} examples/s'])

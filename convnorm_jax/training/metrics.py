@@ -11,22 +11,10 @@ import jax.numpy as jnp
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-COLUMNS = (
-    'epoch',
-    'step',
-    'learning_rate',
-    'train_loss',
-    'train_accuracy',
-    'gradient_norm',
-    'validation_loss',
-    'validation_accuracy',
-    'examples_per_second',
-)
 
-
-def zero_totals():
-    """Running (sum, count) pairs of the training metrics, all zero."""
-    return {name: (jnp.zeros(()), jnp.zeros(())) for name in ('loss', 'accuracy', 'gradient_norm')}
+def zero_totals(names):
+    """Running (sum, count) pairs of the metrics of these names, all zero."""
+    return {name: (jnp.zeros(()), jnp.zeros(())) for name in names}
 
 
 def means(totals):
@@ -59,8 +47,9 @@ class MetricWriter:
     an uninterrupted run.
     """
 
-    def __init__(self, workdir, step):
+    def __init__(self, workdir, step, columns):
         self.path = os.path.join(workdir, 'metrics.csv')
+        self._columns = columns
         kept = [row for row in read_rows(self.path) if row['step'] <= step]
         self._rewrite(kept)
         self._board = SummaryWriter(workdir, purge_step=step + 1)
@@ -68,15 +57,15 @@ class MetricWriter:
     def _rewrite(self, rows):
         temporary = self.path + '.tmp'
         with open(temporary, 'w', newline='') as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction='ignore')
+            writer = csv.DictWriter(file, self._columns, extrasaction='ignore')
             writer.writeheader()
             writer.writerows({**row, 'epoch': int(row['epoch']), 'step': int(row['step'])} for row in rows)
         os.replace(temporary, self.path)
 
     def write(self, row):
-        """Appends a row (a dict with some of `COLUMNS`) and puts it on the disk."""
+        """Appends a row (a dict with some of the columns) and puts it on the disk."""
         with open(self.path, 'a', newline='') as file:
-            csv.DictWriter(file, COLUMNS).writerow(row)
+            csv.DictWriter(file, self._columns).writerow(row)
             file.flush()
             os.fsync(file.fileno())
         self.scalars(row, row['step'])
@@ -94,7 +83,7 @@ class MetricWriter:
 
 
 class Progress:
-    """One line: epoch, loss, accuracy, examples/s, time left; and a line for each epoch.
+    """One line: the figures so far and the time left; and a line for each epoch.
 
     Where there is no terminal, such as in a log file, the line is printed anew now and then.
     """
@@ -115,12 +104,8 @@ class Progress:
         self._start, self._first, self._total = time.monotonic(), step, total_steps
         self._printed = self._start
 
-    def update(self, step, epoch, epochs, values, examples_per_second):
-        """Shows the figures at a step."""
-        text = (
-            f'epoch {epoch}/{epochs}  loss {values["loss"]:.4f}  accuracy {values["accuracy"]:.4f}  '
-            f'{examples_per_second:,.0f} examples/s'
-        )
+    def update(self, step, text):
+        """Shows a text at a step."""
         if self._terminal:
             self._bar.set_description_str(text, refresh=False)
             self._bar.update(step - self._bar.n)

@@ -2,7 +2,7 @@
 
 import optax
 
-SCHEDULES = ('step', 'cosine', 'constant')
+SCHEDULES = ('step', 'cosine', 'linear', 'constant')
 
 
 def to_steps(section, *, steps_per_epoch, batch_size, prefix=''):
@@ -29,8 +29,8 @@ def make_schedule(kind, learning_rate, total_steps, *, milestones=(), factor=0.1
     """Learning rate as a function of the step.
 
     Args:
-      kind: 'step' multiplies by `factor` at each of `milestones`, 'cosine' falls to zero,
-        'constant' stays.
+      kind: 'step' multiplies by `factor` at each of `milestones`, 'cosine' and 'linear' fall to
+        zero, 'constant' stays.
       learning_rate: the peak.
       total_steps: length of the run.
       milestones: shares of the run, so that a shorter run keeps its shape.
@@ -52,6 +52,8 @@ def make_schedule(kind, learning_rate, total_steps, *, milestones=(), factor=0.1
         schedule = optax.piecewise_constant_schedule(learning_rate, boundaries)
     elif kind == 'cosine':
         schedule = optax.cosine_decay_schedule(learning_rate, max(total_steps - warmup_steps, 1))
+    elif kind == 'linear':
+        schedule = optax.linear_schedule(learning_rate, 0.0, max(total_steps - warmup_steps, 1))
     elif kind == 'constant':
         schedule = optax.constant_schedule(learning_rate)
     else:

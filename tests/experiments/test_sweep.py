@@ -132,7 +132,7 @@ def test_csv_and_json_against_numpy(command, written):
         assert float(line['standard_deviation_percent']) == pytest.approx(deviation, rel=1e-9)
         assert line['seeds'] == '2'
         (cell,) = [c for c in record['combinations'] if tuple(c['values'].values()) == place]
-        assert cell['accuracies'][line['metric']]['mean'] == pytest.approx(mean, rel=1e-12)
+        assert cell['figures'][line['metric']]['mean'] == pytest.approx(mean, rel=1e-12)
     picture = (written / 'plots' / 'sweep.png').read_bytes()
     assert picture.startswith(b'\x89PNG')
 
@@ -341,3 +341,22 @@ def test_ctrl_c_and_the_same_command_again(command, tmp_path):
     assert code == 0 and result['checkpoint_step'] == step + 2, err
     rows = (folder / 'metrics.csv').read_text().splitlines()
     assert len(rows) > 2  # the epochs before and after the stop
+
+
+def test_scores_of_generators(command, tmp_path):
+    gan = f'--config={ROOT}/configs/digits_gan.py'
+    for run in sweep_runs.plan([gan], {'model.layer': ['convnorm', 'spectralnorm']}, [0, 1], str(tmp_path)):
+        distance = accuracy(run.values['model.layer'], 0, run.seed)
+        result = {'fid_classifier': distance, 'real_fid_classifier': 0.1, 'data': 'digits', 'seed': run.seed}
+        os.makedirs(run.folder)
+        for name, content in (('config.json', run.config.to_dict()), ('result.json', result)):
+            pathlib.Path(run.folder, name).write_text(json.dumps(content))
+    code, out, err = command(
+        gan, LAYERS.replace('batch', 'spectral'), '--seeds=0,1', f'--workdir={tmp_path}', '--mode=report'
+    )
+    assert code == 0 and err == [] and 'Scores, mean' in out
+    (table,) = tables(out)
+    assert table[0] == ['layer', 'FID classifier']
+    for line, layer in zip(table[2:], ('convnorm', 'spectralnorm'), strict=True):
+        mean, deviation = (number / 100 for number in mean_and_deviation(layer, 0, (0, 1)))
+        assert line == [layer, f'{mean:.2f} +- {deviation:.2f}']

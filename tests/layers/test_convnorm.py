@@ -170,7 +170,7 @@ def test_golden_gradients(golden_layer, nhwc):
     largest = max(np.abs(g).max() for g in expected.values())
     for path, gradient in golden_layer.grad_params.items():
         nothing = golden_layer.config['bn'] and (
-            path == ('affine_bias',) or path == ('affine_kernel',) and golden_layer.config['k'] == 1
+            path == ('affine_bias',) or (path == ('affine_kernel',) and golden_layer.config['k'] == 1)
         )
         close(gradient, expected[path], GOLDEN_TOLERANCE, largest if nothing else None)
 

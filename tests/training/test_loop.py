@@ -31,7 +31,7 @@ def rows(workdir):
 def saved(experiment, workdir, step=None):
     """(arrays, progress) of the newest checkpoint, or of a step."""
     checkpointer = Checkpointer(workdir, read_only=True)
-    like = {'state': experiment.initial_state(), 'totals': jax.device_put(zero_totals())}
+    like = {'state': experiment.initial_state(), 'totals': jax.device_put(zero_totals(experiment.metric_names))}
     found = checkpointer.restore(checkpointer.latest_step if step is None else step, like)
     checkpointer.close()
     return found
@@ -90,7 +90,7 @@ def test_a_run(experiment, whole):
     assert [(r['epoch'], r['step']) for r in found] == [(1, 5), (2, 10)]
     assert all(math.isfinite(v) for r in found for v in r.values()) and len(found[0]) == 8
     best = max(r['validation_accuracy'] for r in found)
-    assert progress.best_accuracy == best
+    assert progress.best_rating == best
     assert progress.best_step == next(r['step'] for r in found if r['validation_accuracy'] == best)
     assert flatten(load_config(workdir)) == flatten(experiment.config.to_dict())
     assert {'config.json', 'metrics.csv', 'splits.npz', 'checkpoints'} <= set(os.listdir(workdir))
@@ -174,7 +174,7 @@ def test_early_stopping(tiny_experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment.evaluator, 'evaluate', constant_accuracy([0.3, 0.5, 0.5, 0.4]))
     progress = loop.train(experiment, workdir)
     assert progress.step == 20  # the second of two equals is no better
-    assert (progress.best_step, progress.best_accuracy) == (10, 0.5)
+    assert (progress.best_step, progress.best_rating) == (10, 0.5)
     assert loop.train(experiment, workdir).step == 20  # and stays stopped
     best, *_ = loop.restore_variables(experiment, workdir, 'best')
     same(best['params'], saved(experiment, workdir, 10)[0]['state'].params)

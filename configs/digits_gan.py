@@ -1,0 +1,39 @@
+"""A GAN on scikit-learn's digits, 8x8: no download, some minutes on a laptop.
+
+    python -m experiments.main --config=configs/digits_gan.py
+
+SNGAN's ResNets at a small width, conditional on the digit (a projection discriminator,
+conditional BatchNorm), ConvNorm in the discriminator. Spectral norm beside it:
+--config.model.layer=spectralnorm
+"""
+
+from configs import default
+
+
+def get_config():
+    """Returns the config."""
+    config = default.get_config()
+    config.train.algorithm = 'gan'
+    config.train.steps = 3000
+    config.train.ema_decay = 0.99
+    config.data.name = 'digits'
+    config.data.batch_size = 32
+    config.data.augmentation = 'none'
+    config.data.validation_fraction = 0.0
+    config.model.name = 'sngan'
+    config.model.layer = 'convnorm'
+    config.model.width = 32
+    config.gan.generator_width = 32
+    config.gan.latent = 32
+    config.gan.conditional = True
+    config.gan.n_dis = 2
+    config.gan.passes = 12
+    config.optimizer.name = 'adam'
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.momentum = 0.0
+    config.optimizer.beta2 = 0.9
+    config.optimizer.weight_decay = 0.0
+    config.schedule.kind = 'linear'
+    config.eval.checkpoint = 'latest'
+    config.eval.samples = 2000
+    return config

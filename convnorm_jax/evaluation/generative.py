@@ -1,0 +1,226 @@
+"""How generated pictures compare with real ones, from features and logits of a net: float64, on the host.
+
+What these numbers mean depends on the net the features come from, see
+`convnorm_jax.evaluation.features`: only those of the 2015 Inception are FID, KID and IS as published.
+"""
+
+import numpy as np
+import scipy.linalg
+import scipy.special
+
+
+class FeatureStatistics:
+    """Running mean and covariance of features, batch by batch (Chan, Golub, LeVeque 1979), in float64.
+
+    The order and the size of the batches change the result by rounding only.
+
+    Attributes:
+      count: number of features seen.
+    """
+
+    def __init__(self):
+        self.count, self._mean, self._scatter = 0, None, None
+
+    def update(self, features):
+        """Adds a batch.
+
+        Args:
+          features: [N, D], any float type; N may be 0.
+
+        Raises:
+          ValueError: not two axes, another D than before, or features that are not finite.
+        """
+        features = _checked_features('features', features)
+        if not len(features):
+            return
+        mean = features.mean(0)
+        centred = features - mean
+        self._add(len(features), mean, centred.T @ centred)
+
+    def merge(self, other):
+        """Adds what another `FeatureStatistics` has seen.
+
+        Raises:
+          ValueError: its features have another D.
+        """
+        if other.count:
+            self._add(other.count, other._mean, other._scatter)
+
+    def _add(self, count, mean, scatter):
+        if not self.count:
+            self.count, self._mean, self._scatter = count, mean.copy(), scatter.copy()
+            return
+        if mean.shape != self._mean.shape:
+            raise ValueError(
+                f'features of {len(mean)} numbers each: expected {len(self._mean)}, as in the batches before; '
+                'use one extractor for all of them'
+            )
+        total, delta = self.count + count, mean - self._mean
+        self._scatter += scatter + np.outer(delta, delta) * (self.count * count / total)
+        self._mean = self._mean + delta * (count / total)
+        self.count = total
+
+    @property
+    def mean(self):
+        """Mean, float64 [D].
+
+        Raises:
+          ValueError: nothing was seen yet.
+        """
+        if self.count < 1:
+            raise ValueError('count=0: expected at least one feature for a mean; call update first')
+        return self._mean.copy()
+
+    @property
+    def covariance(self):
+        """Covariance divided by count - 1, as `numpy.cov` has it, float64 [D, D].
+
+        Raises:
+          ValueError: fewer than two features were seen.
+        """
+        if self.count < 2:
+            raise ValueError(f'count={self.count}: expected at least 2 features for a covariance; give more pictures')
+        return self._scatter / (self.count - 1)
+
+
+def frechet_distance(mean1, cov1, mean2, cov2):
+    """Squared Frechet distance of two Gaussians (Heusel et al. 2017, arXiv 1706.08500), the number FID reports.
+
+    |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 sqrt(cov1^(1/2) cov2 cov1^(1/2))). The trace of that root is the
+    sum of the singular values of cov1^(1/2) cov2^(1/2), which loses no digits where a covariance is
+    singular (fewer pictures than features), so that nothing needs to be added to the diagonal.
+
+    Args:
+      mean1, mean2: [D]; cov1, cov2: [D, D], symmetric and positive semidefinite.
+
+    Returns:
+      float >= 0.
+
+    Raises:
+      ValueError: shapes that do not fit, numbers that are not finite, or no covariances.
+    """
+    mean1, mean2 = (np.asarray(m, np.float64) for m in (mean1, mean2))
+    cov1, cov2 = (np.asarray(c, np.float64) for c in (cov1, cov2))
+    size = mean1.size
+    given = [a.shape for a in (mean1, cov1, mean2, cov2)]
+    if given != [(size,), (size, size)] * 2:
+        raise ValueError(
+            f'mean1, cov1, mean2, cov2 of shapes {given}: expected [D], [D, D], [D], [D, D] of one D; '
+            'compare statistics of one extractor'
+        )
+    root1, root2 = _root('cov1', cov1), _root('cov2', cov2)
+    distance = _finite('mean1', mean1) - _finite('mean2', mean2)
+    overlap = scipy.linalg.svdvals(root1.T @ root2).sum() if root1.size and root2.size else 0.0
+    return float(max(distance @ distance + np.trace(cov1) + np.trace(cov2) - 2 * overlap, 0.0))
+
+
+def _root(name, covariance):
+    """[D, rank] R with R R^T = covariance, without the directions that are zero but for rounding."""
+    scale = np.abs(_finite(name, covariance)).max(initial=0.0)
+    if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-6 * scale:
+        raise ValueError(f'{name}: expected a symmetric matrix; give it as FeatureStatistics.covariance or numpy.cov')
+    values, vectors = scipy.linalg.eigh((covariance + covariance.T) / 2)
+    largest = values.max(initial=0.0)
+    if values.size and values[0] < -1e-6 * scale:
+        raise ValueError(
+            f'{name}: its smallest eigenvalue is {values[0]:.3g}, expected none below zero; '
+            'give it as FeatureStatistics.covariance or numpy.cov'
+        )
+    # What is left of a zero after eigh: its root would be eight digits larger.
+    kept = values > len(values) * np.finfo(np.float64).eps * largest
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def inception_score(logits, splits=10):
+    """exp of the mean KL divergence of p(y | x) from p(y) (Salimans et al. 2016, arXiv 1606.03498).
+
+    Split by order, as the reference code does: part i of N pictures is i N // splits to (i + 1) N // splits,
+    each with a p(y) of its own. Shuffle samples that are sorted by class.
+
+    Args:
+      logits: [N, K], any float type.
+      splits: number of parts.
+
+    Returns:
+      (mean, standard deviation) of the scores of the parts, floats; the deviation is divided by `splits`.
+
+    Raises:
+      ValueError: fewer pictures than parts, not two axes, or logits that are not finite.
+    """
+    logits = _checked_features('logits', logits)
+    total = len(logits)
+    if not 1 <= splits <= total:
+        raise ValueError(
+            f'splits={splits}: expected 1 to the number of pictures, {total}; give more pictures or fewer splits'
+        )
+    log_p = scipy.special.log_softmax(logits, axis=1)
+    scores = []
+    for i in range(splits):
+        part = log_p[i * total // splits : (i + 1) * total // splits]
+        # In logarithms: a class that never occurs counts nothing, instead of 0 log 0.
+        log_mean = scipy.special.logsumexp(part, axis=0) - np.log(len(part))
+        scores.append(np.exp((np.exp(part) * (part - log_mean)).sum(1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=0):
+    """Kernel distance KID (Binkowski et al. 2018, arXiv 1801.01401): the unbiased squared MMD of features.
+
+    With the kernel (x . y / D + 1)^3, over subsets drawn without replacement. Being unbiased it can come
+    out below zero.
+
+    Args:
+      features1, features2: [N, D], [M, D], any float type.
+      subsets: number of subsets; subset_size: features of each side in one.
+      seed: of the draws.
+
+    Returns:
+      (mean, standard deviation) over the subsets, floats; the deviation is divided by `subsets`.
+
+    Raises:
+      ValueError: fewer features than subset_size, shapes that do not fit, features that are not finite.
+    """
+    features1, features2 = _checked_features('features1', features1), _checked_features('features2', features2)
+    if features1.shape[1] != features2.shape[1]:
+        raise ValueError(
+            f'features1, features2 of shapes {features1.shape}, {features2.shape}: expected the same second axis; '
+            'compare features of one extractor'
+        )
+    smaller = min(len(features1), len(features2))
+    if not 2 <= subset_size <= smaller:
+        raise ValueError(
+            f'subset_size={subset_size}: expected 2 to the number of features of the smaller set, {smaller}; '
+            'give more pictures or smaller subsets'
+        )
+    if subsets < 1:
+        raise ValueError(f'subsets={subsets}: expected at least 1')
+    random = np.random.default_rng(seed)
+    distances = []
+    for _ in range(subsets):
+        x, y = (f[random.choice(len(f), subset_size, replace=False)] for f in (features1, features2))
+        distances.append(_squared_mmd(x, y))
+    return float(np.mean(distances)), float(np.std(distances))
+
+
+def _squared_mmd(x, y):
+    n, size = x.shape
+    kxx, kyy, kxy = ((a @ b.T / size + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    within = kxx.sum() - np.trace(kxx) + kyy.sum() - np.trace(kyy)
+    return within / (n * (n - 1)) - 2 * kxy.mean()
+
+
+def _checked_features(name, array):
+    array = np.asarray(array, np.float64)
+    if array.ndim != 2:
+        raise ValueError(f'{name} of shape {array.shape}: expected two axes, pictures and numbers for each')
+    return _finite(name, array)
+
+
+def _finite(name, array):
+    wrong = array.size - np.count_nonzero(np.isfinite(array))
+    if wrong:
+        raise ValueError(
+            f'{name}: {wrong} of {array.size} numbers are not finite, expected all of them to be; '
+            'look for pictures or weights with nan or inf'
+        )
+    return array

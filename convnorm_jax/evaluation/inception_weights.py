@@ -1,0 +1,309 @@
+"""The published weights of the 2015 Inception: found or downloaded once, read without torch.
+
+A .pth file is a pickle, which can run anything when it is read. The reader here permits nothing but
+tensors and the containers they lie in.
+"""
+
+import hashlib
+import http.client
+import io
+import math
+import pickle
+import struct
+import urllib.request
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from convnorm_jax.data.cache import cache_root, write_atomically
+from convnorm_jax.evaluation.features import FeatureExtractor
+from convnorm_jax.evaluation.inception import InceptionV3, check_convention, preprocess
+
+FILE_NAME = 'pt_inception-2015-12-05-6726825d.pth'
+URL = f'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}'
+_SHA256 = '6726825d'  # its first digits, as the name ends in them
+_TIMEOUT = 10  # seconds without an answer
+
+_MAGIC = 0x1950A86A20F9469CFC6C  # of the format before torch 1.6
+_STORAGES = {
+    'DoubleStorage': '<f8',
+    'FloatStorage': '<f4',
+    'HalfStorage': '<f2',
+    'LongStorage': '<i8',
+    'IntStorage': '<i4',
+    'ShortStorage': '<i2',
+    'CharStorage': '<i1',
+    'ByteStorage': '<u1',
+    'BoolStorage': '|b1',
+}
+_LEAVES = {
+    ('conv', 'kernel'): 'conv.weight',
+    ('bn', 'scale'): 'bn.weight',
+    ('bn', 'bias'): 'bn.bias',
+    ('bn', 'mean'): 'bn.running_mean',
+    ('bn', 'var'): 'bn.running_var',
+    ('fc', 'kernel'): 'fc.weight',
+    ('fc', 'bias'): 'fc.bias',
+}
+
+
+def inception_extractor(path=None, preprocessing='tensorflow1'):
+    """Features of the 2015 Inception: those of FID, KID and IS as published.
+
+    Args:
+      path: of its weight file; None for the cached or downloaded one, see `find_weights`.
+      preprocessing: see `convnorm_jax.evaluation.inception.preprocess`; scores by another one differ slightly.
+
+    Returns:
+      A `FeatureExtractor` of the label 'inception'.
+
+    Raises:
+      ValueError: there is no weight file, or it is not the published one.
+    """
+    check_convention(preprocessing)  # before a download
+    path, digest = find_weights(path)
+    return inception_from_variables(import_weights(read_state_dict(path)), digest, preprocessing)
+
+
+def inception_from_variables(variables, digest, preprocessing='tensorflow1'):
+    """As `inception_extractor`, from variables that `import_weights` gave, and a digest of them."""
+    model = InceptionV3()
+
+    def features_fn(variables, pixels):
+        return model.apply(variables, preprocess(pixels, preprocessing))
+
+    name = f'inception2015-{preprocessing}'
+    digest = hashlib.sha256(f'{name} {digest}'.encode()).hexdigest()
+    return FeatureExtractor(name, digest, features_fn, variables, 'inception')
+
+
+def find_weights(path=None):
+    """The weight file of the 2015 Inception.
+
+    Args:
+      path: the file, where the user names one. Otherwise the one in the cache ($CONVNORM_CACHE, else
+        ~/.cache/convnorm_jax), which is downloaded where there is none.
+
+    Returns:
+      (path, its sha256 in hexadecimal).
+
+    Raises:
+      ValueError: there is no such file, it is another one, or it cannot be downloaded.
+    """
+    if path:
+        path = Path(path).expanduser()
+        digest = _sha256(path)
+        if not digest.startswith(_SHA256):
+            raise ValueError(
+                f'file={str(path)!r}: its sha256 begins with {digest[:8]}, expected {_SHA256}: other weights give '
+                f'scores that are no FID; download {URL} again'
+            )
+        return path, digest
+    path = cache_root() / FILE_NAME
+    if path.is_file():
+        digest = _sha256(path)
+        if digest.startswith(_SHA256):
+            return path, digest
+        warnings.warn(
+            f'{path}: its sha256 begins with {digest[:8]}, expected {_SHA256}; it is downloaded again',
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return path, _download(path)
+
+
+def _sha256(path):
+    try:
+        with open(path, 'rb') as file:
+            return hashlib.file_digest(file, 'sha256').hexdigest()
+    except OSError as error:
+        raise ValueError(
+            f'file={str(path)!r}: cannot be read ({error.strerror}); expected the weights of {URL}'
+        ) from error
+
+
+def _download(path):
+    by_hand = f'download {URL} where there is a network and put it at {path}'
+    try:
+        with urllib.request.urlopen(URL, timeout=_TIMEOUT) as answer:
+            content = answer.read()
+    except (OSError, http.client.HTTPException) as error:  # no network, no such host, refused, timed out, cut off
+        reason = ' '.join(str(getattr(error, 'reason', error)).split())
+        raise ValueError(f'the Inception weights cannot be downloaded ({reason}): {by_hand}') from error
+    digest = hashlib.sha256(content).hexdigest()
+    if not digest.startswith(_SHA256):
+        raise ValueError(
+            f'the Inception weights as downloaded have a sha256 of {digest[:8]}..., expected {_SHA256}: {by_hand}'
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(content))
+    except OSError as error:
+        raise ValueError(
+            f'file={str(path)!r}: cannot be written ({error.strerror}); set CONVNORM_CACHE to a writable folder'
+        ) from error
+    return digest
+
+
+def import_weights(state_dict, model=None):
+    """Variables of the Inception from its PyTorch port's state dict.
+
+    Args:
+      state_dict: published names -> NumPy arrays in PyTorch's layout. BatchNorm's counters are ignored, and
+        the bias of the logits where the model does without.
+      model: an `InceptionV3`; None for the default one.
+
+    Returns:
+      {'params': ..., 'batch_stats': ...}, float32.
+
+    Raises:
+      ValueError: names missing or left over, or an array of another shape, listed.
+    """
+    model = model or InceptionV3()
+    images = jax.ShapeDtypeStruct((1, 75, 75, 3), jnp.float32)
+    template = traverse_util.flatten_dict(jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images))
+    wanted = {path: '.'.join((*path[1:-2], _LEAVES[path[-2:]])) for path in template}
+    ignored = ('num_batches_tracked',) if model.logits_bias else ('num_batches_tracked', 'fc.bias')
+    state_dict = {name: a for name, a in state_dict.items() if not name.endswith(ignored)}
+    missing, leftover = set(wanted.values()) - set(state_dict), set(state_dict) - set(wanted.values())
+    if missing or leftover:
+        raise ValueError(
+            f'state_dict does not fit the 2015 Inception: missing {_few(missing)}, left over {_few(leftover)}; '
+            f'expected the contents of {FILE_NAME}'
+        )
+    leaves = {path: _convert(np.asarray(state_dict[name])) for path, name in wanted.items()}
+    wrong = [
+        f'{wanted[path]} as {leaf.shape}, expected {template[path].shape}'
+        for path, leaf in leaves.items()
+        if leaf.shape != template[path].shape
+    ]
+    if wrong:
+        raise ValueError(f'state_dict does not fit the 2015 Inception: {_few(wrong)} (in the order of axes here)')
+    return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(leaves))
+
+
+def _convert(array):
+    if array.ndim == 4:
+        array = array.transpose(2, 3, 1, 0)
+    return np.asarray(array.T if array.ndim == 2 else array, np.float32)
+
+
+def _few(names, most=5):
+    names = sorted(names)
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(names[:most]) + more if names else 'nothing'
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: str
+    count: int
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple
+    strides: tuple
+
+
+def _rebuild_tensor(storage, offset, shape, strides, *_):
+    """Stand-in for `torch._utils._rebuild_tensor_v2`: the numbers of an older file come after its pickle."""
+    return _Tensor(storage, offset, shape, strides)
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Tensors, their storages and OrderedDict only: a pickle could otherwise run anything at all."""
+
+    def find_class(self, module, name):
+        if module == 'torch' and name in _STORAGES:
+            return _STORAGES[name]
+        if (module, name) == ('torch._utils', '_rebuild_tensor_v2'):
+            return _rebuild_tensor
+        if (module, name) == ('collections', 'OrderedDict'):
+            return OrderedDict
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}, which is not permitted')
+
+    def persistent_load(self, pid):
+        kind, dtype, key, _, count, *view = pid
+        if kind != 'storage' or dtype not in _STORAGES.values() or any(v is not None for v in view):
+            raise pickle.UnpicklingError(f'it asks for {kind!r}, which is not permitted')
+        return _Storage(str(key), dtype, count)
+
+
+def read_state_dict(path):
+    """The tensors of a .pth file, without torch and without running what else the file may hold.
+
+    Reads what `torch.save(net.state_dict(), path)` writes, as the zip file of torch 1.6 and later or as
+    the series of pickles before; both are little-endian nearly everywhere, and must be here.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      Names -> NumPy arrays, writable copies.
+
+    Raises:
+      ValueError: it cannot be read, is damaged, or holds anything but tensors by name.
+    """
+    try:
+        content = Path(path).read_bytes()
+        read = _read_zip if content[:2] == b'PK' else _read_pickles
+        tensors, storages = read(content)
+        if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, _Tensor) for t in tensors.values()):
+            raise pickle.UnpicklingError('it holds no dict of tensors')
+        return {str(name): _materialize(tensor, storages) for name, tensor in tensors.items()}
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f'file={str(path)!r}: expected a state dict saved by torch, but {reason}; download or save it again'
+        ) from error
+
+
+def _read_zip(content):
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        names = [name for name in archive.namelist() if name.endswith('/data.pkl') and name.count('/') == 1]
+        if len(names) != 1:
+            raise pickle.UnpicklingError('the zip file has no single data.pkl')
+        folder = names[0].removesuffix('data.pkl')
+        if f'{folder}byteorder' in archive.namelist() and archive.read(f'{folder}byteorder') != b'little':
+            raise pickle.UnpicklingError('it is not little-endian')
+        tensors = _TensorUnpickler(io.BytesIO(archive.read(names[0]))).load()
+        data = {name.removeprefix(f'{folder}data/'): name for name in archive.namelist() if f'{folder}data/' in name}
+        return tensors, {key: archive.read(name) for key, name in data.items()}
+
+
+def _read_pickles(content):
+    file = io.BytesIO(content)
+    magic, _, system, tensors, keys = (_TensorUnpickler(file).load() for _ in range(5))
+    if magic != _MAGIC or not system['little_endian']:
+        raise pickle.UnpicklingError('it is not a little-endian file of torch')
+    dtypes = {t.storage.key: t.storage.dtype for t in tensors.values() if isinstance(t, _Tensor)}
+    storages = {}
+    for key in keys:
+        (count,) = struct.unpack('<q', file.read(8))
+        storages[key] = file.read(count * np.dtype(dtypes[key]).itemsize)
+    return tensors, storages
+
+
+def _materialize(tensor, storages):
+    storage, offset, shape, strides = tensor
+    integers = (storage.count, offset, *shape, *strides)
+    if any(type(i) is not int or i < 0 for i in integers) or len(shape) != len(strides):
+        raise pickle.UnpicklingError('a tensor has no proper shape')
+    dtype = np.dtype(storage.dtype)
+    numbers = np.frombuffer(storages[storage.key], dtype)
+    last = offset + sum((n - 1) * s for n, s in zip(shape, strides))
+    if math.prod(shape) > numbers.size or (math.prod(shape) and last >= numbers.size) or numbers.size < storage.count:
+        raise pickle.UnpicklingError(f'a tensor of shape {tuple(shape)} is larger than its {numbers.size} numbers')
+    if not math.prod(shape):
+        return np.zeros(shape, dtype)
+    steps = [s * dtype.itemsize for s in strides]
+    return np.lib.stride_tricks.as_strided(numbers[offset:], shape, steps).copy()

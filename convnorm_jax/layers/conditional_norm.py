@@ -1,0 +1,60 @@
+"""Batch normalization with a scale and a bias for each class."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from convnorm_jax.layers.batch_norm import BatchNorm
+
+
+class ConditionalBatchNorm(nn.Module):
+    """BatchNorm whose scale and bias belong to the class of the picture (arXiv 1610.07629, 1707.00683).
+
+    The statistics are shared by all classes; `scale` (from 1) and `bias` (from 0) are
+    [num_classes, C]. With num_classes=0 it is ordinary BatchNorm, and labels are not looked at.
+
+    Attributes:
+      num_classes: number of classes, or 0.
+      use_running_average: normalize with the running statistics.
+      momentum, epsilon: BatchNorm's.
+      dtype: of the output; None keeps the input's.
+      param_dtype: of the parameters.
+    """
+
+    num_classes: int = 0
+    use_running_average: bool | None = None
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: jnp.dtype | None = None
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, labels=None, use_running_average=None):
+        """Normalizes x, [B, ..., C], with the scale and bias of labels, int [B].
+
+        Raises:
+          ValueError: no labels, or of another shape than [B], where num_classes is not 0;
+            num_classes below 0.
+        """
+        if not isinstance(self.num_classes, int) or self.num_classes < 0:
+            raise ValueError(f'num_classes={self.num_classes!r}: expected 0 or a number of classes')
+        norm = BatchNorm(
+            use_running_average=self.use_running_average,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            use_affine=self.num_classes == 0,
+            dtype=self.dtype if self.num_classes == 0 else jnp.float32,
+            param_dtype=self.param_dtype,
+            name='batch_norm',
+        )
+        y = norm(x, use_running_average=use_running_average)
+        if self.num_classes == 0:
+            return y
+        if labels is None or labels.shape != x.shape[:1]:
+            shape = None if labels is None else labels.shape
+            raise ValueError(f'labels.shape={shape}: expected one label for each of {x.shape[0]} pictures')
+        shape = (self.num_classes, x.shape[-1])
+        scale = self.param('scale', nn.initializers.ones, shape, self.param_dtype)
+        bias = self.param('bias', nn.initializers.zeros, shape, self.param_dtype)
+        ones = (1,) * (x.ndim - 2)
+        scale, bias = (p[labels].reshape(-1, *ones, x.shape[-1]) for p in (scale, bias))
+        return (y * scale + bias).astype(self.dtype or x.dtype)

@@ -1,0 +1,165 @@
+"""A net's name -> generator and discriminator."""
+
+import jax.numpy as jnp
+
+from convnorm_jax.layers.factory import (
+    LAYER_OPTIONS,
+    make_dense,
+    make_edge_layer,
+    make_layer,
+    make_transposed_layer,
+)
+from convnorm_jax.models import dcgan, sngan
+from convnorm_jax.models.classifiers import DTYPES
+
+GANS = ('sngan', 'dcgan')
+
+
+def create_gan(
+    name,
+    *,
+    picture_shape,
+    latent=128,
+    num_classes=0,
+    generator_layer=None,
+    discriminator_layer='spectralnorm',
+    generator_width=None,
+    discriminator_width=None,
+    generator_options=None,
+    discriminator_options=None,
+    dense='spectralnorm',
+    dtype='float32',
+):
+    """A generator and a discriminator.
+
+    `generator.apply(variables, z, labels, train=False)` gives pictures in [-1, 1], float32
+    [B, H, W, C], of latents z [B, latent]; `discriminator.apply(variables, images, labels,
+    train=False)` gives float32 logits [B]. labels are int32 [B], or None; without classes they are
+    not looked at. With train=True both change 'batch_stats': BatchNorm's statistics, spectral
+    norm's singular vectors, ConvNorm's spectra.
+
+    Args:
+      name: one of `GANS`: residual nets ('sngan'), or strided convolutions ('dcgan').
+      picture_shape: (H, W, C), H = W one of 8, 16, 32, 64, and 48 with 'sngan'.
+      latent: length of a latent.
+      num_classes: of a conditional GAN, or 0.
+      generator_layer: one of `layers.factory.LAYERS`. None is the net's own: with 'sngan' 'none',
+        whose blocks have their BatchNorm before the convolutions; with 'dcgan' 'batchnorm'.
+      discriminator_layer: the same of all the discriminator's convolutions; with 'dcgan' the first is
+        plain where the layer normalizes activations only.
+      generator_width, discriminator_width: of the widest stage with 'sngan' (None is the
+        published net's: 256 and 128 up to 32x32, then 512 and 1024, 1024 and 1024), of the narrowest with
+        'dcgan' (None is 128 and 64).
+      generator_options, discriminator_options: of the layers, see `layers.factory.LAYER_OPTIONS`.
+        `use_batch_norm` is False unless given, but in DCGAN's generator, whose layers are all
+        the normalization it has.
+      dense: of the discriminator's linear layer and embedding, one of `layers.factory.DENSE_LAYERS`.
+      dtype: 'float32' or 'bfloat16', of the computation; parameters and statistics are float32.
+
+    Returns:
+      (generator, discriminator), Linen modules.
+
+    Raises:
+      ValueError: an unknown name or option, or a size or width the net can not have.
+    """
+    if name not in GANS:
+        raise ValueError(f'model.name={name!r}: expected one of {GANS}')
+    if dtype not in DTYPES:
+        raise ValueError(f'dtype={dtype!r}: expected one of {DTYPES}')
+    sizes = sngan.GENERATORS if name == 'sngan' else dcgan.STAGES
+    picture_shape = _square_picture(name, picture_shape, tuple(sizes))
+    for key, value, least in (
+        ('latent', latent, 1),
+        ('num_classes', num_classes, 0),
+        ('generator_width', generator_width, 1),
+        ('discriminator_width', discriminator_width, 1),
+    ):
+        _check_int(key, value, least, optional=key.endswith('width'))
+    common = dict(picture_shape=picture_shape, num_classes=num_classes, dtype=jnp.dtype(dtype))
+    build = _sngan if name == 'sngan' else _dcgan
+    return build(
+        common,
+        latent,
+        generator_layer,
+        discriminator_layer,
+        generator_width,
+        discriminator_width,
+        dict(generator_options or {}),
+        dict(discriminator_options or {}),
+        make_dense(dense, dtype=common['dtype']),
+    )
+
+
+def _sngan(common, latent, g_layer, d_layer, g_width, d_width, g_options, d_options, dense):
+    size, dtype = common['picture_shape'][0], common['dtype']
+    g_layer = 'none' if g_layer is None else g_layer
+    bottom, g_default, ups = sngan.GENERATORS[size]
+    d_default, blocks = sngan.DISCRIMINATORS[size]
+    g_width = _divisible('generator_width', g_width or g_default, max(ups))
+    d_width = _divisible('discriminator_width', d_width or d_default, max(ratio for ratio, _ in blocks))
+    generator = sngan.SNGANGenerator(
+        latent=latent,
+        layer=make_layer(g_layer, dtype=dtype, **_without_batch_norm(g_layer, g_options)),
+        plain_layer=make_layer('none', dtype=dtype),
+        dense=make_dense('none', dtype=dtype),
+        bottom=bottom,
+        width=g_width,
+        widths=tuple(g_width // ratio for ratio in ups),
+        **common,
+    )
+    discriminator = sngan.SNGANDiscriminator(
+        layer=make_layer(d_layer, dtype=dtype, **_without_batch_norm(d_layer, d_options)),
+        dense=dense,
+        blocks=tuple((d_width // ratio, downsample) for ratio, downsample in blocks),
+        **common,
+    )
+    return generator, discriminator
+
+
+def _dcgan(common, latent, g_layer, d_layer, g_width, d_width, g_options, d_options, dense):
+    stages, dtype = dcgan.STAGES[common['picture_shape'][0]], common['dtype']
+    g_layer = 'batchnorm' if g_layer is None else g_layer
+    g_width, d_width = g_width or dcgan.GENERATOR_WIDTH, d_width or dcgan.DISCRIMINATOR_WIDTH
+    d_options = _without_batch_norm(d_layer, d_options)
+    generator = dcgan.DCGANGenerator(
+        latent=latent,
+        layer=make_transposed_layer(g_layer, dtype=dtype, **g_options),
+        plain_layer=make_transposed_layer('none', dtype=dtype),
+        dense=make_dense('none', dtype=dtype),
+        widths=tuple(g_width * 2**i for i in reversed(range(stages))),
+        **common,
+    )
+    discriminator = dcgan.DCGANDiscriminator(
+        layer=make_layer(d_layer, dtype=dtype, **d_options),
+        first_layer=make_edge_layer(d_layer, dtype=dtype, **d_options),
+        dense=dense,
+        widths=tuple(d_width * 2**i for i in range(stages)),
+        **common,
+    )
+    return generator, discriminator
+
+
+def _without_batch_norm(layer, options):
+    """The options with no BatchNorm behind the layer's convolution, unless they ask for it."""
+    return {'use_batch_norm': False, **options} if 'use_batch_norm' in LAYER_OPTIONS.get(layer, ()) else options
+
+
+def _check_int(key, value, least, optional):
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        or_none = ", or None for the net's own" if optional else ''
+        raise ValueError(f'{key}={value!r}: expected a whole number of {least} or more{or_none}')
+
+
+def _divisible(key, width, ratio):
+    if width % ratio:
+        raise ValueError(f'{key}={width}: expected a multiple of {ratio}, the narrowest block being 1/{ratio} as wide')
+    return width
+
+
+def _square_picture(name, shape, sizes):
+    shape = tuple(shape)
+    if len(shape) != 3 or shape[0] != shape[1] or shape[0] not in sizes or shape[2] < 1:
+        raise ValueError(f'picture_shape={shape} with model.name={name!r}: expected (n, n, channels), n one of {sizes}')
+    return tuple(int(n) for n in shape)

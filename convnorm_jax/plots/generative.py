@@ -1,0 +1,252 @@
+"""What a GAN draws, and how its training went."""
+
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from convnorm_jax.plots.figure import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, VERMILLION, new_figure, write
+from convnorm_jax.plots.pictures import Caption, enlargement, mosaic, pixels, text_width, write_sheet
+
+MAX_STEPS = 8  # rows of `sample_progress`
+_PROGRESS_COLUMNS = 10
+_SIDE_BY_SIDE = 64  # pictures on each side of `real_and_fake`
+_PICTURE = 128  # pixels of the file that a small picture is enlarged to: 0.64 inches
+_GAP = 6
+
+
+def sample_grid(
+    images: np.ndarray,
+    path: str | os.PathLike,
+    *,
+    columns: int = 10,
+    title: str | None = None,
+    labels: Sequence | None = None,
+) -> pathlib.Path:
+    """Pictures in rows, each pixel a square.
+
+    Args:
+      images: [N, H, W, C], floats in [0, 1] or uint8, C of 1 or 3.
+      path: the PNG to write.
+      columns: pictures in a row.
+      title: text above the grid.
+      labels: N names or numbers, each under its picture.
+
+    Raises:
+      ValueError: images of another shape, dtype or range; columns below 1; not N labels.
+    """
+    images = pixels(images, 'images')
+    if columns < 1:
+        raise ValueError(f'columns={columns}: expected at least 1')
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f'labels={len(labels)} in number: expected {len(images)}, one for each picture')
+    columns, captions, row_gap = min(columns, len(images)), [], _GAP
+    factor = enlargement(images.shape[1:3], _PICTURE)
+    height, width = (factor * side for side in images.shape[1:3])
+    if labels is not None:
+        names = [str(label) for label in labels]
+        size = _fitting(names, width, 8.0)
+        row_gap = 40
+        for index, name in enumerate(names):
+            row, column = divmod(index, columns)
+            x, y = column * (width + _GAP) + width / 2, row * (height + row_gap) + height + 24
+            captions.append(Caption(x, y, name, size=size))
+    sheet = mosaic(images, columns, factor=factor, gaps=(row_gap, _GAP))
+    return write_sheet(sheet, captions, path, title)
+
+
+def sample_progress(
+    progress: Sequence[tuple[int, np.ndarray]], path: str | os.PathLike, title: str | None = None
+) -> pathlib.Path:
+    """What the same latents became at several steps of the training: a row for each step.
+
+    Args:
+      progress: (step, images [N, H, W, C] as in `sample_grid`), of one shape; the first ten
+        pictures are shown. Of more than `MAX_STEPS` steps the first, the last, and others
+        evenly between them are shown.
+      path: the PNG to write.
+      title: text above the rows.
+
+    Raises:
+      ValueError: no step, or images of another or of unequal shapes, dtype or range.
+    """
+    if not len(progress):
+        raise ValueError('progress=[]: expected at least one (step, images)')
+    progress = sorted(progress, key=lambda pair: pair[0])
+    chosen = np.unique(np.linspace(0, len(progress) - 1, min(len(progress), MAX_STEPS)).round().astype(int))
+    rows = [(int(step), pixels(images, f'images at step {step}')) for step, images in (progress[i] for i in chosen)]
+    shape = rows[0][1].shape
+    for step, images in rows:
+        if images.shape != shape:
+            raise ValueError(f'images at step {step}: shape {images.shape}, expected {shape} as at step {rows[0][0]}')
+    columns = min(shape[0], _PROGRESS_COLUMNS)
+    factor = enlargement(shape[1:3], _PICTURE)
+    height = factor * shape[1]
+    sheet = mosaic(np.concatenate([images[:columns] for _, images in rows]), columns, factor=factor, gaps=(_GAP, _GAP))
+    captions = [
+        Caption(-14, row * (height + _GAP) + height / 2, f'{step:,}'.replace(',', '\u2009'), ha='right', va='center')
+        for row, (step, _) in enumerate(rows)
+    ]
+    captions.append(Caption(-14, -10, 'step', ha='right'))
+    return write_sheet(sheet, captions, path, title)
+
+
+def interpolation_grid(rows: np.ndarray, path: str | os.PathLike, title: str | None = None) -> pathlib.Path:
+    """What the generator makes on the way from one latent to another: a row for each pair.
+
+    Args:
+      rows: [R, N, H, W, C], floats in [0, 1] or uint8, N points from the first latent to the second.
+      path: the PNG to write.
+      title: text above the rows.
+
+    Raises:
+      ValueError: another shape, dtype or range.
+    """
+    rows = pixels(rows, 'rows', rank=5)
+    count, columns = rows.shape[:2]
+    factor = enlargement(rows.shape[2:4], _PICTURE)
+    # Without gaps inside a row, so that the eye follows it.
+    strip = rows.reshape(count * columns, *rows.shape[2:])
+    sheet = mosaic(strip, columns, factor=factor, gaps=(14, 0))
+    width, side = sheet.shape[1], factor * rows.shape[3]
+    captions = [Caption(side / 2, -16, '$z_1$', size=10)]
+    if columns > 1:
+        captions.append(Caption(width - side / 2, -16, '$z_2$', size=10))
+    return write_sheet(sheet, captions, path, title)
+
+
+def real_and_fake(
+    real: np.ndarray, fake: np.ndarray, path: str | os.PathLike, title: str | None = None
+) -> pathlib.Path:
+    """Pictures of the data on the left, of the generator on the right, as many of each, at most 64.
+
+    Args:
+      real, fake: [N, H, W, C] each, as in `sample_grid`, of one size of picture.
+      path: the PNG to write.
+      title: text above both.
+
+    Raises:
+      ValueError: another or unequal sizes, another dtype or range.
+    """
+    sides = pixels(real, 'real'), pixels(fake, 'fake')
+    if sides[0].shape[1:3] != sides[1].shape[1:3]:
+        shapes = f'{np.shape(fake)}: expected pictures as large as those of real, {np.shape(real)}'
+        raise ValueError(f'fake.shape={shapes}')
+    count = min(len(sides[0]), len(sides[1]), _SIDE_BY_SIDE)
+    columns = math.ceil(math.sqrt(count))
+    factor = enlargement(sides[0].shape[1:3], 0.75 * _PICTURE)
+    left, right = (mosaic(images[:count], columns, factor=factor, gaps=(4, 4)) for images in sides)
+    between = np.full((len(left), 40, 3), 255, np.uint8)
+    sheet = np.concatenate([left, between, right], 1)
+    centre = left.shape[1] / 2
+    captions = [
+        Caption(centre, -14, 'real', size=10, colour='black'),
+        Caption(sheet.shape[1] - centre, -14, 'generated', size=10, colour='black'),
+    ]
+    return write_sheet(sheet, captions, path, title)
+
+
+def _fitting(names, width, largest):
+    """Font size (points), at most `largest`, at which the longest name is no wider than `width` pixels."""
+    widest = max(text_width(name, largest) for name in names)
+    return min(largest, largest * width / widest) if widest else largest
+
+
+def gan_curves(
+    rows: Sequence[Mapping],
+    path: str | os.PathLike,
+    title: str | None = None,
+    score_names: Sequence[str] | Mapping[str, str] = (),
+) -> pathlib.Path:
+    """Losses of both nets, mean logits of real and generated pictures, and each score, against the step.
+
+    Args:
+      rows: as read from metrics.csv: numbers or text under `step`, `discriminator_loss`,
+        `generator_loss`, `real_logit`, `fake_logit` and the names of the scores. What is missing,
+        None or '' is left out, and the line goes on over it.
+      path: the PNG to write.
+      title: text above the panels.
+      score_names: columns with scores, a panel for each that has any number; as a mapping, with
+        what their axes say.
+
+    A line of more than 100 points is drawn faintly, with its running median over a twentieth of
+    them, and the vertical axis shows the middle 98 % of it, with some room: a few spikes must not
+    flatten the rest.
+
+    Raises:
+      ValueError: no row with a step.
+    """
+    steps = _column(rows, 'step')
+    if not np.isfinite(steps).any():
+        raise ValueError(f'rows={len(rows)} in number: expected one with a step')
+    scores = dict(score_names) if isinstance(score_names, Mapping) else {name: _words(name) for name in score_names}
+    scores = {name: text for name, text in scores.items() if np.isfinite(_column(rows, name)).any()}
+    panels = [
+        ('loss', {'discriminator_loss': ('discriminator', VERMILLION), 'generator_loss': ('generator', BLUE)}),
+        ('mean logit', {'real_logit': ('real', GREEN), 'fake_logit': ('generated', PURPLE)}),
+    ]
+    for index, (name, text) in enumerate(scores.items()):
+        panels.append((text, {name: (None, (ORANGE, SKY, GREY)[index % 3])}))
+    columns = 2 if len(panels) in (2, 4) else 3
+    height = math.ceil(len(panels) / columns)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(7.2 if columns == 2 else 9.6, 0.3 + 2.6 * height, title)
+        grid = figure.subplots(height, columns, squeeze=False).ravel()
+        for axes, (text, lines) in zip(grid, panels, strict=False):
+            _draw_lines(axes, steps, rows, lines)
+            axes.set_ylabel(text)
+            axes.set_xlabel('generator step')
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+            axes.xaxis.set_major_formatter(lambda value, _: f'{value / 1000:g}k' if value >= 10_000 else f'{value:g}')
+        for axes in grid[len(panels) :]:
+            axes.remove()
+        return write(figure, path)
+
+
+def _column(rows, key):
+    """One float per row, NaN for what is missing or empty."""
+    values = (row.get(key) for row in rows)
+    return np.array([math.nan if value in (None, '') else float(value) for value in values])
+
+
+def _words(name):
+    """'fid_classifier' -> 'FID (classifier)', 'classifier_score' -> 'classifier score'."""
+    if name.startswith('fid'):
+        return 'FID' + (f' ({name[4:].replace("_", " ")})' if name[4:] else '')
+    return name.replace('_', ' ')
+
+
+def _draw_lines(axes, steps, rows, lines):
+    low, high = math.inf, -math.inf
+    for name, (label, colour) in lines.items():
+        values = _column(rows, name)
+        known = np.isfinite(steps) & np.isfinite(values)
+        if not known.any():
+            continue
+        x, y = steps[known], values[known]
+        many = len(y) > 100
+        if many:
+            axes.plot(x, y, color=colour, alpha=0.25, lw=0.7)
+            axes.plot(x, _running_median(y, min(len(y) // 40, 250)), color=colour, label=label)
+        else:
+            axes.plot(x, y, color=colour, label=label, marker='o' if len(y) <= 25 else None, ms=3)
+        bottom, top = np.quantile(y, (0.01, 0.99)) if many else (y.min(), y.max())
+        low, high = min(low, bottom), max(high, top)
+    if low < high:
+        room = 0.08 * (high - low)
+        axes.set_ylim(low - room, high + room)
+    if low < 0 < high:
+        axes.axhline(0, color=GREY, lw=0.8, zorder=1)
+    if axes.get_legend_handles_labels()[0]:
+        # Above the panel: the lines are all over it.
+        axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, borderpad=0.1)
+
+
+def _running_median(values, reach):
+    """Median of each value and the `reach` ones on either side; of those there are, at the ends."""
+    padded = np.pad(values, reach, constant_values=np.nan)
+    return np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1), axis=-1)

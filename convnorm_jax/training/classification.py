@@ -1,0 +1,172 @@
+"""Training a classifier: its net, step, optimizer and evaluation, from a config."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from convnorm_jax.data.augment import augment
+from convnorm_jax.evaluation.classifier import AttackSettings, Evaluator
+from convnorm_jax.layers import ocnn
+from convnorm_jax.steps import adversarial, classify
+from convnorm_jax.steps.state import create_state
+from convnorm_jax.training.experiment import Experiment
+from convnorm_jax.training.frame import build_frame, build_optimizer, round_up
+from convnorm_jax.training.nets import build_model
+
+# Of the training attacks, in 1/255, where the config gives none: the published ones.
+DEFAULT_STEP_SIZES = {'free': 8.0, 'fast': 10.0, 'pgd': 2.0, 'trades': 2.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Experiment):
+    """Training a classifier.
+
+    Attributes:
+      model, tx: net and optimizer.
+      evaluator: of the same net.
+    """
+
+    model: Any
+    tx: Any
+    evaluator: Evaluator
+
+    metric_names = ('loss', 'accuracy', 'gradient_norm')
+    columns = (
+        'epoch',
+        'step',
+        'learning_rate',
+        'train_loss',
+        'train_accuracy',
+        'gradient_norm',
+        'validation_loss',
+        'validation_accuracy',
+        'examples_per_second',
+    )
+
+    def create_state(self):
+        """The state before the first step; jittable."""
+        train = self.config.train
+        carries = train.algorithm == 'free' and train.adversarial.carry_over
+        return create_state(
+            self.model,
+            self.tx,
+            self.input_shape,
+            self.config.seed,
+            use_ema=train.ema_decay > 0,
+            carried_batch=self.config.data.batch_size if carries else 0,
+        )
+
+    def training_row(self, values):
+        """See `Experiment`."""
+        return {
+            'train_loss': values['loss'],
+            'train_accuracy': values['accuracy'],
+            'gradient_norm': values['gradient_norm'],
+        }
+
+    def validate(self, state, step, workdir):
+        """Loss and accuracy on the validation set; nothing without one."""
+        found = self.evaluator.evaluate(state.eval_variables, self.data['validation'])
+        return {f'validation_{name}': value for name, value in found.items()}
+
+    def rating(self, found):
+        """The validation accuracy."""
+        return found.get('validation_accuracy')
+
+    def describe(self, values):
+        """See `Experiment`."""
+        return f'loss {values["loss"]:.4f}  accuracy {values["accuracy"]:.4f}'
+
+    def describe_validation(self, found):
+        """See `Experiment`."""
+        if not found:
+            return ''
+        return f'validation loss {found["validation_loss"]:.4f}  accuracy {found["validation_accuracy"]:.4f}'
+
+
+def build(config, devices=None):
+    """A `Classification` from a checked config.
+
+    Raises:
+      ValueError: data that is not there, or numbers that do not fit it.
+    """
+    frame = build_frame(config, devices, config.data.batch_size)
+    source, mesh = frame['source'], frame['mesh']
+    model = build_model(config, source.num_classes)
+    tx = build_optimizer(config, frame['schedule'], _updates_per_batch(config))
+    logits_fn = classify.make_logits_fn(model, source.mean, source.std)
+    return Classification(
+        **frame,
+        model=model,
+        tx=tx,
+        train_step=_train_step(config, model, tx, source, _penalty(config, model, source)),
+        evaluator=Evaluator(logits_fn, mesh, round_up(config.eval.batch_size, mesh.size)),
+    )
+
+
+def attack_settings(config):
+    """{name: AttackSettings} of a config's attacks."""
+    return {name: make_attack(config, name) for name in config.attack.names}
+
+
+def make_attack(config, name):
+    """AttackSettings of a config, whose epsilon and step_size are in 1/255."""
+    section = config.attack
+    return AttackSettings(
+        name,
+        section.epsilon / 255,
+        section.step_size / 255,
+        section.pgd_steps,
+        section.restarts,
+        section.loss,
+        section.norm,
+    )
+
+
+def _penalty(config, model, source):
+    """The regularizer, params -> scalar, or None.
+
+    Raises:
+      ValueError: config.train.ocnn.pattern matches no kernel of the net.
+    """
+    weight, section = config.train.ocnn.weight, config.train.ocnn
+    if not weight:
+        return None
+    shape = source.train.images.shape[1:]
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)['params']
+    strides = ocnn.convolution_strides(model, shape)
+    penalty = ocnn.make_ocnn_penalty(params, strides=strides, pattern=section.pattern or None, lags=section.lags)
+    return lambda params: weight * penalty(params)
+
+
+def _train_step(config, model, tx, source, penalty_fn):
+    """The step of the config's algorithm; its numbers in units of pixels in [0, 1]."""
+    options = {
+        'mean': source.mean,
+        'std': source.std,
+        'augment_fn': functools.partial(augment, kind=config.data.augmentation, padding=config.data.crop_padding),
+        'label_smoothing': config.train.label_smoothing,
+        'ema_decay': config.train.ema_decay,
+        'penalty_fn': penalty_fn,
+    }
+    algorithm, section = config.train.algorithm, config.train.adversarial
+    if algorithm == 'clean':
+        return classify.make_train_step(model, tx, **options)
+    step_size = DEFAULT_STEP_SIZES[algorithm] if section.step_size is None else section.step_size
+    options.update(epsilon=section.epsilon / 255, step_size=step_size / 255)
+    if algorithm == 'free':
+        return adversarial.make_free_step(model, tx, replays=section.replays, carry_over=section.carry_over, **options)
+    options.update({'batch_statistics': section.batch_statistics} if section.batch_statistics else {})
+    if algorithm == 'fast':
+        return adversarial.make_fast_step(model, tx, **options)
+    if algorithm == 'pgd':
+        return adversarial.make_pgd_step(model, tx, steps=section.steps, **options)
+    return adversarial.make_trades_step(model, tx, steps=section.steps, beta=section.beta, **options)
+
+
+def _updates_per_batch(config):
+    return config.train.adversarial.replays if config.train.algorithm == 'free' else 1

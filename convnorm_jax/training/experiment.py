@@ -1,0 +1,96 @@
+"""What the loop knows of a run; each kind of training says the rest."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from convnorm_jax import mesh as mesh_lib
+from convnorm_jax.data import pipeline, sources, splits
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A run, ready to start.
+
+    Attributes:
+      config: as given.
+      source, prepared: the data set, and its splits with what label noise changed.
+      data: {'train' | 'validation' | 'test': {'images', 'labels'}} on every device.
+      mesh, schedule: devices, learning rate.
+      train_step: (state, batch) -> (state, metrics).
+      batch_examples: examples in the batch of a step.
+      passes: over the data in what the loop calls an epoch.
+      steps_per_epoch, total_steps: int.
+      metric_names: of the metrics.
+      columns: of metrics.csv.
+    """
+
+    config: Any
+    source: sources.Source
+    prepared: splits.Prepared
+    data: dict
+    mesh: Any
+    schedule: Any
+    train_step: Any
+    batch_examples: int
+    passes: int
+    steps_per_epoch: int
+    total_steps: int
+
+    metric_names: ClassVar[tuple]
+    columns: ClassVar[tuple]
+
+    @property
+    def input_shape(self):
+        """[H, W, C] of a picture."""
+        return self.source.train.images.shape[1:]
+
+    def create_state(self):
+        """The state before the first step; jittable."""
+        raise NotImplementedError
+
+    def initial_state(self):
+        """The state before the first step, on every device."""
+        return jax.jit(self.create_state, out_shardings=mesh_lib.replicated(self.mesh))()
+
+    def abstract_state(self):
+        """Shapes, dtypes and shardings of the state, without computing it.
+
+        Raises:
+          ValueError: the net can not take pictures of this size.
+        """
+        sharding = mesh_lib.replicated(self.mesh)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(self.create_state),
+        )
+
+    def epoch_order(self, epoch):
+        """The examples of an epoch, int32 [steps_per_epoch, batch_examples]; jittable."""
+        examples = len(self.prepared.train.labels)
+        order = jax.vmap(lambda number: pipeline.epoch_order(self.config.seed, number, examples, self.batch_examples))(
+            epoch * self.passes + jnp.arange(self.passes)
+        )
+        return order.reshape(-1, self.batch_examples)
+
+    def training_row(self, values):
+        """What metrics.csv says of the means of an epoch's metrics."""
+        raise NotImplementedError
+
+    def validate(self, state, step, workdir):
+        """{column: value} of what is measured at the end of an epoch; may write into `workdir`."""
+        raise NotImplementedError
+
+    def rating(self, found):
+        """How good the state is by what `validate` found, more is better; None if that is not known."""
+        raise NotImplementedError
+
+    def describe(self, values):
+        """The means of the metrics so far, in a few words."""
+        raise NotImplementedError
+
+    def describe_validation(self, found):
+        """What `validate` found, in a few words; '' for nothing."""
+        raise NotImplementedError

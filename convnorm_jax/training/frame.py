@@ -1,0 +1,87 @@
+"""What every kind of training is built on: data on the devices, mesh, durations, optimizer."""
+
+import numpy as np
+
+from convnorm_jax import mesh as mesh_lib
+from convnorm_jax.data import pipeline, sources, splits
+from convnorm_jax.steps.state import make_optimizer
+from convnorm_jax.training.schedule import make_schedule, to_steps
+
+
+def build_frame(config, devices, batch_examples, passes=1):
+    """The attributes of an `Experiment` that a config gives whatever is trained.
+
+    Args:
+      config: checked.
+      devices: None for all.
+      batch_examples: in the batch of a step.
+      passes: over the data in an epoch of the loop.
+
+    Raises:
+      ValueError: data that is not there, or numbers that do not fit it.
+    """
+    sources.check_available(config.data.name, config.data.data_dir or None)
+    mesh = mesh_lib.create_mesh(devices)
+    mesh_lib.check_batch_size(config.data.batch_size, mesh)
+    source = sources.load_source(config.data.name, config.data.data_dir or None)
+    prepared = _prepare(config, source)
+    a_pass = pipeline.steps_per_epoch(len(prepared.train.labels), batch_examples)
+    durations = {'steps_per_epoch': a_pass, 'batch_size': batch_examples}
+    total_steps = to_steps(config.train, **durations)
+    schedule = make_schedule(
+        config.schedule.kind,
+        config.optimizer.learning_rate,
+        total_steps,
+        milestones=config.schedule.milestones,
+        factor=config.schedule.factor,
+        warmup_steps=to_steps(config.schedule, **durations, prefix='warmup_'),
+    )
+    return {
+        'config': config,
+        'source': source,
+        'prepared': prepared,
+        'data': _to_device(prepared, mesh),
+        'mesh': mesh,
+        'schedule': schedule,
+        'batch_examples': batch_examples,
+        'passes': passes,
+        'steps_per_epoch': a_pass * passes,
+        'total_steps': total_steps,
+    }
+
+
+def build_optimizer(config, schedule, updates=1):
+    """The optimizer of a config, which makes so many updates a step; the schedule counts steps."""
+    section = config.optimizer
+    return make_optimizer(
+        section.name,
+        schedule if updates == 1 else lambda count: schedule(count // updates),
+        momentum=section.momentum,
+        beta2=section.beta2,
+        weight_decay=section.weight_decay,
+    )
+
+
+def round_up(number, multiple):
+    """The least multiple that is not below a number."""
+    return -(-number // multiple) * multiple
+
+
+def _prepare(config, source):
+    data = config.data
+    return splits.prepare(
+        source,
+        validation_fraction=data.validation_fraction,
+        validation=data.validation,
+        subset_fraction=data.subset_fraction,
+        noise_kind=data.label_noise.kind,
+        noise_rate=data.label_noise.rate,
+        seed=config.seed,
+    )
+
+
+def _to_device(prepared, mesh):
+    parts = {name: getattr(prepared, name) for name in ('train', 'validation', 'test')}
+    return mesh_lib.replicate(
+        mesh, {name: {'images': part.images, 'labels': part.labels.astype(np.int32)} for name, part in parts.items()}
+    )

@@ -1,0 +1,93 @@
+"""What scores a generator: the features of a small classifier trained on the same data, or of Inception."""
+
+import os
+import sys
+
+from ml_collections import ConfigDict
+
+from configs import default
+from convnorm_jax.evaluation import features as features_lib
+from convnorm_jax.evaluation.inception_weights import inception_extractor
+from convnorm_jax.training import loop, setup
+from convnorm_jax.training.config import check_config
+from convnorm_jax.training.frame import round_up
+from convnorm_jax.training.workdir import load_config
+
+BATCH = 256
+
+# Of the classifier that is trained where none is given: enough for features, minutes on a CPU.
+_EPOCHS = {'digits': 20.0}
+_OTHER_EPOCHS = 5.0
+
+
+def with_scorer(experiment, workdir):
+    """The experiment of a GAN, scored during training by a classifier; unchanged if it asks for no scores."""
+    if not experiment.config.gan.score_examples:
+        return experiment
+    return experiment.scored(make_scorer(experiment, workdir, 'classifier'))
+
+
+def make_scorer(experiment, workdir, features):
+    """uint8 pictures -> {name: score}, by 'classifier' or 'inception' features, against the run's training pictures.
+
+    Raises:
+      ValueError: config.gan.classifier holds no classifier of these data; Inception's weights are
+        not there and can not be had.
+    """
+    if features == 'inception':
+        extractor = inception_extractor(experiment.config.eval.inception or None)
+    else:
+        extractor = _classifier(experiment, workdir)
+    source, mesh = experiment.source, experiment.mesh
+    batch_size = round_up(BATCH, mesh.size)
+    reference = features_lib.reference_statistics(
+        extractor,
+        experiment.prepared.train.images,
+        source.name,
+        # Beside the classifier they belong to; Inception's serve every run.
+        os.path.join(workdir, 'reference') if features == 'classifier' else None,
+        batch_size=batch_size,
+        mesh=mesh,
+    )
+
+    def score(pictures):
+        found = features_lib.extract(extractor, pictures, batch_size, mesh)
+        return features_lib.generative_scores(extractor, *found, reference, seed=experiment.config.seed)
+
+    return score
+
+
+def classifier_config(config):
+    """The config of the classifier that is trained to score the GAN of a config: SimpleCNN with BatchNorm."""
+    chosen = default.get_config()
+    chosen.data.update(name=config.data.name, data_dir=config.data.data_dir, batch_size=64)
+    chosen.data.augmentation = 'crop_flip' if config.data.name.startswith('cifar') else 'crop'
+    chosen.data.crop_padding = 1 if config.data.name == 'digits' else 4
+    chosen.model.update(name='simple_cnn', layer='batchnorm', width=16)
+    chosen.train.epochs = _EPOCHS.get(config.data.name, _OTHER_EPOCHS)
+    chosen.optimizer.learning_rate = 0.05
+    chosen.schedule.kind = 'cosine'
+    chosen.plots = False
+    return chosen
+
+
+def _classifier(experiment, workdir):
+    folder = experiment.config.gan.classifier
+    if not folder:
+        folder = os.path.join(workdir, 'classifier')
+        config = classifier_config(experiment.config)
+        check_config(config)
+        trained = setup.build(config)
+        if not os.path.isdir(folder):
+            print(f'a classifier to score the pictures with: training it in {folder}', file=sys.stderr)
+        loop.train(trained, folder)  # goes on, or finds that it is done
+    else:
+        config = ConfigDict(default.get_config().to_dict())
+        config.update(load_config(folder))
+        if config.train.algorithm == 'gan' or config.data.name != experiment.config.data.name:
+            raise ValueError(
+                f'config.gan.classifier={folder}: expected a run of a classifier on {experiment.config.data.name}'
+            )
+        trained = setup.build(config)
+    variables, _, _ = loop.restore_variables(trained, folder, 'best')
+    return features_lib.classifier_extractor(trained.model, variables, trained.source.mean, trained.source.std)
