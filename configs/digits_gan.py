@@ -17,7 +17,7 @@ def get_config():
     config.train.steps = 3000
     config.train.ema_decay = 0.99
     config.data.name = 'digits'
-    config.data.batch_size = 32
+    config.data.batch_size = 64
     config.data.augmentation = 'none'
     config.data.validation_fraction = 0.0
     config.model.name = 'sngan'
@@ -26,8 +26,8 @@ def get_config():
     config.gan.generator_width = 32
     config.gan.latent = 32
     config.gan.conditional = True
-    config.gan.n_dis = 2
-    config.gan.passes = 12
+    config.gan.n_dis = 1
+    config.gan.passes = 15
     config.optimizer.name = 'adam'
     config.optimizer.learning_rate = 1e-3
     config.optimizer.momentum = 0.0

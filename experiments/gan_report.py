@@ -28,18 +28,18 @@ def report(experiment, workdir):
     """
     config, sampler = experiment.config, experiment.sampler
     state, chosen, final = restore_state(experiment, workdir, config.eval.checkpoint)
-    pictures, _ = sampler.draw(state.eval_variables, config.eval.samples, SCORE_SEED + config.seed + 1)
-    test = experiment.prepared.test.images
+    pictures, labels = sampler.draw(state.eval_variables, config.eval.samples, SCORE_SEED + config.seed + 1)
+    test = experiment.prepared.test
     scores, real = {}, {}
     for features in config.eval.features:
         scorer = make_scorer(experiment, workdir, features)
-        scores |= scorer(pictures)
-        real |= scorer(test)
+        scores |= scorer(pictures, labels)
+        real |= scorer(test.images, None if labels is None else test.labels)
     result = {
         **scores,
         **{f'real_{name}': value for name, value in real.items()},
         'samples': len(pictures),
-        'test_examples': len(test),
+        'test_examples': len(test.labels),
         **_facts(experiment, state, chosen, final),
     }
     keep_earlier_result(workdir)

@@ -28,7 +28,12 @@ def with_scorer(experiment, workdir):
 
 
 def make_scorer(experiment, workdir, features):
-    """uint8 pictures -> {name: score}, by 'classifier' or 'inception' features, against the run's training pictures.
+    """A function (uint8 pictures, labels=None) -> {name: score}, against the run's training pictures.
+
+    With labels a classifier says, too, for what share of the pictures it names the same: 'label_agreement'.
+
+    Args:
+      features: 'classifier' or 'inception'.
 
     Raises:
       ValueError: config.gan.classifier holds no classifier of these data; Inception's weights are
@@ -50,9 +55,12 @@ def make_scorer(experiment, workdir, features):
         mesh=mesh,
     )
 
-    def score(pictures):
+    def score(pictures, labels=None):
         found = features_lib.extract(extractor, pictures, batch_size, mesh)
-        return features_lib.generative_scores(extractor, *found, reference, seed=experiment.config.seed)
+        scores = features_lib.generative_scores(extractor, *found, reference, seed=experiment.config.seed)
+        if labels is not None and features == 'classifier':
+            scores['label_agreement'] = float((found[1].argmax(-1) == labels).mean())
+        return scores
 
     return score
 

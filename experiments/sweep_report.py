@@ -11,7 +11,7 @@ from convnorm_jax.evaluation.features import SCORE_NAMES
 from convnorm_jax.training.metrics import write_json
 from experiments.sweep_runs import short_keys, value_text
 
-SCORES = tuple(name for names in SCORE_NAMES.values() for name in names)  # of generators
+SCORES = (*(name for names in SCORE_NAMES.values() for name in names), 'label_agreement')  # of generators
 
 # Words of the names in result.json that are written otherwise.
 _WORDS = {

@@ -226,6 +226,8 @@ def repeat(count: int, body: Callable, start, copies: int | None = None):
     Args:
       copies: passes of the network in all `count` turns (default `count`).
     """
+    if count == 1:  # a loop of one turn stays a loop, whatever `unroll` says
+        return body(0, start)
     return jax.lax.fori_loop(0, count, body, start, unroll=unrolls(count if copies is None else copies))
 
 

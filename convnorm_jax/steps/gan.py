@@ -201,8 +201,15 @@ def make_gan_step(
             images, labels = shard_fn((2 * to_float(images) - 1, labels))
             return discriminator_update(state, images, labels if num_classes else None, jax.random.fold_in(key, number))
 
-        # XLA:CPU runs convolutions inside a loop slowly.
-        state, found = jax.lax.scan(turn, state, (*parts, jnp.arange(n_dis)), unroll=n_dis if unrolls(n_dis) else 1)
+        inputs = (*parts, jnp.arange(n_dis))
+        if unrolls(n_dis):  # XLA:CPU runs convolutions inside a loop slowly, one of a single turn too
+            turns = []
+            for i in range(n_dis):
+                state, values = turn(state, jax.tree.map(lambda a, i=i: a[i], inputs))
+                turns.append(values)
+            found = jax.tree.map(lambda *values: jnp.stack(values), *turns)
+        else:
+            state, found = jax.lax.scan(turn, state, inputs)
         state, more = generator_update(state, size, jax.random.fold_in(key, n_dis))
         metrics = {name: (jnp.sum(values), jnp.float32(n_dis)) for name, values in found.items()}
         metrics |= {name: (value, jnp.float32(1)) for name, value in more.items()}

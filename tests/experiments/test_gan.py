@@ -46,6 +46,7 @@ def test_the_run(command, workdir):
         line = next(line for line in out.splitlines() if line.startswith(f'| {name}'))
         cells = [cell.split('+-')[0].strip() for cell in line.split('|')[2:-1]]
         assert cells == [f'{result[name]:.4f}', f'{result[f"real_{name}"]:.4f}']
+    assert 0 <= result['label_agreement'] <= 1 and result['real_label_agreement'] > 0.2
     assert 'fid ' not in out and 'inception' not in out
     rows = read_rows(str(workdir / 'metrics.csv'))
     assert [row['step'] for row in rows] == [4, 8] and all(row['fid_classifier'] > 0 for row in rows)
