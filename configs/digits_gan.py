@@ -14,7 +14,7 @@ def get_config():
     """Returns the config."""
     config = default.get_config()
     config.train.algorithm = 'gan'
-    config.train.steps = 3000
+    config.train.steps = 2000
     config.train.ema_decay = 0.99
     config.data.name = 'digits'
     config.data.batch_size = 64
