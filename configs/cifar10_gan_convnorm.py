@@ -7,6 +7,9 @@ updates for each of the generator, Adam 2e-4 with betas 0 and 0.9, falling linea
 100,000 generator steps; FID on 50,000 pictures by --config.eval.features=inception,classifier. The
 paper's grid of Adam settings (learning rate, betas, n_dis) is --grid=gan.setting=A,B,C,D,E,F of
 experiments.sweep.
+
+What to expect: not run to its end by us yet; needs a GPU. (--config.model.width=16
+--config.gan.generator_width=16 --config.train.steps=2000 for a CPU.)
 """
 
 from configs import default

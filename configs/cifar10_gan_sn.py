@@ -3,6 +3,7 @@
     python -m experiments.main --config=configs/cifar10_gan_sn.py
 
 All else as in cifar10_gan_convnorm.py. Published, PyTorch's mimicry: FID 16.77, Inception Score 7.97.
+Not run to its end by us yet.
 """
 
 from configs import cifar10_gan_convnorm
