@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from convnorm_jax import plots
 from convnorm_jax.evaluation.layers import layer_spectra
-from convnorm_jax.training import setup
+from convnorm_jax.training import classification
 from convnorm_jax.training.loop import restore_variables
 from convnorm_jax.training.metrics import read_rows, write_json
 from experiments import robustness
@@ -32,7 +32,7 @@ def report(experiment, workdir):
     variables, chosen, final = restore_variables(experiment, workdir, config.eval.checkpoint)
     test = experiment.data['test']
     clean = evaluator.evaluate(variables, test)
-    attacks = setup.attack_settings(config)
+    attacks = classification.attack_settings(config)
     attacked = {name: _attack(experiment, variables, name, attack) for name, attack in attacks.items()}
     found = _suite(experiment, variables, workdir)
     result = {

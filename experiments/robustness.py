@@ -8,7 +8,7 @@ import numpy as np
 
 from convnorm_jax import plots
 from convnorm_jax.evaluation import suite as suite_lib
-from convnorm_jax.training import setup
+from convnorm_jax.training import classification
 from convnorm_jax.training.config import flatten
 from convnorm_jax.training.metrics import write_json
 from experiments import robustness_text
@@ -21,7 +21,7 @@ def run_suite(experiment, variables, workdir, log):
     """All parts of the suite that the config names, on the first `eval.examples` test pictures.
 
     Args:
-      experiment: a `setup.Experiment`; variables: of its net.
+      experiment: a `Classification`; variables: of its net.
       workdir: results go to `workdir/evaluation/`, where an interrupted evaluation goes on.
       log: takes a line of text.
 
@@ -60,7 +60,7 @@ def _measure(part, subject, config):
             subject, epsilon=attack.epsilon / 255, norm=attack.norm, **section.autoattack.to_dict()
         )
     if part == 'curve':
-        return suite_lib.run_curve(subject, setup.make_attack(config, 'pgd'), section.curve)
+        return suite_lib.run_curve(subject, classification.make_attack(config, 'pgd'), section.curve)
     if part == 'simba':
         return suite_lib.run_simba(subject, **section.simba.to_dict())
     return suite_lib.run_corruptions(subject)

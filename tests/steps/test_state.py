@@ -82,9 +82,22 @@ def test_adamw_decays_all_but_the_shift(problem):
         )
 
 
+def test_adam_is_that_of_torch(problem):
+    """PyTorch's Adam: weight decay joins the gradient; in NumPy, float64."""
+    params, grads = problem
+    found = updated(make_optimizer('adam', 0.01, momentum=0.5, beta2=0.9, weight_decay=0.3), params, grads)
+    value = params['conv']['kernel'].astype(np.float64)
+    first, second = 0.0, 0.0
+    for n, gradient in enumerate((g['conv']['kernel'] for g in grads), 1):
+        gradient = gradient.astype(np.float64) + 0.3 * value
+        first, second = 0.5 * first + 0.5 * gradient, 0.9 * second + 0.1 * gradient**2
+        value = value - 0.01 * (first / (1 - 0.5**n)) / (np.sqrt(second / (1 - 0.9**n)) + 1e-8)
+    np.testing.assert_allclose(found['conv']['kernel'], value, rtol=1e-5, atol=1e-6)
+
+
 def test_unknown_optimizer():
-    with pytest.raises(ValueError, match=r"optimizer\.name='adam': expected one of .*sgd"):
-        make_optimizer('adam', 0.1)
+    with pytest.raises(ValueError, match=r"optimizer\.name='lion': expected one of .*sgd"):
+        make_optimizer('lion', 0.1)
 
 
 def test_a_fresh_state(quick_compilation):

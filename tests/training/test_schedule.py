@@ -46,8 +46,8 @@ def test_warmup_rises_linearly_and_is_part_of_the_run(kind):
 
 
 def test_unknown_kind():
-    with pytest.raises(ValueError, match=r"schedule\.kind='linear': expected one of .*cosine"):
-        make_schedule('linear', 0.1, 100)
+    with pytest.raises(ValueError, match=r"schedule\.kind='polynomial': expected one of .*cosine"):
+        make_schedule('polynomial', 0.1, 100)
 
 
 @pytest.mark.parametrize(
