@@ -1,7 +1,8 @@
 """Steps of a GAN with one discriminator layer and with another, timed in turn.
 
     python -m benchmarks.gan_step [--layers=convnorm,spectralnorm,batchnorm,none]
-        [--config=configs/cifar10_gan_convnorm.py] [--size=32] [--batch_size=16] [--width=0] [--n_dis=1] [--repeats=5] [--output=FILE.json]
+        [--config=configs/cifar10_gan_convnorm.py] [--size=32] [--batch_size=16] [--width=0] [--n_dis=1]
+        [--repeats=5] [--output=FILE.json]
 
 Random pictures of `size` x `size` x 3; nets and optimizers of the config, `width` in place of both
 widths (0: the config's). A step is n_dis updates of the discriminator and one of the generator, as the
