@@ -5,8 +5,8 @@
 Other shares: --config.data.subset_fraction=0.3. The baseline beside it:
 --config.model.layer=batchnorm
 
-What to expect: not run to its end by us yet; needs a GPU, or a small net
-(--config.model.name=simple_cnn --config.train.epochs=15).
+What to expect: ResNet-18 has not been run by us (it needs a GPU). SimpleCNN, 500 steps, learning rate
+0.02, cosine, CIFAR-10 (JPEG q75), seed 0: 59.0 % test accuracy (BatchNorm 56.7).
 """
 
 from configs import cifar10_convnorm
