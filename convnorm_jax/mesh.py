@@ -1,13 +1,85 @@
-"""Devices: one data-parallel mesh, and where arrays live on it."""
+"""Devices of one process or of many: one data-parallel mesh, and where arrays live on it."""
 
 import os
 import re
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = 'data'
+
+# Variables by which a launcher tells a process how many of its kind there are.
+_LAUNCHED = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
+
+
+def start_distributed(coordinator='', num_processes=0, process_id=-1):
+    """Joins this process to the others of its run, before the first array is made.
+
+    Without arguments it asks the environment: SLURM (srun), Open MPI, a TPU pod, Kubernetes, or
+    JAX_COORDINATOR_ADDRESS, by `jax.distributed`'s own detection. A process alone stays alone.
+
+    Args:
+      coordinator: 'HOST:PORT' of process 0, the same for all; '' where the environment says it.
+      num_processes, process_id: of the run; 0 and -1 where the environment says them.
+
+    Raises:
+      ValueError: some but not all of them, or the others could not be joined.
+    """
+    given = {
+        'coordinator_address': coordinator or None,
+        'num_processes': num_processes or None,
+        'process_id': None if process_id < 0 else process_id,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given and not _launched_with_others():
+        return
+    words = f'--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}'
+    if given and (len(given) < 3 or ':' not in coordinator or process_id >= num_processes):
+        raise ValueError(
+            f'{words}: expected all three, a HOST:PORT and a process_id below num_processes, e.g. '
+            '--coordinator=node0:1234 --num_processes=2 --process_id=0'
+        )
+    try:
+        jax.distributed.initialize(**given)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f'{words}: the processes of the run can not find each other '
+            f'({" ".join(str(error).split())[:300]}); start the same command on every host, '
+            'with the address of process 0'
+        ) from error
+
+
+def _launched_with_others():
+    """Whether the environment says that there are other processes of this run."""
+    if os.environ.get('JAX_COORDINATOR_ADDRESS') or 'JOB_COMPLETION_INDEX' in os.environ:
+        return True
+    hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
+    return len(hosts) > 1 or any(int(os.environ.get(name, 1)) > 1 for name in _LAUNCHED)
+
+
+def is_leader():
+    """Whether this process is the one that writes files and prints: process 0."""
+    return jax.process_index() == 0
+
+
+def any_process(flag):
+    """Whether `flag` holds in any process; all of them must ask together."""
+    if jax.process_count() == 1:
+        return bool(flag)
+    return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
+
+
+def leader_says(flag):
+    """Process 0's `flag`, in all of them; all of them must ask together."""
+    return bool(flag) if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
+
+
+def wait_for_all(name):
+    """Returns when every process has come so far; `name` is of the place."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def reserve_host_threads():
@@ -45,8 +117,49 @@ def check_batch_size(batch_size, mesh, name='config.data.batch_size'):
 
 
 def replicate(mesh, tree):
-    """Copies of a tree of arrays on every device of the mesh."""
-    return jax.device_put(tree, replicated(mesh))
+    """Copies of a tree of arrays, the same in all processes, on every device of the mesh."""
+    return place(tree, replicated(mesh))
+
+
+def cut_batch(mesh, tree):
+    """Arrays that all processes hold alike, their first axis cut over the mesh."""
+    return place(tree, batch_sharded(mesh))
+
+
+def global_batch(mesh, tree):
+    """Arrays of whose batch each process holds its own part, cut over the mesh."""
+    sharding = batch_sharded(mesh)
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
+
+
+def place(tree, sharding):
+    """`jax.device_put` of arrays that all processes hold alike, without comparing them over the network."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda leaf: _place_leaf(leaf, sharding), tree)
+
+
+def _place_leaf(leaf, sharding):
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _place_leaf(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def fetch(tree):
+    """NumPy copies of a tree of arrays, whole in every process; all of them must ask together."""
+    if all(getattr(leaf, 'is_fully_addressable', True) for leaf in jax.tree.leaves(tree)):
+        return jax.tree.map(np.asarray, tree)
+    return jax.tree.map(_fetch_leaf, tree)
+
+
+def _fetch_leaf(leaf):
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def shard_batch(mesh, tree):

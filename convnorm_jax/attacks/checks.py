@@ -28,7 +28,7 @@ def check_outputs(predict, images):
     Returns:
       List of str.
     """
-    outputs = [np.asarray(predict(images), np.float64) for _ in range(_REPEATS)]
+    outputs = [parts.to_host(predict(images)).astype(np.float64) for _ in range(_REPEATS)]
     if not np.isfinite(outputs).all():
         return ['the outputs are not all finite: no attack can follow them']
     warnings = []

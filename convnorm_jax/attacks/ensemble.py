@@ -141,7 +141,7 @@ class _Saver:
         self.path, self.identity, self.last = path, identity, time.monotonic()
 
     def __call__(self, state, now=False):
-        if self.path and (now or time.monotonic() - self.last > _SAVE_EVERY):
+        if self.path and jax.process_index() == 0 and (now or time.monotonic() - self.last > _SAVE_EVERY):
             save_progress(self.path, self.identity, state)
             self.last = time.monotonic()
 
@@ -163,7 +163,7 @@ class _Run:
         self.clean = np.concatenate(everything)
 
     def _logits(self, images):
-        return np.asarray(self._predict(self.logits_fn, self.place(images)), np.float32)
+        return parts.to_host(self._predict(self.logits_fn, self.place(images))).astype(np.float32)
 
     def _fold(self, data, attack, turn):
         keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(self.rng))
@@ -173,7 +173,12 @@ class _Run:
         """On the devices: what has a batch axis cut over them."""
         if self.sharding is None:
             return jax.tree.map(jnp.asarray, tree)
-        return jax.tree.map(lambda a: jax.device_put(a, self.sharding) if np.ndim(a) else jnp.asarray(a), tree)
+        return jax.tree.map(lambda a: self._cut(a) if np.ndim(a) else jnp.asarray(a), tree)
+
+    def _cut(self, array):
+        if self.sharding.is_fully_addressable or not getattr(array, 'is_fully_addressable', True):
+            return jax.device_put(array, self.sharding)
+        return jax.make_array_from_callback(array.shape, self.sharding, lambda index: array[index])
 
     def packs(self, examples):
         """(examples, the same filled up to a whole batch with the first of them) in turn."""
@@ -239,7 +244,7 @@ class _Run:
                 self._note(member, state, chosen, pack, reached)
                 if not last:
                     kept.append(
-                        [np.asarray(leaf)[: len(chosen)] if leaf.ndim else leaf for leaf in jax.tree.leaves(reached)]
+                        [parts.to_host(leaf)[: len(chosen)] if leaf.ndim else leaf for leaf in jax.tree.leaves(reached)]
                     )
                 if self.progress:
                     self.progress(member.name, number * self.batch_size + len(chosen), len(examples))
@@ -277,10 +282,10 @@ class _Run:
             return
         found = jnp.clip(found, 0, 1)
         wrong = self._logits(found).argmax(-1) != self.labels[pack]
-        inside = np.asarray(self._length(found, self.place(self.images[pack]))) <= self.epsilon * (1 + _ROUNDING)
+        inside = parts.to_host(self._length(found, self.place(self.images[pack]))) <= self.epsilon * (1 + _ROUNDING)
         broken = (wrong & inside)[: len(chosen)]
         state.robust[chosen[broken]] = False
-        state.images[chosen[broken]] = np.asarray(found)[: len(chosen)][broken]
+        state.images[chosen[broken]] = parts.to_host(found)[: len(chosen)][broken]
 
 
 def _rows(kept, number, batch_size):

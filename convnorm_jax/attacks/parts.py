@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 LogitsFn = Callable[[jax.Array], jax.Array]
 
@@ -245,6 +247,13 @@ def checked_batch(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
     check_classes(labels, images.shape[0], 'labels')
     # Adversarial training must not differentiate through the attack.
     return jax.lax.stop_gradient(images), labels
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """A NumPy copy, whole in every process where the array lies on the devices of many."""
+    if getattr(array, 'is_fully_addressable', True):
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def check_classes(classes: jax.Array, batch: int, name: str) -> None:

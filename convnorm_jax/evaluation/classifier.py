@@ -11,7 +11,7 @@ import numpy as np
 from convnorm_jax import attacks
 from convnorm_jax.data.augment import to_float
 from convnorm_jax.data.pipeline import padded_batches
-from convnorm_jax.mesh import shard_batch
+from convnorm_jax.mesh import fetch, shard_batch
 from convnorm_jax.steps.classify import make_eval_step
 
 ATTACKS = ('fgsm', 'pgd')
@@ -78,7 +78,7 @@ class Evaluator:
         self.logits_fn, self.mesh, self.batch_size = logits_fn, mesh, batch_size
         eval_step = make_eval_step(logits_fn)
         self._eval = jax.jit(lambda variables, *batch: eval_step(variables, self._gather(*batch)))
-        self._predict = jax.jit(lambda variables, pixels: logits_fn(variables, pixels).argmax(-1))
+        self._predict = jax.jit(lambda variables, pixels: logits_fn(variables, shard_batch(mesh, pixels)).argmax(-1))
         self._attack = functools.cache(self._make_attack)
 
     def _gather(self, images, labels, indices, mask):
@@ -97,7 +97,7 @@ class Evaluator:
         """Predicted classes, NumPy int [N], of pixels in [0, 1]."""
         parts = []
         for indices, mask in zip(*padded_batches(len(pixels), self.batch_size)):
-            parts.append(np.asarray(self._predict(variables, pixels[indices]))[mask > 0])
+            parts.append(fetch(self._predict(variables, pixels[indices]))[mask > 0])
         return np.concatenate(parts)
 
     def robust_accuracy(self, variables, split, attack, *, seed, examples=0, progress=None):
@@ -142,4 +142,4 @@ class Evaluator:
     def attack_images(self, variables, pixels, labels, attack, seed):
         """Adversarial images, NumPy, of a few pictures given as pixels in [0, 1]."""
         run = jax.jit(lambda v, x, y, key: attack.run(functools.partial(self.logits_fn, v), x, y, key))
-        return np.asarray(run(variables, jnp.asarray(pixels), jnp.asarray(labels), jax.random.key(seed)))
+        return fetch(run(variables, pixels, labels, jax.random.key(seed)))

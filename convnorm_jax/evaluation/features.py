@@ -24,7 +24,7 @@ from convnorm_jax.data.augment import to_float
 from convnorm_jax.data.cache import cache_root, write_atomically
 from convnorm_jax.data.pipeline import padded_batches
 from convnorm_jax.evaluation import generative
-from convnorm_jax.mesh import batch_sharded, check_batch_size, replicate
+from convnorm_jax.mesh import check_batch_size, cut_batch, fetch, replicate
 from convnorm_jax.steps.classify import make_logits_fn
 
 # Part of a cached file: raise it when what is stored changes.
@@ -140,10 +140,10 @@ def _feature_batches(extractor, images, batch_size, mesh, progress):
         variables = replicate(mesh, variables)
     done = 0
     for indices, mask in zip(*padded_batches(len(images), batch_size)):
-        batch = jax.device_put(images[indices], None if mesh is None else batch_sharded(mesh))
+        batch = images[indices] if mesh is None else cut_batch(mesh, images[indices])
         count = int(mask.sum())
-        features, logits = extractor.compiled(variables, batch)
-        yield np.asarray(features, np.float32)[:count], np.asarray(logits, np.float32)[:count]
+        features, logits = fetch(extractor.compiled(variables, batch))
+        yield features[:count].astype(np.float32), logits[:count].astype(np.float32)
         done += count
         if progress:
             progress(done, len(images))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convnorm_jax.data.pipeline import padded_batches
-from convnorm_jax.mesh import shard_batch
+from convnorm_jax.mesh import fetch, shard_batch
 
 # Keeps latents and labels apart.
 _LATENT, _LABEL = 0, 1
@@ -42,7 +42,7 @@ class Sampler:
         parts = []
         for indices, mask in zip(*padded_batches(len(z), self.batch_size)):
             chosen = None if labels is None else labels[indices]
-            parts.append(np.asarray(self._pictures(variables, z[indices], chosen))[mask > 0])
+            parts.append(fetch(self._pictures(variables, z[indices], chosen))[mask > 0])
         return np.concatenate(parts)
 
     def grid(self, seed, columns, rows):

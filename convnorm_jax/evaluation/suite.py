@@ -22,7 +22,7 @@ from convnorm_jax import attacks
 from convnorm_jax.attacks.simba import BASES, simba_active, simba_advance, simba_result, simba_start
 from convnorm_jax.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, mean_corruption_accuracy
 from convnorm_jax.evaluation.classifier import AttackSettings, Evaluator
-from convnorm_jax.mesh import batch_sharded
+from convnorm_jax.mesh import batch_sharded, is_leader, leader_says, replicate
 
 SUITES = ('', 'standard')
 PARTS = ('autoattack', 'curve', 'simba', 'corruptions')
@@ -58,7 +58,7 @@ class Subject:
     @property
     def split(self):
         """The same on the device, as the evaluator wants it."""
-        return {'images': jnp.asarray(self.images), 'labels': jnp.asarray(self.labels)}
+        return replicate(self.evaluator.mesh, {'images': self.images, 'labels': self.labels})
 
     @property
     def logits_fn(self):
@@ -68,10 +68,12 @@ class Subject:
     def stored(self, name, measure):
         """What `measure()` returns, JSON data; from the folder if it has been measured before."""
         path = os.path.join(self.folder, f'{name}.json')
-        if os.path.exists(path):
+        if leader_says(os.path.exists(path)):
             with open(path) as file:
                 return json.load(file)
         found = measure()
+        if not is_leader():
+            return found
         with open(path + '.part', 'w') as file:
             json.dump(found, file)
         os.replace(path + '.part', path)
@@ -183,13 +185,13 @@ def run_corruptions(subject):
     Returns:
       {'table': {name: {severity: accuracy}}, 'corruptions': {name: mean}, 'mean': mean of these}.
     """
-    labels = jnp.asarray(subject.labels)
+    mesh = subject.evaluator.mesh
 
     def measure(name):
         row = {}
         for severity in SEVERITIES:
             images = corrupt(subject.images, name, severity, subject.seed)
-            split = {'images': jnp.asarray(images), 'labels': labels}
+            split = replicate(mesh, {'images': images, 'labels': subject.labels})
             row[str(severity)] = subject.evaluator.evaluate(subject.variables, split)['accuracy']
         return row
 

@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+import jax
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -43,6 +44,8 @@ def write(figure: Figure, path: str | os.PathLike) -> pathlib.Path:
     The folder is made; the file appears whole, by a rename, or not at all.
     """
     path = pathlib.Path(path)
+    if jax.process_index():
+        return path  # of many processes, one writes
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:

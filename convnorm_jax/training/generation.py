@@ -11,7 +11,7 @@ import numpy as np
 
 from convnorm_jax.evaluation.sampler import Sampler
 from convnorm_jax.layers import ocnn
-from convnorm_jax.mesh import shard_batch
+from convnorm_jax.mesh import is_leader, shard_batch
 from convnorm_jax.steps import gan
 from convnorm_jax.training.experiment import Experiment
 from convnorm_jax.training.frame import build_frame, build_optimizer, round_up
@@ -79,12 +79,12 @@ class Generation(Experiment):
     def validate(self, state, step, workdir):
         """Keeps the pictures of a fixed grid, `samples/<step>.npz`, and scores others."""
         variables, seed = state.eval_variables, self.config.seed
-        folder = os.path.join(workdir, 'samples')
-        os.makedirs(folder, exist_ok=True)
         z, labels = self.sampler.grid(GRID_SEED + seed, GRID_COLUMNS, GRID_ROWS)
-        np.savez_compressed(
-            os.path.join(folder, f'{step:08d}.npz'), images=self.sampler.pictures(variables, z, labels), step=step
-        )
+        pictures = self.sampler.pictures(variables, z, labels)
+        if is_leader():
+            folder = os.path.join(workdir, 'samples')
+            os.makedirs(folder, exist_ok=True)
+            np.savez_compressed(os.path.join(folder, f'{step:08d}.npz'), images=pictures, step=step)
         if self.scorer is None or not self.config.gan.score_examples:
             return {}
         return self.scorer(self.sampler.draw(variables, self.config.gan.score_examples, SCORE_SEED + seed)[0])

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import signal
 import time
 
 import jax
@@ -150,7 +151,7 @@ class _Run:
         self.checked = latest or 0  # the last step known to be finite
         self._step = jax.jit(self._train_step, donate_argnums=(0, 1))
         self._norm = jax.jit(optax.global_norm)
-        self._order = jax.jit(experiment.epoch_order)
+        self._order = jax.jit(experiment.epoch_order, out_shardings=mesh_lib.replicated(experiment.mesh))
 
     def _last_full_epoch(self, step):
         """The step up to which rows of metrics.csv stand: that of a shorter run may end in mid-epoch."""
@@ -192,12 +193,19 @@ class _Run:
             step = self.progress.step
             if step % self.config.log.every_steps == 0 and step < end:
                 start = self._log(epoch, start)
-            if step < end and (self.stop_request.signal or (every and step % every == 0)):
+            stops = step < end and self._asked_to_stop(step)
+            if step < end and (stops or (every and step % every == 0)):
                 start = self._checkpoint(start)
-            if step < end and self.stop_request.signal:
-                raise Stopped(self.stop_request.signal, step)
+            if stops:
+                raise Stopped(self.stop_request.signal or signal.SIGTERM, step)
         jax.block_until_ready(self.totals)
         self.progress.seconds += time.perf_counter() - start
+
+    def _asked_to_stop(self, step):
+        """Whether any process was asked to stop; of many, they look together now and then."""
+        if jax.process_count() > 1 and step % self.config.log.every_steps and step % self.experiment.steps_per_epoch:
+            return False
+        return mesh_lib.any_process(self.stop_request.signal is not None)
 
     def _clock(self, start):
         """Adds the time since `start`, when all work is done; returns the time now."""
@@ -271,8 +279,8 @@ class _Run:
         if step % experiment.steps_per_epoch == 0:  # a longer run may still finish the last epoch
             self.totals = _no_totals(experiment)
         self._save(rating)
-        if self.stop_request.signal and step < experiment.total_steps:
-            raise Stopped(self.stop_request.signal, step)
+        if step < experiment.total_steps and self._asked_to_stop(step):
+            raise Stopped(self.stop_request.signal or signal.SIGTERM, step)
 
     def _rate(self, rating, step):
         """Notes the best rating and how long ago it was."""

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from convnorm_jax.mesh import is_leader
+
 
 def zero_totals(names):
     """Running (sum, count) pairs of the metrics of these names, all zero."""
@@ -24,7 +26,9 @@ def means(totals):
 
 
 def write_json(path, content):
-    """Writes a JSON file in one stroke: a reader sees the old one or the new one."""
+    """Writes a JSON file in one stroke: a reader sees the old one or the new one; of many processes, one writes."""
+    if not is_leader():
+        return
     with open(path + '.tmp', 'w') as file:
         json.dump(content, file, indent=2)
         file.write('\n')
@@ -44,12 +48,14 @@ class MetricWriter:
     """Writes one row an epoch to `metrics.csv` and TensorBoard.
 
     On a resume the rows after the restored step are dropped, so that the file is that of
-    an uninterrupted run.
+    an uninterrupted run. Of many processes, the leader writes.
     """
 
     def __init__(self, workdir, step, columns):
         self.path = os.path.join(workdir, 'metrics.csv')
-        self._columns = columns
+        self._columns, self._board = columns, None
+        if not is_leader():
+            return
         kept = [row for row in read_rows(self.path) if row['step'] <= step]
         self._rewrite(kept)
         self._board = SummaryWriter(workdir, purge_step=step + 1)
@@ -64,6 +70,8 @@ class MetricWriter:
 
     def write(self, row):
         """Appends a row (a dict with some of the columns) and puts it on the disk."""
+        if self._board is None:
+            return
         with open(self.path, 'a', newline='') as file:
             csv.DictWriter(file, self._columns).writerow(row)
             file.flush()
@@ -73,25 +81,29 @@ class MetricWriter:
 
     def scalars(self, values, step):
         """Puts values on TensorBoard only."""
+        if self._board is None:
+            return
         for name, value in values.items():
             if name not in ('epoch', 'step'):
                 self._board.add_scalar(name, value, step)
 
     def close(self):
         """Flushes and closes the TensorBoard events."""
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
 
 class Progress:
     """One line: the figures so far and the time left; and a line for each epoch.
 
-    Where there is no terminal, such as in a log file, the line is printed anew now and then.
+    Where there is no terminal, such as in a log file, the line is printed anew now and then. Of many
+    processes, the leader prints.
     """
 
     SECONDS_BETWEEN_LINES = 60
 
     def __init__(self, total_steps, step):
-        self._terminal = sys.stderr.isatty()
+        self._terminal, self._prints = sys.stderr.isatty() and is_leader(), is_leader()
         self._bar = tqdm(
             total=total_steps,
             initial=step,
@@ -119,7 +131,7 @@ class Progress:
         self._printed = time.monotonic()
         if self._terminal:
             self._bar.write(text, file=sys.stderr)
-        else:
+        elif self._prints:
             print(text, file=sys.stderr, flush=True)
 
     def close(self):

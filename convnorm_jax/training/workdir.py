@@ -6,6 +6,7 @@ import os
 import numpy as np
 
 from convnorm_jax.data import splits
+from convnorm_jax.mesh import is_leader, wait_for_all
 from convnorm_jax.training.config import check_same_run
 from convnorm_jax.training.metrics import write_json
 
@@ -37,6 +38,9 @@ def prepare_workdir(workdir, config, prepared):
     record = os.path.join(workdir, 'splits.npz')
     if has_checkpoints(workdir) and os.path.exists(record):
         _check_same_data(splits.load_record(record), prepared.record, workdir)
+    wait_for_all('the run folder is checked')  # before any process writes there
+    if not is_leader():
+        return
     try:
         os.makedirs(workdir, exist_ok=True)
         splits.save_record(prepared, record)
