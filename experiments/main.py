@@ -4,10 +4,9 @@ python -m experiments.main --config=configs/digits_convnorm.py [--workdir=DIR]
     [--mode=train|eval] [--config.KEY=VALUE ...]
 """
 
-import os
 import sys
 
-from absl import flags, logging
+from absl import flags
 
 from experiments import command_line
 
@@ -50,24 +49,8 @@ def _headline(experiment, workdir):
 
 
 def main():
-    """Runs the command; a user's mistake becomes one line and exit code 2.
-
-    CONVNORM_TRACEBACK=1 in the environment shows where in the code it was noticed.
-    """
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant
-    if any(argument.lstrip('-') in ('help', 'h') for argument in sys.argv[1:]):
-        print(__doc__.strip(), '\n\nEvery key of a config is in configs/default.py.', sep='')
-        return 0
-    try:
-        return run()
-    except ValueError as error:
-        if os.environ.get('CONVNORM_TRACEBACK'):
-            raise
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        return 130
+    """The command, see `command_line.run_command`."""
+    return command_line.run_command(run, __doc__, command_line.ABOUT_CONFIGS)
 
 
 if __name__ == '__main__':
