@@ -1,5 +1,7 @@
 """Devices of one process or of many: one data-parallel mesh, and where arrays live on it."""
 
+import hashlib
+import json
 import os
 import re
 
@@ -74,6 +76,21 @@ def any_process(flag):
 def leader_says(flag):
     """Process 0's `flag`, in all of them; all of them must ask together."""
     return bool(flag) if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
+
+
+def check_same_everywhere(what, content):
+    """Raises ValueError unless all processes have the same JSON data; all of them must ask together."""
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
+    mine = np.frombuffer(digest, np.uint32)
+    others = multihost_utils.process_allgather(mine)
+    different = [i for i, other in enumerate(others) if not np.array_equal(other, others[0])]
+    if different:
+        raise ValueError(
+            f'processes {", ".join(map(str, different))} were given another {what} than process 0; '
+            'start the same command on every host'
+        )
 
 
 def wait_for_all(name):

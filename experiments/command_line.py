@@ -1,18 +1,50 @@
-"""The command line: a config file, overrides, a run folder; every mistake is one line."""
+"""Command lines: a config file, overrides, a run folder; every mistake is one line."""
 
 import difflib
 import glob
 import importlib.util
 import itertools
 import os
+import sys
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'a file of configs/, e.g. configs/digits_convnorm.py', lock_config=True
 )
 _BASE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'configs', 'default.py')
+
+# The end of the help of commands that take --config.
+ABOUT_CONFIGS = 'Every key of a config is in configs/default.py.'
+
+
+def run_command(run, *texts):
+    """Runs a command; a user's mistake becomes one line and exit code 2.
+
+    CONVNORM_TRACEBACK=1 in the environment shows where in the code it was noticed.
+
+    Args:
+      run: function of nothing -> exit code. User errors are raised as ValueError.
+      *texts: the paragraphs of what --help prints.
+
+    Returns:
+      The exit code.
+    """
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant
+    if any(argument.lstrip('-') in ('help', 'h') for argument in sys.argv[1:]):
+        print(*(text.strip() for text in texts), sep='\n\n')
+        return 0
+    try:
+        return run()
+    except ValueError as error:
+        if os.environ.get('CONVNORM_TRACEBACK'):
+            raise
+        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        return 130
 
 
 def parse(argv):

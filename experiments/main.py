@@ -2,39 +2,63 @@
 
 python -m experiments.main --config=configs/digits_convnorm.py [--workdir=DIR]
     [--mode=train|eval] [--config.KEY=VALUE ...]
+    [--coordinator=HOST:PORT --num_processes=N --process_id=I]
+
+On several hosts give the same command to each; SLURM, a TPU pod and Kubernetes say the rest, elsewhere the last
+three options do. --workdir must be a folder that all of them share.
 """
 
+import contextlib
 import os
 import sys
 
-from absl import flags, logging
+from absl import flags
 
 from experiments import command_line
 
 flags.DEFINE_string('workdir', None, "the run's folder (default: runs/ and a name made from the config)")
 flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'train and report, or evaluate what --workdir holds')
+flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, where the environment does not say it')
+flags.DEFINE_integer('num_processes', 0, 'processes of this run, where the environment does not say it')
+flags.DEFINE_integer('process_id', -1, 'which of them this is, from 0')
+
+LOST = 75  # exit code when another process is gone: EX_TEMPFAIL, the same command may succeed later
 
 
 def run():
     """One command, from `sys.argv`; returns the exit code. User errors are raised as ValueError."""
     config, workdir, mode = command_line.parse(sys.argv)
     # Only now: a mistake on the command line is answered before anything heavy is loaded.
-    from convnorm_jax.mesh import reserve_host_threads
+    from convnorm_jax import mesh
+
+    mesh.reserve_host_threads()
+    options = flags.FLAGS
+    mesh.start_distributed(options.coordinator, options.num_processes, options.process_id)
+    mesh.check_same_everywhere('config, --workdir and --mode', [config.to_dict(), workdir, mode])
+    with contextlib.ExitStack() as stack:
+        if not mesh.is_leader():  # one of them speaks; errors are said by all
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, 'w'))))
+        return _train_and_report(config, workdir, mode)
+
+
+def _train_and_report(config, workdir, mode):
+    from convnorm_jax import mesh
     from convnorm_jax.training import loop, setup
     from convnorm_jax.training.workdir import check_workdir
     from experiments import gan_report, gan_scores, report
 
-    reserve_host_threads()
     if mode == 'train':
         check_workdir(workdir, config)
     experiment = setup.build(config)
     generates = config.train.algorithm == 'gan'
     if mode == 'train':
-        print(_headline(experiment, workdir), file=sys.stderr)
+        if mesh.is_leader():
+            print(_headline(experiment, workdir), file=sys.stderr)
         try:
             loop.train(gan_scores.with_scorer(experiment, workdir) if generates else experiment, workdir)
         except loop.Stopped as stop:
-            print(stop, file=sys.stderr)
+            if mesh.is_leader():
+                print(stop, file=sys.stderr)
             return 128 + stop.signal  # what a shell says of a process that a signal ended
     (gan_report if generates else report).report(experiment, workdir)
     return 0
@@ -50,24 +74,8 @@ def _headline(experiment, workdir):
 
 
 def main():
-    """Runs the command; a user's mistake becomes one line and exit code 2.
-
-    CONVNORM_TRACEBACK=1 in the environment shows where in the code it was noticed.
-    """
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant
-    if any(argument.lstrip('-') in ('help', 'h') for argument in sys.argv[1:]):
-        print(__doc__.strip(), '\n\nEvery key of a config is in configs/default.py.', sep='')
-        return 0
-    try:
-        return run()
-    except ValueError as error:
-        if os.environ.get('CONVNORM_TRACEBACK'):
-            raise
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        return 130
+    """The command, see `command_line.run_command`."""
+    return command_line.run_command(run, __doc__, command_line.ABOUT_CONFIGS)
 
 
 if __name__ == '__main__':

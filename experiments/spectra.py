@@ -9,7 +9,9 @@ Prints a table of operator norms; writes spectra.json, spectra.md and spectra.pn
 import os
 import sys
 
-from absl import flags, logging
+from absl import flags
+
+from experiments import command_line
 
 NOTE = 'measured, not certified: power iteration comes from below, in float32'
 QUANTILES = {'min': 0.0, 'quantile_05': 0.05, 'median': 0.5, 'quantile_95': 0.95, 'max': 1.0}
@@ -200,24 +202,8 @@ def _notes(facts):
 
 
 def main():
-    """Runs the command; a user's mistake becomes one line and exit code 2.
-
-    CONVNORM_TRACEBACK=1 in the environment shows where in the code it was noticed.
-    """
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant
-    if any(argument.lstrip('-') in ('help', 'h') for argument in sys.argv[1:]):
-        print(__doc__.strip())
-        return 0
-    try:
-        return run()
-    except ValueError as error:
-        if os.environ.get('CONVNORM_TRACEBACK'):
-            raise
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        return 130
+    """The command, see `command_line.run_command`."""
+    return command_line.run_command(run, __doc__)
 
 
 if __name__ == '__main__':

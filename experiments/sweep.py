@@ -16,7 +16,9 @@ import re
 import shlex
 import sys
 
-from absl import flags, logging
+from absl import flags
+
+from experiments import command_line
 
 
 def parse(argv):
@@ -133,24 +135,8 @@ def _say(line):
 
 
 def main():
-    """Runs the command; a user's mistake becomes one line and exit code 2.
-
-    CONVNORM_TRACEBACK=1 in the environment shows where in the code it was noticed.
-    """
-    logging.set_verbosity(logging.ERROR)
-    if any(argument.lstrip('-') in ('help', 'h') for argument in sys.argv[1:]):
-        print(__doc__.strip(), '\n\nEvery key of a config is in configs/default.py.', sep='')
-        return 0
-    try:
-        return run(sys.argv)
-    except ValueError as error:
-        if os.environ.get('CONVNORM_TRACEBACK'):
-            raise
-        _say(f'error: {" ".join(str(error).split())}')
-        return 2
-    except KeyboardInterrupt:
-        _say('interrupted')
-        return 130
+    """The command, see `command_line.run_command`."""
+    return command_line.run_command(lambda: run(sys.argv), __doc__, command_line.ABOUT_CONFIGS)
 
 
 if __name__ == '__main__':

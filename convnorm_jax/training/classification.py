@@ -4,16 +4,12 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from convnorm_jax.data.augment import augment
 from convnorm_jax.evaluation.classifier import AttackSettings, Evaluator
-from convnorm_jax.layers import ocnn
 from convnorm_jax.steps import adversarial, classify
 from convnorm_jax.steps.state import create_state
 from convnorm_jax.training.experiment import Experiment
-from convnorm_jax.training.frame import build_frame, build_optimizer, round_up
+from convnorm_jax.training.frame import build_frame, build_ocnn_penalty, build_optimizer, round_up
 from convnorm_jax.training.nets import build_model
 
 # Of the training attacks, in 1/255, where the config gives none: the published ones.
@@ -98,11 +94,12 @@ def build(config, devices=None):
     model = build_model(config, source.num_classes)
     tx = build_optimizer(config, frame['schedule'], _updates_per_batch(config))
     logits_fn = classify.make_logits_fn(model, source.mean, source.std)
+    penalty_fn = build_ocnn_penalty(config, model, source.train.images.shape[1:])
     return Classification(
         **frame,
         model=model,
         tx=tx,
-        train_step=_train_step(config, model, tx, source, _penalty(config, model, source)),
+        train_step=_train_step(config, model, tx, source, penalty_fn),
         evaluator=Evaluator(logits_fn, mesh, round_up(config.eval.batch_size, mesh.size)),
     )
 
@@ -124,23 +121,6 @@ def make_attack(config, name):
         section.loss,
         section.norm,
     )
-
-
-def _penalty(config, model, source):
-    """The regularizer, params -> scalar, or None.
-
-    Raises:
-      ValueError: config.train.ocnn.pattern matches no kernel of the net.
-    """
-    weight, section = config.train.ocnn.weight, config.train.ocnn
-    if not weight:
-        return None
-    shape = source.train.images.shape[1:]
-    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)['params']
-    strides = ocnn.convolution_strides(model, shape)
-    penalty = ocnn.make_ocnn_penalty(params, strides=strides, pattern=section.pattern or None, lags=section.lags)
-    return lambda params: weight * penalty(params)
 
 
 def _train_step(config, model, tx, source, penalty_fn):

@@ -1,9 +1,12 @@
 """What every kind of training is built on: data on the devices, mesh, durations, optimizer."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from convnorm_jax import mesh as mesh_lib
 from convnorm_jax.data import pipeline, sources, splits
+from convnorm_jax.layers import ocnn
 from convnorm_jax.steps.state import make_optimizer
 from convnorm_jax.training.schedule import make_schedule, to_steps
 
@@ -60,6 +63,29 @@ def build_optimizer(config, schedule, updates=1):
         beta2=section.beta2,
         weight_decay=section.weight_decay,
     )
+
+
+def build_ocnn_penalty(config, model, input_shape, *inputs, pattern=None):
+    """OCNN's regularizer with its weight, params -> scalar, or None for no weight.
+
+    Args:
+      config: checked.
+      model, input_shape, inputs: see `ocnn.convolution_strides`.
+      pattern: of the kernels where the config names none; None for the published one.
+
+    Raises:
+      ValueError: config.train.ocnn.pattern matches no kernel of the net.
+    """
+    section = config.train.ocnn
+    weight = section.weight
+    if not weight:
+        return None
+    images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    init = lambda *arrays: model.init(jax.random.key(0), *arrays, train=False)
+    params = jax.eval_shape(init, images, *inputs)['params']
+    strides = ocnn.convolution_strides(model, input_shape, *inputs)
+    penalty = ocnn.make_ocnn_penalty(params, strides=strides, pattern=section.pattern or pattern, lags=section.lags)
+    return lambda params: weight * penalty(params)
 
 
 def round_up(number, multiple):

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from convnorm_jax.evaluation.sampler import Sampler
-from convnorm_jax.layers import ocnn
 from convnorm_jax.mesh import is_leader, shard_batch
 from convnorm_jax.steps import gan
 from convnorm_jax.training.experiment import Experiment
-from convnorm_jax.training.frame import build_frame, build_optimizer, round_up
+from convnorm_jax.training.frame import build_frame, build_ocnn_penalty, build_optimizer, round_up
 from convnorm_jax.training.nets import build_gan, resolve_setting
 
 # The pictures that are kept of every row of metrics.csv: a class a column.
@@ -120,6 +119,7 @@ def build(config, devices=None):
     num_classes = source.num_classes if section.conditional else 0
     generator_tx = build_optimizer(resolved, frame['schedule'])
     discriminator_tx = build_optimizer(resolved, frame['schedule'], section.n_dis)
+    labels = jax.ShapeDtypeStruct((1,), jnp.int32)
     step = gan.make_gan_step(
         generator,
         discriminator,
@@ -132,7 +132,7 @@ def build(config, devices=None):
         gradient_penalty=section.gradient_penalty,
         policy=tuple(section.augmentation),
         ema_decay=resolved.train.ema_decay,
-        penalty_fn=_penalty(resolved, discriminator, input_shape),
+        penalty_fn=build_ocnn_penalty(resolved, discriminator, input_shape, labels, pattern='.'),
         shard_fn=functools.partial(shard_batch, mesh),
     )
     sampler = Sampler(
@@ -149,16 +149,3 @@ def build(config, devices=None):
         sampler=sampler,
         scorer=None,
     )
-
-
-def _penalty(config, discriminator, input_shape):
-    """OCNN's regularizer of the discriminator, params -> scalar, or None."""
-    section = config.train.ocnn
-    if not section.weight:
-        return None
-    images, labels = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    init = lambda images, labels: discriminator.init(jax.random.key(0), images, labels, train=False)
-    params = jax.eval_shape(init, images, labels)['params']
-    strides = ocnn.convolution_strides(discriminator, input_shape, labels)
-    penalty = ocnn.make_ocnn_penalty(params, strides=strides, pattern=section.pattern or '.', lags=section.lags)
-    return lambda params: section.weight * penalty(params)
