@@ -10,8 +10,8 @@ from convnorm_jax.evaluation.layers import layer_spectra
 from convnorm_jax.training.generation import GRID_COLUMNS, GRID_ROWS, GRID_SEED, SCORE_SEED
 from convnorm_jax.training.loop import restore_state
 from convnorm_jax.training.metrics import read_rows, write_json
+from convnorm_jax.training.workdir import keep_earlier_result
 from experiments.gan_scores import make_scorer
-from experiments.report import keep_earlier_result
 
 SHOWN = 48  # real pictures beside generated ones
 STEPS_SHOWN, PICTURES_SHOWN = 6, 10  # of the course of the training

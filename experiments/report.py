@@ -1,7 +1,6 @@
 """The end of a run: accuracy clean and attacked, pictures, `result.json` and a table."""
 
 import functools
-import itertools
 import os
 import sys
 
@@ -14,6 +13,7 @@ from convnorm_jax.evaluation.layers import layer_spectra
 from convnorm_jax.training import classification
 from convnorm_jax.training.loop import restore_variables
 from convnorm_jax.training.metrics import read_rows, write_json
+from convnorm_jax.training.workdir import keep_earlier_result
 from experiments import robustness
 from experiments.robustness_text import attack_label, attack_rows
 
@@ -61,14 +61,6 @@ def _suite(experiment, variables, workdir):
     if not experiment.config.eval.suite:
         return {}
     return robustness.run_suite(experiment, variables, workdir, lambda line: tqdm.write(line, file=sys.stderr))
-
-
-def keep_earlier_result(workdir):
-    """An earlier result.json, perhaps of other attacks, becomes result-1.json, result-2.json, ..."""
-    path = os.path.join(workdir, 'result.json')
-    if os.path.exists(path):
-        number = next(n for n in itertools.count(1) if not os.path.exists(os.path.join(workdir, f'result-{n}.json')))
-        os.replace(path, os.path.join(workdir, f'result-{number}.json'))
 
 
 def _attack(experiment, variables, name, attack):

@@ -10,7 +10,7 @@ from convnorm_jax import plots
 from convnorm_jax.evaluation import suite as suite_lib
 from convnorm_jax.training import classification
 from convnorm_jax.training.config import flatten
-from convnorm_jax.training.metrics import write_json
+from convnorm_jax.training.metrics import write_json, write_text
 from experiments import robustness_text
 
 # What of a config decides the figures of the suite, beside the net itself.
@@ -96,10 +96,7 @@ def write_report(experiment, result, attacked, found, workdir):
     report['figures'] = {**result, 'attacks': {name: dict(row) for name, row in attacked.items()}, **_plain(found)}
     json_path, text_path = os.path.join(workdir, 'report.json'), os.path.join(workdir, 'report.md')
     write_json(json_path, report)
-    text = robustness_text.render(experiment, result, attacked, found, pictures, workdir)
-    with open(text_path + '.part', 'w') as file:
-        file.write(text)
-    os.replace(text_path + '.part', text_path)
+    write_text(text_path, robustness_text.render(experiment, result, attacked, found, pictures, workdir))
     return [json_path, text_path, *pictures.values()]
 
 

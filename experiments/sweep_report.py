@@ -8,7 +8,7 @@ import numpy as np
 
 from convnorm_jax import plots
 from convnorm_jax.evaluation.features import SCORE_NAMES
-from convnorm_jax.training.metrics import write_json
+from convnorm_jax.training.metrics import write_json, write_text
 from experiments.sweep_runs import short_keys, value_text
 
 SCORES = (*(name for names in SCORE_NAMES.values() for name in names), 'label_agreement')  # of generators
@@ -153,8 +153,8 @@ def report(runs, results, rows, columns, workdir, command):
     print(f'\n{told}\n')
     paths = [os.path.join(workdir, f'sweep.{kind}') for kind in ('md', 'csv', 'json')]
     name = os.path.basename(os.path.abspath(workdir))
-    _write_text(paths[0], f'# {name}\n\n{told}\n\n```bash\n{command}\n```\n')
-    _write_text(paths[1], _csv(cells))
+    write_text(paths[0], f'# {name}\n\n{told}\n\n```bash\n{command}\n```\n')
+    write_text(paths[1], _csv(cells))
     write_json(paths[2], _record(runs, results, cells, command))
     paths += _draw(cells, rows, columns, os.path.join(workdir, 'plots', 'sweep.png'), f'{name}: {_over_seeds(runs)}')
     print(*(f'wrote {path}' for path in paths), sep='\n', flush=True)
@@ -270,12 +270,6 @@ def _record(runs, results, cells, command):
             for run, result in zip(runs, results, strict=True)
         ],
     }
-
-
-def _write_text(path, text):
-    with open(path + '.tmp', 'w') as file:
-        file.write(text)
-    os.replace(path + '.tmp', path)
 
 
 def _draw(cells, rows, columns, path, title):

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from convnorm_jax.training.config import flatten
 from convnorm_jax.training.interrupt import StopRequest
-from convnorm_jax.training.workdir import check_workdir, load_config
+from convnorm_jax.training.workdir import check_workdir, keep_earlier_result, load_config
 from experiments.command_line import read_config
 
 # What changes nothing in result.json, where a folder's config.json may differ from the config of today.
@@ -167,7 +167,7 @@ class _Process:
             with open(self.path, 'ab') as log:
                 if _lock(log):
                     self.start = log.tell()
-                    _set_aside_result(run.folder)
+                    keep_earlier_result(run.folder)  # what is there at the end is new
                     self.process = _start(run, log)
                     say(f'{title}: started')
         except OSError as error:
@@ -240,14 +240,6 @@ def _start(run, log):
 def _interrupt(processes):
     for process in processes:
         process.interrupt()
-
-
-def _set_aside_result(folder):
-    """An earlier result, of other attacks, becomes result-1.json, ...: what is there at the end is new."""
-    path = os.path.join(folder, 'result.json')
-    if os.path.exists(path):
-        numbers = (os.path.join(folder, f'result-{n}.json') for n in itertools.count(1))
-        os.replace(path, next(name for name in numbers if not os.path.exists(name)))
 
 
 def _make_run(arguments, texts, seed, workdir):

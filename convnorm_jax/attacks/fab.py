@@ -87,18 +87,17 @@ def fab(
     targets = targets[None] if targets.ndim == 1 else targets
     keys = None if rng is None else parts.example_keys(rng, images.shape[0])
 
-    def attempt(best, turn):
-        number, goal = turn
+    def attempt(number, best):
+        goal = jax.lax.dynamic_index_in_dim(targets, number, keepdims=False)
         start_rng = None if keys is None else parts.fold_in(keys, number)
         state = fab_start(logits_fn, images, labels, epsilon=epsilon, norm=norm, rng=start_rng, targets=goal)
         state = fab_advance(logits_fn, images, labels, state, norm=norm, targets=goal, count=steps)
         better = state.distance < best.distance
-        return jax.tree.map(functools.partial(parts.choose, better), state, best), None
+        return jax.tree.map(functools.partial(parts.choose, better), state, best)
 
     turns = targets.shape[0]
     nothing = FabState(images, images, jnp.full(images.shape[0], jnp.inf, images.dtype))
-    unroll = parts.unrolls(turns * (_PASSES * steps + 1))
-    return jax.lax.scan(attempt, nothing, (jnp.arange(turns), targets), unroll=unroll)[0].nearest
+    return parts.repeat(turns, attempt, nothing, turns * (_PASSES * steps + 1)).nearest
 
 
 def fab_start(

@@ -131,9 +131,9 @@ def pgd(
         return perturbed, fooled(logits), loss_fn(logits)
 
     def body(index, best):
-        return _stronger(best, judged(attempt(index)))
+        return _stronger(best, judged(attempt(index + 1)))
 
-    return jax.lax.fori_loop(1, restarts, body, judged(attempt(0)), unroll=parts.unrolls(copies))[0]
+    return parts.repeat(restarts - 1, body, judged(attempt(0)), copies)[0]
 
 
 def _goal(labels, targets, loss):

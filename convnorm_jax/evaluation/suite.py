@@ -20,6 +20,7 @@ import numpy as np
 
 from convnorm_jax import attacks
 from convnorm_jax.attacks.simba import BASES, simba_active, simba_advance, simba_result, simba_start
+from convnorm_jax.data.cache import write_atomically
 from convnorm_jax.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, mean_corruption_accuracy
 from convnorm_jax.evaluation.classifier import AttackSettings, Evaluator
 from convnorm_jax.mesh import batch_sharded, is_leader, leader_says, replicate
@@ -72,11 +73,8 @@ class Subject:
             with open(path) as file:
                 return json.load(file)
         found = measure()
-        if not is_leader():
-            return found
-        with open(path + '.part', 'w') as file:
-            json.dump(found, file)
-        os.replace(path + '.part', path)
+        if is_leader():
+            write_atomically(path, lambda file: file.write(json.dumps(found).encode()))
         return found
 
 

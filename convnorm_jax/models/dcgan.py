@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from flax import linen as nn
 
-from convnorm_jax.models.projection import ProjectionHead, one_hot_labels
+from convnorm_jax.models.projection import ProjectionHead, check_latents, check_pictures, one_hot_labels
 
 # The paper's start of all weights.
 _INIT = nn.initializers.normal(0.02)
@@ -52,8 +52,7 @@ class DCGANGenerator(nn.Module):
         Raises:
           ValueError: z of another shape; no labels where there are classes.
         """
-        if z.ndim != 2 or z.shape[1] != self.latent:
-            raise ValueError(f'z.shape={z.shape}: expected [batch, {self.latent}]')
+        check_latents(z, self.latent)
         z = z.astype(self.dtype or z.dtype)
         if self.num_classes:
             one_hot = one_hot_labels(labels, self.num_classes, z.shape[0], z.dtype)
@@ -101,8 +100,7 @@ class DCGANDiscriminator(nn.Module):
         Raises:
           ValueError: pictures of another shape; no labels where there are classes.
         """
-        if x.ndim != 4 or x.shape[1:] != tuple(self.picture_shape):
-            raise ValueError(f'images.shape={x.shape}: expected [batch, {", ".join(map(str, self.picture_shape))}]')
+        check_pictures(x, self.picture_shape)
         x = x.astype(self.dtype or x.dtype)
         for i, width in enumerate(self.widths):
             layer = self.layer if i else self.first_layer

@@ -1,4 +1,4 @@
-"""The end of a discriminator: a linear layer and, with classes, a projection (arXiv 1802.05637)."""
+"""What the GANs share: the end of a discriminator, a projection (arXiv 1802.05637), and checks of what is given."""
 
 from collections.abc import Callable
 
@@ -44,3 +44,15 @@ def one_hot_labels(labels, num_classes, batch, dtype=jnp.float32):
     if shape != (batch,):
         raise ValueError(f'labels.shape={shape}: expected ({batch},), a label below {num_classes} for each picture')
     return jax.nn.one_hot(labels, num_classes, dtype=dtype)
+
+
+def check_latents(z, latent):
+    """Raises ValueError unless z is [batch, latent]."""
+    if z.ndim != 2 or z.shape[1] != latent:
+        raise ValueError(f'z.shape={z.shape}: expected [batch, {latent}]')
+
+
+def check_pictures(images, picture_shape):
+    """Raises ValueError unless images are [batch, H, W, C] of pictures of that shape."""
+    if images.ndim != 4 or images.shape[1:] != tuple(picture_shape):
+        raise ValueError(f'images.shape={images.shape}: expected [batch, {", ".join(map(str, picture_shape))}]')

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from convnorm_jax.layers.conditional_norm import ConditionalBatchNorm
-from convnorm_jax.models.projection import ProjectionHead
+from convnorm_jax.models.projection import ProjectionHead, check_latents, check_pictures
 
 # Size of the pictures -> (side of the generator's first picture, its width, what divides that
 # width in each block), (the discriminator's width, what divides it and whether it halves the
@@ -157,8 +157,7 @@ class SNGANGenerator(nn.Module):
         Raises:
           ValueError: z of another shape; no labels where there are classes.
         """
-        if z.ndim != 2 or z.shape[1] != self.latent:
-            raise ValueError(f'z.shape={z.shape}: expected [batch, {self.latent}]')
+        check_latents(z, self.latent)
         x = self.dense(self.bottom**2 * self.width, train=train, name='linear')(z.astype(self.dtype or z.dtype))
         x = x.reshape(-1, self.bottom, self.bottom, self.width)
         for i, width in enumerate(self.widths):
@@ -205,8 +204,7 @@ class SNGANDiscriminator(nn.Module):
         Raises:
           ValueError: pictures of another shape; no labels where there are classes.
         """
-        if x.ndim != 4 or x.shape[1:] != tuple(self.picture_shape):
-            raise ValueError(f'images.shape={x.shape}: expected [batch, {", ".join(map(str, self.picture_shape))}]')
+        check_pictures(x, self.picture_shape)
         x = x.astype(self.dtype or x.dtype)
         for i, (width, downsample) in enumerate(self.blocks):
             x = DiscriminatorBlock(

@@ -117,10 +117,7 @@ def make_pgd_step(
             steps=steps,
             rng=attack_key,
         )
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (logits, model_state)), grads = value_and_grad(state.params, state.model_state, pixels, labels)
-        state = classify.apply_gradients(state, grads, model_state, tx, ema_decay)
-        return state, classify.step_metrics(loss, logits, labels, grads)
+        return classify.update(state, loss_fn, tx, ema_decay, pixels, labels)
 
     return train_step
 
@@ -187,10 +184,7 @@ def make_trades_step(
             init=_TRADES_START * jax.random.normal(attack_key, pixels.shape),
             loss=functools.partial(divergence, clean),
         )
-        value_and_grad = jax.value_and_grad(trades_loss, has_aux=True)
-        (loss, (logits, model_state)), grads = value_and_grad(state.params, state.model_state, pixels, attacked, labels)
-        state = classify.apply_gradients(state, grads, model_state, tx, ema_decay)
-        return state, classify.step_metrics(loss, logits, labels, grads)
+        return classify.update(state, trades_loss, tx, ema_decay, pixels, attacked, labels)
 
     return train_step
 

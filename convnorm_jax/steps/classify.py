@@ -70,12 +70,27 @@ def make_train_step(model, tx, *, mean, std, augment_fn, label_smoothing=0.0, em
     def train_step(state, batch):
         key = jax.random.fold_in(state.rng, state.step)
         pixels = to_float(augment_fn(key, batch['images']))
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (logits, model_state)), grads = value_and_grad(state.params, state.model_state, pixels, batch['labels'])
-        state = apply_gradients(state, grads, model_state, tx, ema_decay)
-        return state, step_metrics(loss, logits, batch['labels'], grads)
+        return update(state, loss_fn, tx, ema_decay, pixels, batch['labels'])
 
     return train_step
+
+
+def update(state, loss_fn, tx, ema_decay, *inputs):
+    """One update of the optimizer.
+
+    Args:
+      state: a `TrainState`.
+      loss_fn: function (params, model_state, *inputs) -> (loss, (logits [B, K], new model_state)).
+      tx, ema_decay: see `make_train_step`.
+      *inputs: of the loss; the last are the labels, int [B].
+
+    Returns:
+      (state, metrics), as a step's.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, (logits, model_state)), grads = value_and_grad(state.params, state.model_state, *inputs)
+    state = apply_gradients(state, grads, model_state, tx, ema_decay)
+    return state, step_metrics(loss, logits, inputs[-1], grads)
 
 
 def step_metrics(loss, logits, labels, grads):

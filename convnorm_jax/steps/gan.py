@@ -7,10 +7,22 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from convnorm_jax.attacks.parts import unrolls
+from convnorm_jax.attacks import parts
 from convnorm_jax.data.augment import to_float
 from convnorm_jax.data.diffaugment import diffaugment
 from convnorm_jax.steps import gan_losses
+
+METRICS = (
+    'discriminator_loss',
+    'generator_loss',
+    'real_logit',
+    'fake_logit',
+    'discriminator_gradient_norm',
+    'generator_gradient_norm',
+)
+
+# Those of every update of the discriminator.
+_DISCRIMINATOR_METRICS = ('discriminator_loss', 'real_logit', 'fake_logit', 'discriminator_gradient_norm')
 
 
 @struct.dataclass
@@ -192,40 +204,26 @@ def make_gan_step(
 
     def gan_step(state, batch):
         key = jax.random.fold_in(state.rng, state.step)
-        # Every n_dis-th picture: so each part lies on all devices, as the batch does.
-        parts = [jnp.moveaxis(a.reshape(-1, n_dis, *a.shape[1:]), 1, 0) for a in (batch['images'], batch['labels'])]
-        size = parts[0].shape[1]
+        # Every n_dis-th picture: so each share lies on all devices, as the batch does.
+        shares = [jnp.moveaxis(a.reshape(-1, n_dis, *a.shape[1:]), 1, 0) for a in (batch['images'], batch['labels'])]
 
-        def turn(state, inputs):
-            images, labels, number = inputs
+        def turn(number, carry):
+            state, totals = carry
+            images, labels = (jax.lax.dynamic_index_in_dim(a, number, keepdims=False) for a in shares)
             images, labels = shard_fn((2 * to_float(images) - 1, labels))
-            return discriminator_update(state, images, labels if num_classes else None, jax.random.fold_in(key, number))
+            state, values = discriminator_update(
+                state, images, labels if num_classes else None, jax.random.fold_in(key, number)
+            )
+            return state, jax.tree.map(jnp.add, totals, values)
 
-        inputs = (*parts, jnp.arange(n_dis))
-        if unrolls(n_dis):  # XLA:CPU runs convolutions inside a loop slowly, one of a single turn too
-            turns = []
-            for i in range(n_dis):
-                state, values = turn(state, jax.tree.map(lambda a, i=i: a[i], inputs))
-                turns.append(values)
-            found = jax.tree.map(lambda *values: jnp.stack(values), *turns)
-        else:
-            state, found = jax.lax.scan(turn, state, inputs)
-        state, more = generator_update(state, size, jax.random.fold_in(key, n_dis))
-        metrics = {name: (jnp.sum(values), jnp.float32(n_dis)) for name, values in found.items()}
+        totals = {name: jnp.zeros(()) for name in _DISCRIMINATOR_METRICS}
+        state, totals = parts.repeat(n_dis, turn, (state, totals))
+        state, more = generator_update(state, shares[0].shape[1], jax.random.fold_in(key, n_dis))
+        metrics = {name: (total, jnp.float32(n_dis)) for name, total in totals.items()}
         metrics |= {name: (value, jnp.float32(1)) for name, value in more.items()}
         return state.replace(step=state.step + 1, ema=_averaged(state, ema_decay)), metrics
 
     return gan_step
-
-
-METRICS = (
-    'discriminator_loss',
-    'generator_loss',
-    'real_logit',
-    'fake_logit',
-    'discriminator_gradient_norm',
-    'generator_gradient_norm',
-)
 
 
 def _averaged(state, decay):

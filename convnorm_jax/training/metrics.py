@@ -25,14 +25,18 @@ def means(totals):
     return {name: float(s) / float(n) if n else float('nan') for name, (s, n) in totals.items()}
 
 
-def write_json(path, content):
-    """Writes a JSON file in one stroke: a reader sees the old one or the new one; of many processes, one writes."""
+def write_text(path, text):
+    """Writes a text file in one stroke: a reader sees the old one or the new one; of many processes, one writes."""
     if not is_leader():
         return
     with open(path + '.tmp', 'w') as file:
-        json.dump(content, file, indent=2)
-        file.write('\n')
+        file.write(text)
     os.replace(path + '.tmp', path)
+
+
+def write_json(path, content):
+    """Writes a JSON file as `write_text` does."""
+    write_text(path, json.dumps(content, indent=2) + '\n')
 
 
 def read_rows(path):

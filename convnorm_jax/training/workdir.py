@@ -1,5 +1,6 @@
-"""A run's folder: its config and its splits, and whether a command continues that run."""
+"""A run's folder: its config, splits and results, and whether a command continues that run."""
 
+import itertools
 import json
 import os
 
@@ -51,6 +52,14 @@ def prepare_workdir(workdir, config, prepared):
 def save_config(workdir, config):
     """Writes config.json."""
     write_json(os.path.join(workdir, 'config.json'), config.to_dict())
+
+
+def keep_earlier_result(workdir):
+    """An earlier result.json, perhaps of other attacks, becomes result-1.json, result-2.json, ..."""
+    path = os.path.join(workdir, 'result.json')
+    if is_leader() and os.path.exists(path):
+        numbered = (os.path.join(workdir, f'result-{n}.json') for n in itertools.count(1))
+        os.replace(path, next(name for name in numbered if not os.path.exists(name)))
 
 
 def _check_same_data(saved, given, workdir):
