@@ -29,16 +29,43 @@ def run():
     """One command, from `sys.argv`; returns the exit code. User errors are raised as ValueError."""
     config, workdir, mode = command_line.parse(sys.argv)
     # Only now: a mistake on the command line is answered before anything heavy is loaded.
+    import jax
+
     from convnorm_jax import mesh
 
     mesh.reserve_host_threads()
     options = flags.FLAGS
     mesh.start_distributed(options.coordinator, options.num_processes, options.process_id)
-    mesh.check_same_everywhere('config, --workdir and --mode', [config.to_dict(), workdir, mode])
-    with contextlib.ExitStack() as stack:
-        if not mesh.is_leader():  # one of them speaks; errors are said by all
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, 'w'))))
+    if jax.process_count() == 1:
         return _train_and_report(config, workdir, mode)
+    return _run_together(config, workdir, mode)
+
+
+def _run_together(config, workdir, mode):
+    """One process of several: one of them speaks, but errors are said by all."""
+    from jax.errors import JaxRuntimeError
+
+    from convnorm_jax import mesh
+
+    try:
+        mesh.check_same_everywhere('config, --workdir or --mode', [config.to_dict(), workdir, mode])
+        with open(os.devnull, 'w') as nowhere:
+            with contextlib.redirect_stdout(sys.stdout if mesh.is_leader() else nowhere):
+                return _train_and_report(config, workdir, mode)
+    except ValueError as error:
+        _leave(' '.join(str(error).split()), 2)
+    except JaxRuntimeError as error:
+        _leave(
+            f'another process of this run is gone ({" ".join(str(error).split())[:200]}); give the same command on '
+            'every host again, it goes on from the last checkpoint',
+            LOST,
+        )
+
+
+def _leave(words, code):
+    """Ends this process at once: the usual end would wait for others, who may wait for this one."""
+    print(f'error: {words}', file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 def _train_and_report(config, workdir, mode):
