@@ -2,7 +2,6 @@
 
 import os
 
-import jax
 import numpy as np
 
 from convnorm_jax import plots
@@ -11,6 +10,7 @@ from convnorm_jax.training.generation import GRID_COLUMNS, GRID_ROWS, GRID_SEED,
 from convnorm_jax.training.loop import restore_state
 from convnorm_jax.training.metrics import read_rows, write_json
 from convnorm_jax.training.workdir import keep_earlier_result
+from experiments.facts import count_parameters, run_facts
 from experiments.gan_scores import make_scorer
 
 SHOWN = 48  # real pictures beside generated ones
@@ -39,7 +39,6 @@ def report(experiment, workdir):
         **scores,
         **{f'real_{name}': value for name, value in real.items()},
         'samples': len(pictures),
-        'test_examples': len(test.labels),
         **_facts(experiment, state, chosen, final),
     }
     keep_earlier_result(workdir)
@@ -54,32 +53,16 @@ def report(experiment, workdir):
 
 
 def _facts(experiment, state, chosen, final):
-    config = experiment.config
+    section = experiment.config.gan
     return {
-        'model': config.model.name,
-        'layer': config.model.layer,
-        'generator_layer': config.gan.generator_layer,
-        'generator_parameters': _count(state.generator.params),
-        'discriminator_parameters': _count(state.discriminator.params),
-        'data': experiment.source.description,
-        'train_examples': len(experiment.prepared.train.labels),
-        'algorithm': config.train.algorithm,
-        'loss': config.gan.loss,
-        'seed': config.seed,
-        'checkpoint': config.eval.checkpoint if chosen.best_rating is not None else 'latest',
-        'checkpoint_step': chosen.step,
-        'total_steps': experiment.total_steps,
+        **run_facts(experiment, chosen, final),
+        'generator_layer': section.generator_layer,
+        'generator_parameters': count_parameters(state.generator.params),
+        'discriminator_parameters': count_parameters(state.discriminator.params),
+        'loss': section.loss,
         'best_rating': final.best_rating,
-        'examples_per_second': final.examples_per_second,
         'steps_per_second': final.examples_per_second / experiment.batch_examples,
-        'training_seconds': final.seconds,
-        'device': f'{experiment.mesh.size} x {jax.devices()[0].device_kind}',
-        'jax': jax.__version__,
     }
-
-
-def _count(params):
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
 def _draw(experiment, state, pictures, workdir):

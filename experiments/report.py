@@ -4,7 +4,6 @@ import functools
 import os
 import sys
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -15,6 +14,7 @@ from convnorm_jax.training.loop import restore_variables
 from convnorm_jax.training.metrics import read_rows, write_json
 from convnorm_jax.training.workdir import keep_earlier_result
 from experiments import robustness
+from experiments.facts import count_parameters, run_facts
 from experiments.robustness_text import attack_label, attack_rows
 
 PICTURES = 8  # columns of the grid of attacked images
@@ -81,29 +81,16 @@ def _attack(experiment, variables, name, attack):
 
 
 def _facts(experiment, variables, chosen, final):
-    config, rated = experiment.config, chosen.best_rating is not None  # without validation nothing is the best
+    config = experiment.config
     return {
-        'model': config.model.name,
-        'layer': config.model.layer,
-        'parameters': sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(variables['params'])),
-        'data': experiment.source.description,
-        'train_examples': len(experiment.prepared.train.labels),
-        'test_examples': len(experiment.prepared.test.labels),
-        'algorithm': config.train.algorithm,
-        'seed': config.seed,
-        'checkpoint': config.eval.checkpoint if rated else 'latest',
-        'checkpoint_step': chosen.step,
-        'total_steps': experiment.total_steps,
-        'best_validation_accuracy': final.best_rating if rated else None,
+        **run_facts(experiment, chosen, final),
+        'parameters': count_parameters(variables['params']),
+        'best_validation_accuracy': None if chosen.best_rating is None else final.best_rating,
         'epsilon': config.attack.epsilon,
         'step_size': config.attack.step_size,
         'pgd_steps': config.attack.pgd_steps,
         'restarts': config.attack.restarts,
         'attack_loss': config.attack.loss,
-        'examples_per_second': final.examples_per_second,
-        'training_seconds': final.seconds,
-        'device': f'{experiment.mesh.size} x {jax.devices()[0].device_kind}',
-        'jax': jax.__version__,
     }
 
 

@@ -12,6 +12,7 @@ import sys
 from absl import flags
 
 from experiments import command_line
+from experiments.markdown import aligned_table
 
 NOTE = 'measured, not certified: power iteration comes from below, in float32'
 QUANTILES = {'min': 0.0, 'quantile_05': 0.05, 'median': 0.5, 'quantile_95': 0.95, 'max': 1.0}
@@ -167,7 +168,8 @@ def _table(facts, operators):
     """Operator norms: a row a layer, two columns a run, as Markdown that reads well as text."""
     by_name = {label: {o.name: o for o in layers} for label, layers in operators.items()}
     names = list(dict.fromkeys(name for layers in by_name.values() for name in layers))
-    rows = [['layer', 'picture', 'stride', *(f'{label}: {part}' for label in facts for part in ('conv', 'layer'))]]
+    head = ['layer', 'picture', 'stride', *(f'{label}: {part}' for label in facts for part in ('conv', 'layer'))]
+    rows = []
     for name in names:
         first = next(layers[name] for layers in by_name.values() if name in layers)
         cells = [name, 'x'.join(map(str, first.picture)), 'x'.join(map(str, first.strides))]
@@ -177,10 +179,8 @@ def _table(facts, operators):
         rows.append(cells)
     bounds = [cell for fact in facts.values() for cell in ('', _number(fact['product_bound']))]
     rows.append(['product bound', '', '', *bounds])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ['| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths)) + ' |' for row in rows]
-    lines.insert(1, '|' + '|'.join('-' * (width + 2) for width in widths) + '|')
-    return '\n'.join([f'Operator norms of {_title(facts) or "the layers"}; {NOTE}.', '', *lines, '', *_notes(facts)])
+    title = f'Operator norms of {_title(facts) or "the layers"}; {NOTE}.'
+    return '\n'.join([title, '', aligned_table(head, rows, len(head)), '', *_notes(facts)])
 
 
 def _number(value):

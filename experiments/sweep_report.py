@@ -9,6 +9,7 @@ import numpy as np
 from convnorm_jax import plots
 from convnorm_jax.evaluation.features import SCORE_NAMES
 from convnorm_jax.training.metrics import write_json, write_text
+from experiments.markdown import aligned_table
 from experiments.sweep_runs import short_keys, value_text
 
 SCORES = (*(name for names in SCORE_NAMES.values() for name in names), 'label_agreement')  # of generators
@@ -198,14 +199,14 @@ def _tables(cells, rows, columns, runs):
     column_heads = [', '.join(place) for place in column_places]
     if not columns:
         body = [[*row, *(text(row, (), metric) for metric in metrics)] for row in row_places]
-        return [_markdown([*row_names, *map(_words, metrics)], body, len(rows))]
+        return [aligned_table([*row_names, *map(_words, metrics)], body, len(rows))]
     if not rows:
         body = [[_words(metric), *(text((), column, metric) for column in column_places)] for metric in metrics]
-        return [_markdown([column_name, *column_heads], body, 1)]
+        return [aligned_table([column_name, *column_heads], body, 1)]
     head = [*row_names[:-1], f'{row_names[-1]} / {column_name}', *column_heads]
     return [
         f'{_words(metric)}:\n\n'
-        + _markdown(
+        + aligned_table(
             head, [[*row, *(text(row, column, metric) for column in column_places)] for row in row_places], len(rows)
         )
         for metric in metrics
@@ -233,17 +234,6 @@ def _cell_text(cell, metric, seeds):
 def _words(name):
     """A dotted name of a config or of result.json in words."""
     return ' '.join(_WORDS.get(word, word) for word in name.replace('.', '_').split('_'))
-
-
-def _markdown(head, body, labels):
-    """A table whose columns line up; the first `labels` to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    lines = [
-        '| ' + ' | '.join(c.ljust(w) if i < labels else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) + ' |'
-        for line in (head, *body)
-    ]
-    rule = '|'.join('-' * (w + 2) if i < labels else '-' * (w + 1) + ':' for i, w in enumerate(widths))
-    return '\n'.join([lines[0], f'|{rule}|', *lines[1:]])
 
 
 def _csv(cells):
