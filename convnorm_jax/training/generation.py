@@ -132,7 +132,7 @@ def build(config, devices=None):
         gradient_penalty=section.gradient_penalty,
         policy=tuple(section.augmentation),
         ema_decay=resolved.train.ema_decay,
-        penalty_fn=build_ocnn_penalty(resolved, discriminator, input_shape, labels, pattern='.'),
+        penalty_fn=build_ocnn_penalty(resolved, discriminator, input_shape, labels, pattern='.*'),
         shard_fn=functools.partial(shard_batch, mesh),
     )
     sampler = Sampler(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from convnorm_jax.training import loop, setup
+from convnorm_jax.training.frame import build_ocnn_penalty
 from convnorm_jax.training.metrics import read_rows
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -134,3 +135,13 @@ def test_the_settings_of_adam(tiny_gan):
     assert experiment.batch_examples == 5 * 16
     assert float(experiment.schedule(0)) == pytest.approx(1e-3)
     assert experiment.config.gan.n_dis == 1  # as it was given
+
+
+def test_the_regularizer_reaches_every_convolution_of_the_discriminator(tiny_gan):
+    experiment = tiny_gan({'model.layer': 'none', 'train.ocnn.weight': 0.1})
+    discriminator, shape = experiment.discriminator, experiment.input_shape
+    penalty = build_ocnn_penalty(experiment.config, discriminator, shape, np.zeros(1, np.int32), pattern='.*')
+    params = experiment.initial_state().discriminator.params
+    for path, gradient in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(penalty))(params)):
+        is_convolution = gradient.ndim == 4
+        assert bool(np.abs(gradient).max() > 0) == is_convolution, path
