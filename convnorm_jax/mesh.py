@@ -49,6 +49,12 @@ def replicate(mesh, tree):
     return jax.device_put(tree, replicated(mesh))
 
 
+def global_batch(mesh, tree):
+    """Arrays over the whole mesh, their first axis cut, from NumPy arrays that hold this process's part of a batch."""
+    sharding = batch_sharded(mesh)
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
+
+
 def shard_batch(mesh, tree):
     """Within jit: cuts the first axis of every array of the tree over the mesh."""
     return jax.lax.with_sharding_constraint(tree, batch_sharded(mesh))
