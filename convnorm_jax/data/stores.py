@@ -174,5 +174,6 @@ def list_records(path, name, files):
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         reason = ' '.join(str(error).split())
         raise ValueError(
-            f'{path}: expected an intact TFDS-prepared folder, but reading failed ({reason}); copy it or prepare it again'
+            f'{path}: expected an intact TFDS-prepared folder, but reading failed ({reason}); '
+            'copy it or prepare it again'
         ) from error
