@@ -60,9 +60,11 @@ def get_config():
 
     config.data = ConfigDict()
     config.data.name = 'digits'
-    config.data.data_dir = ''  # TFDS directory, or a folder with the official archive
+    config.data.data_dir = ''  # TFDS directory, or a folder with the official archive, or with train/ and val/
+    config.data.image_size = 224  # of imagenet and folder; the pictures of the others have their own
+    config.data.workers = config_dict.placeholder(int)  # processes that decode those two; None: by the cores
     config.data.batch_size = 128
-    config.data.augmentation = 'crop_flip'  # none, crop, crop_flip
+    config.data.augmentation = 'crop_flip'  # none, crop, crop_flip; imagenet, folder: resized_crop, resized_crop_flip
     config.data.crop_padding = 4
     config.data.validation = 'held_out'  # or published: part of the training set, still trained on
     config.data.validation_fraction = 0.1
@@ -117,7 +119,7 @@ def get_config():
 
     config.eval = ConfigDict()
     config.eval.batch_size = 256
-    config.eval.examples = 0  # attack only the first so many test examples; 0: all
+    config.eval.examples = 0  # attack only the first so many test examples; 0: all (imagenet, folder: 1000)
     config.eval.checkpoint = 'best'  # by validation accuracy; or latest
     config.eval.suite = ''  # standard: all of the parts below, and report.md
     config.eval.parts = ('autoattack', 'curve', 'simba', 'corruptions')

@@ -72,7 +72,7 @@ def _attack(experiment, variables, name, attack):
 
         return experiment.evaluator.robust_accuracy(
             variables,
-            experiment.data['test'],
+            experiment.attacked_data,
             attack,
             seed=experiment.config.seed,
             examples=experiment.config.eval.examples,
@@ -115,7 +115,7 @@ def _draw_attacks(experiment, variables, attacks, found, path, title):
     evaluator, test = experiment.evaluator, experiment.prepared.test
     _, first = np.unique(test.labels, return_index=True)  # the first example of each class: nobody's choice
     chosen = first[:PICTURES]
-    pixels, labels = test.images[chosen].astype(np.float32) / 255, test.labels[chosen]
+    pixels, labels = np.asarray(test.images[chosen]).astype(np.float32) / 255, test.labels[chosen]
     predict = functools.partial(evaluator.predict, variables)
     attacked = {
         attack_label(name, experiment.config): evaluator.attack_images(

@@ -38,15 +38,17 @@ def run_suite(experiment, variables, workdir, log):
 
 
 def _subject(experiment, variables, workdir, log):
-    config, test = experiment.config, experiment.prepared.test
-    count = min(config.eval.examples or len(test.labels), len(test.labels))
+    config, attacked = experiment.config, experiment.attacked
     settings = {k: v for k, v in flatten(config.to_dict()).items() if k.startswith(_DECIDES)}
-    folder = suite_lib.open_folder(os.path.join(workdir, 'evaluation'), variables, {**settings, 'examples': count})
+    settings['examples'] = len(attacked.labels)
+    if experiment.streamed:  # of these the name says too little
+        settings['data'] = experiment.source.description
+    folder = suite_lib.open_folder(os.path.join(workdir, 'evaluation'), variables, settings)
     return suite_lib.Subject(
         experiment.evaluator,
         variables,
-        test.images[:count],
-        test.labels[:count].astype(np.int32),
+        attacked.images,
+        attacked.labels,
         config.seed,
         folder,
         log,

@@ -65,6 +65,31 @@ def golden_weights():
 
 
 @pytest.fixture(scope='session')
+def make_picture_folder():
+    """(folder, for each class in train, in val, size) -> the folder, with train/CLASS/*.jpg and val/CLASS/*.jpg.
+
+    Three classes. Every picture is of one grey: 5 times its place, in the order train, val, then class, then name.
+    """
+    import cv2
+
+    def make(root, train=13, val=4, size=(30, 40)):
+        grey = 0
+        for part, count in (('train', train), ('val', val)):
+            for name in ('ant', 'bee', 'cat'):
+                folder = pathlib.Path(root) / part / name
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    picture = np.full((*size, 3), grey, np.uint8)
+                    cv2.imwrite(str(folder / f'{i:03d}.jpg'), picture, [cv2.IMWRITE_JPEG_QUALITY, 95])
+                    grey += 5
+        if grey > 255 + 5:
+            raise AssertionError('more pictures than greys')
+        return root
+
+    return make
+
+
+@pytest.fixture(scope='session')
 def nhwc():
     """NCHW array -> NHWC array."""
     return lambda a: np.ascontiguousarray(np.transpose(a, (0, 2, 3, 1)))

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-AUGMENTATIONS = ('none', 'crop', 'crop_flip')
+# Done on the host, where the pictures still have their size: by data.streaming.
+STREAMED_AUGMENTATIONS = ('resized_crop', 'resized_crop_flip')
+AUGMENTATIONS = ('none', 'crop', 'crop_flip', *STREAMED_AUGMENTATIONS)
 
 
 def augment(key, images, kind, padding):
@@ -14,7 +16,8 @@ def augment(key, images, kind, padding):
         key: PRNG key.
         images: [N, H, W, C], any dtype.
         kind: one of `AUGMENTATIONS`; 'crop' alone is for pictures that have a left and a right (digits).
-        padding: pixels of zeros on each side before the crop; not used by 'none'.
+            Those of `STREAMED_AUGMENTATIONS` are done already, as 'none' here.
+        padding: pixels of zeros on each side before the crop; used by 'crop' and 'crop_flip' only.
 
     Returns:
         Images of the same shape and dtype.
@@ -24,7 +27,7 @@ def augment(key, images, kind, padding):
     """
     if kind not in AUGMENTATIONS:
         raise ValueError(f'kind={kind!r}: expected one of {", ".join(AUGMENTATIONS)}; choose one of them')
-    if kind == 'none':
+    if kind in ('none', *STREAMED_AUGMENTATIONS):
         return images
     crop_key, flip_key = jax.random.split(key)
     images = random_crop(crop_key, images, padding)

@@ -1,5 +1,7 @@
 """Which examples make up which batch, as a pure function of (seed, epoch): nothing to save, nothing to resume."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,22 @@ def epoch_order(seed, epoch, num_examples, batch_size):
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _ORDER_STREAM), epoch)
     order = jax.random.permutation(key, num_examples)
     return order[: steps * batch_size].reshape(steps, batch_size).astype(jnp.int32)
+
+
+@functools.lru_cache(maxsize=2)  # the threads of a reader are in one epoch, or between two
+def streamed_order(seed, epoch, num_examples):
+    """The examples of one epoch of a data set that is streamed: a permutation drawn on the host.
+
+    Args:
+        seed, epoch, num_examples: ints >= 0.
+
+    Returns:
+        int64 [num_examples], NumPy, read-only.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed, _ORDER_STREAM], counter=[0, 0, epoch, 0]))
+    order = rng.permutation(num_examples)
+    order.setflags(write=False)
+    return order
 
 
 def take_batch(images, labels, order, index):

@@ -1,4 +1,7 @@
-"""A data set's name -> its images and labels in memory, without TensorFlow and without the network."""
+"""A data set's name -> its images and labels, without TensorFlow and without the network.
+
+Small sets are in memory; those of `STREAMED` are read while they are needed (`streaming.Pictures`).
+"""
 
 import dataclasses
 import json
@@ -8,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from convnorm_jax.data import archives, cache
+from convnorm_jax.data import archives, cache, stores
+from convnorm_jax.data.streaming import Pictures, default_workers
 
-NAMES = ('digits', 'cifar10', 'cifar100', 'svhn', 'fashion_mnist')
+STREAMED = ('imagenet', 'folder')
+NAMES = ('digits', 'cifar10', 'cifar100', 'svhn', 'fashion_mnist', *STREAMED)
 
 _DIGITS_SPLIT_SEED = 0  # fixed: the test set of a data set must not depend on an experiment's seed
+_TEST_ORDER_SEED = 0  # fixed: whoever attacks the first so many pictures attacks the same ones
 _CHUNK = 1000  # records per __getitems__: five times faster than one by one
 _CACHED = ('train_images', 'train_labels', 'test_images', 'test_labels', 'class_names')
 
@@ -31,6 +37,7 @@ _FACTS = {
     'cifar100': _Facts('cifar100', 'CIFAR-100', (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     'svhn': _Facts('svhn_cropped', 'SVHN', (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
     'fashion_mnist': _Facts('fashion_mnist', 'Fashion-MNIST', (0.2860,), (0.3530,)),
+    'imagenet': _Facts('imagenet2012', 'ImageNet', (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
@@ -39,7 +46,8 @@ class Split:
     """Images and labels of one part of a data set.
 
     Attributes:
-        images: uint8 [N, H, W, C], NumPy, 0 to 255.
+        images: uint8 [N, H, W, C], 0 to 255: NumPy, or `streaming.Pictures`, which has the same shape and
+            dtype and becomes an array by `np.asarray`.
         labels: int32 [N], NumPy.
     """
 
@@ -72,7 +80,8 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """Where a data set lies: a TFDS version folder, or an official archive (`layout` says which)."""
+    """Where a data set lies: a TFDS version folder, an official archive (`layout` says which), or, without
+    `files`, the folder of a train and a val."""
 
     path: Path
     files: tuple[Path, ...]
@@ -95,8 +104,8 @@ def check_available(name, data_dir=None):
         _find(name, data_dir)
 
 
-def load_source(name, data_dir=None):
-    """Load a data set into memory.
+def load_source(name, data_dir=None, *, image_size=224, workers=None):
+    """Load a data set into memory, or list the pictures of one that is streamed.
 
     A TFDS-prepared folder is preferred to an official archive beside it. What was decoded is kept in
     $CONVNORM_CACHE (default ~/.cache/convnorm_jax) and read back from there the next time.
@@ -105,9 +114,12 @@ def load_source(name, data_dir=None):
         name: one of `NAMES`.
         data_dir: folder to look in, or None for the TFDS default ($TFDS_DATA_DIR or ~/tensorflow_datasets).
             Not used for 'digits'.
+        image_size: pixels of a side, of streamed pictures; the others come as they are.
+        workers: processes that decode streamed pictures; 0 for threads, None for `streaming.default_workers`.
 
     Returns:
-        A `Source`.
+        A `Source`. The test set of a streamed one is in a fixed random order: its first so many pictures are of
+        all classes.
 
     Raises:
         ValueError: unknown name, data set not found, or damaged files.
@@ -116,6 +128,8 @@ def load_source(name, data_dir=None):
     if name == 'digits':
         return _load_digits()
     found = _find(name, data_dir)
+    if name in STREAMED:
+        return _load_streamed(name, found, image_size, default_workers() if workers is None else workers)
     folder = cache.cache_folder(name, found.path, found.files)
     arrays = _read_cache(folder)
     if arrays is None:
@@ -145,6 +159,33 @@ def _to_source(name, found, arrays):
     )
 
 
+def _load_streamed(name, found, size, workers):
+    if found.files:
+        parts, class_names = stores.list_records(found.path, name, found.files)
+    else:
+        parts, class_names = stores.list_folders(found.path)
+    splits = {}
+    for part, (store, labels) in parts.items():
+        rows = np.arange(len(labels))
+        if part == 'test':
+            rows = np.random.default_rng(_TEST_ORDER_SEED).permutation(len(labels))
+        splits[part] = Split(Pictures(store, rows, size, workers), labels[rows])
+    facts, classes = _FACTS['imagenet'], len(class_names)
+    if name == 'folder':
+        title = f'pictures in {found.path.resolve().name} ({classes} classes)'
+    else:
+        title = facts.title + ('' if classes == 1000 else f' ({classes} classes)')
+    return Source(
+        name=name,
+        description=f'{title}{_provenance(found.path)} at {size}x{size}',
+        **splits,
+        num_classes=classes,
+        class_names=class_names,
+        mean=facts.mean,
+        std=facts.std,
+    )
+
+
 def _read_cache(folder):
     arrays = cache.read_arrays(folder, _CACHED)
     if arrays is None:
@@ -168,6 +209,13 @@ def _read_cache(folder):
 
 def _find(name, data_dir):
     root = Path(data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets').expanduser()
+    if name in STREAMED and stores.has_folders(root):
+        return _Found(root, ())
+    if name == 'folder':
+        raise ValueError(
+            f"data_dir={str(root)!r}: expected the folders train and val in it for name='folder', in each of them "
+            'a folder of pictures for every class; set --config.data.data_dir to such a folder'
+        )
     found = _find_tfds(name, root)
     if found:
         return found
@@ -183,11 +231,14 @@ def _how_to_provide(name, root):
     where = f'data_dir={str(root)!r}' + ('' if root.is_dir() else ' (no such folder)')
     layouts = archives.LAYOUTS.get(name, ())
     archive = ' or '.join(layout.archive for layout in layouts) + ', or its extracted folder, in that DIR'
+    other = f'the official archive {archive if layouts else "(read for cifar10 and cifar100 only)"}'
+    if name in STREAMED:
+        other = 'the folders DIR/train and DIR/val, in each of them a folder of pictures for every class'
     return (
         f'{where}: expected it to hold the data set name={name!r}; provide it in one of these ways: '
         f'(1) --config.data.data_dir=DIR where DIR/{tfds_name} is TFDS-prepared (elsewhere, with '
         f'`tfds build {tfds_name} --file_format=array_record`), '
-        f'(2) the official archive {archive if layouts else "(read for cifar10 and cifar100 only)"}, '
+        f'(2) {other}, '
         '(3) --config.data.name=digits, which is embedded'
     )
 

@@ -1,5 +1,6 @@
 """Accuracy of a classifier, clean and attacked, every example counted once."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -11,7 +12,8 @@ import numpy as np
 from convnorm_jax import attacks
 from convnorm_jax.data.augment import to_float
 from convnorm_jax.data.pipeline import padded_batches
-from convnorm_jax.mesh import fetch, shard_batch
+from convnorm_jax.data.streaming import EvaluationBatches, Pictures, read
+from convnorm_jax.mesh import fetch, global_batch, shard_batch
 from convnorm_jax.steps.classify import make_eval_step
 
 ATTACKS = ('fgsm', 'pgd')
@@ -78,6 +80,7 @@ class Evaluator:
         self.logits_fn, self.mesh, self.batch_size = logits_fn, mesh, batch_size
         eval_step = make_eval_step(logits_fn)
         self._eval = jax.jit(lambda variables, *batch: eval_step(variables, self._gather(*batch)))
+        self._eval_batch = jax.jit(eval_step)
         self._predict = jax.jit(lambda variables, pixels: logits_fn(variables, shard_batch(mesh, pixels)).argmax(-1))
         self._attack = functools.cache(self._make_attack)
 
@@ -86,12 +89,24 @@ class Evaluator:
         return shard_batch(self.mesh, batch)
 
     def evaluate(self, variables, split):
-        """Mean loss and accuracy over a split {'images': uint8, 'labels'} on the device."""
+        """Mean loss and accuracy over a split {'images': uint8, 'labels'} on the device, or of `Pictures`."""
         totals = None
-        for indices, mask in zip(*padded_batches(len(split['labels']), self.batch_size)):
-            sums = self._eval(variables, split['images'], split['labels'], indices, mask)
+        streamed = isinstance(split['images'], Pictures)
+        for sums in (self._streamed_sums if streamed else self._sums)(variables, **split):
             totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
         return {} if totals is None else {name: float(s) / float(n) for name, (s, n) in totals.items()}
+
+    def _sums(self, variables, images, labels):
+        for indices, mask in zip(*padded_batches(len(labels), self.batch_size)):
+            yield self._eval(variables, images, labels, indices, mask)
+
+    def _streamed_sums(self, variables, images, labels):
+        load = EvaluationBatches(images, labels, self.batch_size, jax.process_index(), jax.process_count())
+        place = functools.partial(global_batch, self.mesh)
+        with contextlib.closing(read(load, len(load), workers=images.workers, place=place)) as batches:
+            for batch in batches:
+                # One at a time: pictures that wait for the device take its memory.
+                yield jax.block_until_ready(self._eval_batch(variables, batch))
 
     def predict(self, variables, pixels):
         """Predicted classes, NumPy int [N], of pixels in [0, 1]."""

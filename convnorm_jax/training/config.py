@@ -2,9 +2,9 @@
 
 from convnorm_jax.attacks.members import MEMBERS
 from convnorm_jax.attacks.parts import LOSSES, NORMS
-from convnorm_jax.data.augment import AUGMENTATIONS
+from convnorm_jax.data.augment import AUGMENTATIONS, STREAMED_AUGMENTATIONS
 from convnorm_jax.data.diffaugment import POLICIES
-from convnorm_jax.data.sources import NAMES
+from convnorm_jax.data.sources import NAMES, STREAMED
 from convnorm_jax.data.splits import NOISE_KINDS, VALIDATION_KINDS
 from convnorm_jax.evaluation.classifier import ATTACKS
 from convnorm_jax.evaluation.suite import PARTS, SUITES
@@ -75,6 +75,8 @@ _RANGES = {
     'model.own.init_scale': (0, 1e6, False, True),
     'data.batch_size': (1, 2**20, True, True),
     'data.crop_padding': (0, 512, True, True),
+    'data.image_size': (1, 4096, True, True),
+    'data.workers': (0, 256, True, True),
     'data.validation_fraction': (0, 1, True, False),
     'data.subset_fraction': (0, 1, False, True),
     'data.label_noise.rate': (0, 1, True, True),
@@ -130,6 +132,7 @@ FREE_KEYS = (
     'checkpoint.',
     'plots',
     'data.data_dir',
+    'data.workers',
     'train.early_stopping_epochs',
 )
 
@@ -166,6 +169,7 @@ def check_config(config):
     _check_attack(flat)
     _check_milestones(flat['schedule.milestones'])
     _check_net(config)
+    _check_streamed(flat)
     if not (flat['train.epochs'] or flat['train.steps'] or flat['train.examples']):
         raise ValueError(
             'config.train.epochs=0: expected a duration in one of train.epochs, train.steps, train.examples'
@@ -193,6 +197,20 @@ def _check_net(config):
         build_gan(config, (32, 32, 3), num_classes=10)
     else:
         build_model(config, num_classes=10)
+
+
+def _check_streamed(flat):
+    name, streamed = flat['data.name'], flat['data.name'] in STREAMED
+    if flat['data.augmentation'] in STREAMED_AUGMENTATIONS and not streamed:
+        raise ValueError(
+            f'config.data.augmentation={flat["data.augmentation"]!r}: expected none, crop or crop_flip with '
+            f'config.data.name={name!r}; the resized ones are for {", ".join(map(repr, STREAMED))}'
+        )
+    if streamed and flat['train.algorithm'] == 'gan':
+        raise ValueError(
+            f"config.data.name={name!r} with config.train.algorithm='gan': expected a data set in memory, "
+            f'which the scores compare with: one of {", ".join(n for n in NAMES if n not in STREAMED)}'
+        )
 
 
 def _check_attack(flat):

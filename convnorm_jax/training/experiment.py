@@ -1,13 +1,19 @@
 """What the loop knows of a run; each kind of training says the rest."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from convnorm_jax import mesh as mesh_lib
-from convnorm_jax.data import pipeline, sources, splits
+from convnorm_jax.data import pipeline, sources, splits, streaming
+from convnorm_jax.training.feed import MemoryFeed, StreamFeed
+
+# Test examples of a streamed data set that are attacked where config.eval.examples is 0.
+STREAMED_ATTACK_EXAMPLES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +23,8 @@ class Experiment:
     Attributes:
       config: as given.
       source, prepared: the data set, and its splits with what label noise changed.
-      data: {'train' | 'validation' | 'test': {'images', 'labels'}} on every device.
+      data: {'train' | 'validation' | 'test': {'images', 'labels'}} on every device; `streaming.Pictures` and
+        NumPy labels where the data set is streamed.
       mesh, schedule: devices, learning rate.
       train_step: (state, batch) -> (state, metrics).
       batch_examples: examples in the batch of a step.
@@ -46,6 +53,44 @@ class Experiment:
     def input_shape(self):
         """[H, W, C] of a picture."""
         return self.source.train.images.shape[1:]
+
+    @property
+    def streamed(self):
+        """Whether the pictures are read while they are needed."""
+        return isinstance(self.source.train.images, streaming.Pictures)
+
+    def feed(self):
+        """Where the steps get their batches: a `MemoryFeed` or a `StreamFeed`."""
+        if not self.streamed:
+            return MemoryFeed(self.data['train'], self.epoch_order, self.steps_per_epoch, self.mesh)
+        train = self.prepared.train
+        batches = streaming.TrainingBatches(
+            train.images,
+            train.labels,
+            self.batch_examples,
+            self.config.data.augmentation,
+            self.config.seed,
+            jax.process_index(),
+            jax.process_count(),
+        )
+        return StreamFeed(batches, self.mesh, self.total_steps)
+
+    @functools.cached_property
+    def attacked(self):
+        """The test examples that attacks see, a `Split` in memory: the first config.eval.examples, 0 for all.
+
+        Of a streamed data set 0 stands for `STREAMED_ATTACK_EXAMPLES`.
+        """
+        test = self.prepared.test
+        count = self.config.eval.examples or (STREAMED_ATTACK_EXAMPLES if self.streamed else len(test.labels))
+        return sources.Split(np.asarray(test.images[:count]), test.labels[:count].astype(np.int32))
+
+    @functools.cached_property
+    def attacked_data(self):
+        """{'images', 'labels'} on every device that hold `attacked`, and more where the whole test set is there."""
+        if not self.streamed:
+            return self.data['test']
+        return mesh_lib.replicate(self.mesh, {'images': self.attacked.images, 'labels': self.attacked.labels})
 
     def create_state(self):
         """The state before the first step; jittable."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from convnorm_jax import mesh as mesh_lib
 from convnorm_jax.data import pipeline, sources, splits
+from convnorm_jax.data.streaming import Pictures
 from convnorm_jax.layers import ocnn
 from convnorm_jax.steps.state import make_optimizer
 from convnorm_jax.training.schedule import make_schedule, to_steps
@@ -26,7 +27,9 @@ def build_frame(config, devices, batch_examples, passes=1):
     sources.check_available(config.data.name, config.data.data_dir or None)
     mesh = mesh_lib.create_mesh(devices)
     mesh_lib.check_batch_size(config.data.batch_size, mesh)
-    source = sources.load_source(config.data.name, config.data.data_dir or None)
+    source = sources.load_source(
+        config.data.name, config.data.data_dir or None, image_size=config.data.image_size, workers=config.data.workers
+    )
     prepared = _prepare(config, source)
     a_pass = pipeline.steps_per_epoch(len(prepared.train.labels), batch_examples)
     durations = {'steps_per_epoch': a_pass, 'batch_size': batch_examples}
@@ -108,6 +111,6 @@ def _prepare(config, source):
 
 def _to_device(prepared, mesh):
     parts = {name: getattr(prepared, name) for name in ('train', 'validation', 'test')}
-    return mesh_lib.replicate(
-        mesh, {name: {'images': part.images, 'labels': part.labels.astype(np.int32)} for name, part in parts.items()}
-    )
+    data = {name: {'images': part.images, 'labels': part.labels.astype(np.int32)} for name, part in parts.items()}
+    # Streamed pictures get there batch by batch.
+    return data if isinstance(prepared.train.images, Pictures) else mesh_lib.replicate(mesh, data)

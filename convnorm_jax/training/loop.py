@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from convnorm_jax import mesh as mesh_lib
-from convnorm_jax.data import pipeline
 from convnorm_jax.training import metrics as metrics_lib
 from convnorm_jax.training.checkpoint import Checkpointer
+from convnorm_jax.training.feed import Waiting
 from convnorm_jax.training.interrupt import StopRequest
 from convnorm_jax.training.workdir import prepare_workdir, save_config
 
@@ -151,7 +151,8 @@ class _Run:
         self.checked = latest or 0  # the last step known to be finite
         self._step = jax.jit(self._train_step, donate_argnums=(0, 1))
         self._norm = jax.jit(optax.global_norm)
-        self._order = jax.jit(experiment.epoch_order, out_shardings=mesh_lib.replicated(experiment.mesh))
+        self.feed, self.waiting = experiment.feed(), Waiting()
+        self.batches = self.feed.batches(self.progress.step)
 
     def _last_full_epoch(self, step):
         """The step up to which rows of metrics.csv stand: that of a shorter run may end in mid-epoch."""
@@ -159,8 +160,8 @@ class _Run:
             return step
         return step - step % self.experiment.steps_per_epoch
 
-    def _train_step(self, state, totals, images, labels, order, index):
-        batch = pipeline.take_batch(images, labels, order, index)
+    def _train_step(self, state, totals, *arrays):
+        batch = self.feed.take(*arrays)
         state, sums = self.experiment.train_step(state, mesh_lib.shard_batch(self.experiment.mesh, batch))
         return state, jax.tree.map(jnp.add, totals, sums)
 
@@ -174,22 +175,23 @@ class _Run:
                     self._end_epoch(epoch)
                 return self.progress
             finally:
+                self.batches.close()
                 self.display.close()
                 self.writer.close()
 
     def _train_epoch(self, epoch, end):
         experiment, every = self.experiment, self.config.checkpoint.every_steps
-        data, order = experiment.data['train'], self._order(epoch)
+        self.waiting.begin_epoch(self.progress.seconds)
         start = time.perf_counter()
         while self.progress.step < end:
-            index = self.progress.step - epoch * experiment.steps_per_epoch
-            self.state, self.totals = self._step(self.state, self.totals, data['images'], data['labels'], order, index)
+            self.state, self.totals = self._step(self.state, self.totals, *self._next_batch())
             self.progress.step += 1
             if self.compiled:
                 self.progress.examples += experiment.batch_examples
             else:  # wait for the first step, and start the clock behind it
                 jax.block_until_ready(self.totals)
                 self.compiled, start = True, time.perf_counter()
+                self.waiting.begin_epoch(self.progress.seconds)
             step = self.progress.step
             if step % self.config.log.every_steps == 0 and step < end:
                 start = self._log(epoch, start)
@@ -200,6 +202,18 @@ class _Run:
                 raise Stopped(self.stop_request.signal or signal.SIGTERM, step)
         jax.block_until_ready(self.totals)
         self.progress.seconds += time.perf_counter() - start
+        self._warn_of_input(ended=True)
+
+    def _next_batch(self):
+        if not self.feed.streamed:
+            return next(self.batches)
+        return self.waiting.next_batch(self.batches, self.totals)
+
+    def _warn_of_input(self, ended):
+        if self.feed.streamed:
+            warning = self.waiting.warning(self.progress.seconds, self.feed.training.pictures.workers, ended)
+            if warning:
+                self.display.line(warning)
 
     def _asked_to_stop(self, step):
         """Whether any process was asked to stop; of many, they look together now and then."""
@@ -216,6 +230,7 @@ class _Run:
     def _log(self, epoch, start):
         values = self._finite_means()  # waits for the device
         start = self._clock(start)
+        self._warn_of_input(ended=False)
         self._show(epoch, values)
         running = {f'running_{name}': value for name, value in values.items() if name.endswith('loss')}
         self.writer.scalars(running, self.progress.step)

@@ -132,6 +132,7 @@ FREE = {
     'checkpoint.keep': 9,
     'plots': False,
     'data.data_dir': '/elsewhere',
+    'data.workers': 3,
     'train.early_stopping_epochs': 2,
 }
 

@@ -1,0 +1,121 @@
+"""Encoded pictures -> uint8 arrays of one size: decoding, torchvision's crops, on the host with OpenCV."""
+
+import math
+
+import cv2
+import numpy as np
+
+SCALE = (0.08, 1.0)  # share of the picture's area that a random crop takes
+RATIO = (3 / 4, 4 / 3)  # its width over its height
+RESIZE = 256 / 224  # the shorter side before a center crop, over the size of the crop
+_TRIES = 10
+
+
+def decode(data, name):
+    """Decode a JPEG, PNG, WebP, BMP, ... of whatever colours to RGB.
+
+    Grey pictures get three equal channels, CMYK is converted, transparency is dropped. A note that the camera
+    was turned (EXIF) is not followed, as in torchvision and TFDS.
+
+    Args:
+        data: the bytes of the file.
+        name: what to call it in an error.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ValueError: not a picture, or cut short.
+    """
+    image = None
+    if data and not _cut_short(data):
+        try:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        except cv2.error:  # e.g. a header that promises too many pixels
+            image = None
+    if image is None:
+        raise ValueError(
+            f'{name}: expected a picture, but it can not be decoded ({len(data)} bytes); replace or remove the file'
+        )
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _cut_short(data):
+    """Whether the end of a JPEG or PNG is missing, where decoders fill up with grey and say nothing."""
+    if data.startswith(b'\x89PNG\r\n\x1a\n'):
+        return b'IEND' not in data[-64:]
+    if not data.startswith(b'\xff\xd8'):
+        return False
+    position = 2
+    while data[position : position + 1] == b'\xff':  # skip the segments, one may hold a preview with an end of its own
+        if data[position + 1 : position + 2] == b'\xda':
+            return data.rfind(b'\xff\xd9', position) < 0
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], 'big')
+    return data.rfind(b'\xff\xd9') < 0
+
+
+def random_crop_box(rng, height, width):
+    """Where torchvision's RandomResizedCrop cuts: ten tries, then the largest centered box that is not too long.
+
+    Args:
+        rng: np.random.Generator.
+        height, width: of the picture.
+
+    Returns:
+        (top, left, height, width), ints.
+    """
+    for _ in range(_TRIES):
+        area = height * width * rng.uniform(*SCALE)
+        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    h, w = height, width
+    if width / height < RATIO[0]:
+        h = round(width / RATIO[0])
+    elif width / height > RATIO[1]:
+        w = round(height * RATIO[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def random_resized_crop(image, rng, size):
+    """Cut `random_crop_box` out and resize it to a square.
+
+    Args:
+        image: uint8 [H, W, 3].
+        rng: np.random.Generator.
+        size: int.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    top, left, height, width = random_crop_box(rng, *image.shape[:2])
+    return resize(image[top : top + height, left : left + width], size, size)
+
+
+def center_crop(image, size):
+    """Resize the shorter side to size * 256 / 224 and cut the square in the middle, as ImageNet nets are tested.
+
+    Args:
+        image: uint8 [H, W, 3].
+        size: int.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    height, width = image.shape[:2]
+    shorter = max(size, int(size * RESIZE))
+    if height <= width:
+        height, width = shorter, max(shorter, int(shorter * width / height))
+    else:
+        height, width = max(shorter, int(shorter * height / width)), shorter
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return np.ascontiguousarray(resize(image, height, width)[top : top + size, left : left + size])
+
+
+def resize(image, height, width):
+    """Resize, averaging over the pixels that fall together: bilinear enlarging, areas when shrinking."""
+    if image.shape[:2] == (height, width):
+        return image
+    shrinks = height < image.shape[0] or width < image.shape[1]
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
