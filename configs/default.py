@@ -78,6 +78,7 @@ def get_config():
     config.train.epochs = 120.0  # or steps, or examples: the first of steps, examples, epochs that is not 0
     config.train.steps = 0
     config.train.examples = 0
+    config.train.microbatches = 1  # clean: parts of a batch, one after another, for less memory
     config.train.label_smoothing = 0.0
     config.train.ema_decay = 0.0  # 0: no average of the parameters
     config.train.early_stopping_epochs = 0  # 0: never
@@ -144,4 +145,5 @@ def get_config():
 
     config.log = ConfigDict()
     config.log.every_steps = 20
+    config.log.profile_steps = 0  # a trace of so many steps in WORKDIR/profile; 0: none
     return config

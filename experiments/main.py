@@ -49,9 +49,8 @@ def _run_together(config, workdir, mode):
 
     try:
         mesh.check_same_everywhere('config, --workdir or --mode', [config.to_dict(), workdir, mode])
-        with open(os.devnull, 'w') as nowhere:
-            with contextlib.redirect_stdout(sys.stdout if mesh.is_leader() else nowhere):
-                return _train_and_report(config, workdir, mode)
+        with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(sys.stdout if mesh.is_leader() else nowhere):
+            return _train_and_report(config, workdir, mode)
     except ValueError as error:
         _leave(' '.join(str(error).split()), 2)
     except JaxRuntimeError as error:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from convnorm_jax.attacks.parts import repeat
 from convnorm_jax.data.augment import normalize, to_float
 
 
@@ -50,7 +51,9 @@ def train_logits(model, params, model_state, images):
     return model.apply({'params': params, **model_state}, images, train=True, mutable=list(model_state))
 
 
-def make_train_step(model, tx, *, mean, std, augment_fn, label_smoothing=0.0, ema_decay=0.0, penalty_fn=None):
+def make_train_step(
+    model, tx, *, mean, std, augment_fn, label_smoothing=0.0, ema_decay=0.0, penalty_fn=None, microbatches=1
+):
     """The clean training step.
 
     Args:
@@ -59,6 +62,8 @@ def make_train_step(model, tx, *, mean, std, augment_fn, label_smoothing=0.0, em
       augment_fn: (key, uint8 images) -> uint8 images.
       label_smoothing, penalty_fn: see `make_loss_fn`.
       ema_decay: share of the old average that an update keeps; unused if the state has none.
+      microbatches: parts that the batch is taken in, one after another, for less memory. The gradients
+        are averaged; batch statistics are those of each part, and move the running averages in turn.
 
     Returns:
       A pure function (state, batch) -> (state, metrics). batch: 'images' uint8 [B, H, W, C]
@@ -70,9 +75,36 @@ def make_train_step(model, tx, *, mean, std, augment_fn, label_smoothing=0.0, em
     def train_step(state, batch):
         key = jax.random.fold_in(state.rng, state.step)
         pixels = to_float(augment_fn(key, batch['images']))
-        return update(state, loss_fn, tx, ema_decay, pixels, batch['labels'])
+        if microbatches == 1:
+            return update(state, loss_fn, tx, ema_decay, pixels, batch['labels'])
+        return _update_in_parts(state, loss_fn, tx, ema_decay, microbatches, pixels, batch['labels'])
 
     return train_step
+
+
+def _update_in_parts(state, loss_fn, tx, ema_decay, microbatches, pixels, labels):
+    """As `update`, the batch taken in parts."""
+    # Every so many-th example: so each part lies on all devices, as the batch does.
+    parts = [a.reshape(-1, microbatches, *a.shape[1:]) for a in (pixels, labels)]
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def body(number, carry):
+        model_state, grads, metrics = carry
+        images, classes = (jax.lax.dynamic_index_in_dim(a, number, 1, keepdims=False) for a in parts)
+        (loss, (logits, model_state)), new = value_and_grad(state.params, model_state, images, classes)
+        grads = jax.tree.map(lambda total, g: total + g / microbatches, grads, new)
+        found = step_metrics(loss, logits, classes, new)
+        return model_state, grads, jax.tree.map(jnp.add, metrics, found)
+
+    zeros = (jnp.float32(0), jnp.float32(0))
+    start = (
+        state.model_state,
+        jax.tree.map(jnp.zeros_like, state.params),
+        {name: zeros for name in ('loss', 'accuracy', 'gradient_norm')},
+    )
+    model_state, grads, metrics = repeat(microbatches, body, start)
+    metrics['gradient_norm'] = (optax.global_norm(grads), jnp.float32(1))
+    return apply_gradients(state, grads, model_state, tx, ema_decay), metrics
 
 
 def update(state, loss_fn, tx, ema_decay, *inputs):

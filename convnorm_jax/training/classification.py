@@ -135,7 +135,7 @@ def _train_step(config, model, tx, source, penalty_fn):
     }
     algorithm, section = config.train.algorithm, config.train.adversarial
     if algorithm == 'clean':
-        return classify.make_train_step(model, tx, **options)
+        return classify.make_train_step(model, tx, microbatches=config.train.microbatches, **options)
     step_size = DEFAULT_STEP_SIZES[algorithm] if section.step_size is None else section.step_size
     options.update(epsilon=section.epsilon / 255, step_size=step_size / 255)
     if algorithm == 'free':

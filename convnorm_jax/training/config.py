@@ -121,6 +121,7 @@ _RANGES = {
     'checkpoint.every_steps': (0, 1e12, True, True),
     'checkpoint.keep': (1, 1e6, True, True),
     'log.every_steps': (1, 1e12, True, True),
+    'log.profile_steps': (0, 1e4, True, True),
 }
 
 # What a resumed run or an evaluation may change without becoming another run.
@@ -174,6 +175,7 @@ def check_config(config):
         raise ValueError(
             'config.train.epochs=0: expected a duration in one of train.epochs, train.steps, train.examples'
         )
+    _check_microbatches(flat['train.microbatches'], flat['train.algorithm'], flat['data.batch_size'])
     if flat['data.label_noise.rate'] and flat['data.label_noise.kind'] == 'none':
         raise ValueError(
             f"config.data.label_noise.rate={flat['data.label_noise.rate']} with kind='none': "
@@ -182,6 +184,14 @@ def check_config(config):
     if flat['train.early_stopping_epochs'] and not flat['data.validation_fraction']:
         raise ValueError(
             'config.train.early_stopping_epochs needs validation examples: set config.data.validation_fraction above 0'
+        )
+
+
+def _check_microbatches(number, algorithm, batch_size):
+    if number < 1 or batch_size % number or (number > 1 and algorithm != 'clean'):
+        raise ValueError(
+            f'config.train.microbatches={number}: expected a divisor of config.data.batch_size={batch_size}, and '
+            f"config.train.algorithm='clean' (now {algorithm!r})"
         )
 
 

@@ -27,6 +27,9 @@ def build_frame(config, devices, batch_examples, passes=1):
     sources.check_available(config.data.name, config.data.data_dir or None)
     mesh = mesh_lib.create_mesh(devices)
     mesh_lib.check_batch_size(config.data.batch_size, mesh)
+    if config.train.microbatches > 1:
+        part = config.data.batch_size // config.train.microbatches
+        mesh_lib.check_batch_size(part, mesh, 'config.data.batch_size / config.train.microbatches')
     source = sources.load_source(
         config.data.name, config.data.data_dir or None, image_size=config.data.image_size, workers=config.data.workers
     )

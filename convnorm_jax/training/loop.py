@@ -15,6 +15,7 @@ from convnorm_jax.training import metrics as metrics_lib
 from convnorm_jax.training.checkpoint import Checkpointer
 from convnorm_jax.training.feed import Waiting
 from convnorm_jax.training.interrupt import StopRequest
+from convnorm_jax.training.profile import Profiler
 from convnorm_jax.training.workdir import prepare_workdir, save_config
 
 
@@ -144,7 +145,8 @@ class _Run:
         self.epochs = math.ceil(experiment.total_steps / experiment.steps_per_epoch)
         self.stop_request = StopRequest()
         self.compiled = False
-        self.writer = metrics_lib.MetricWriter(workdir, self._last_full_epoch(latest or 0), experiment.columns)
+        full = self._last_full_epoch(latest or 0)
+        self.writer = metrics_lib.MetricWriter(workdir, full, experiment.columns, latest or 0)
         self.display = metrics_lib.Progress(experiment.total_steps, self.progress.step)
         if latest is not None:
             self.display.line(f'resuming {workdir} at step {latest} of {experiment.total_steps}')
@@ -153,6 +155,7 @@ class _Run:
         self._norm = jax.jit(optax.global_norm)
         self.feed, self.waiting = experiment.feed(), Waiting()
         self.batches = self.feed.batches(self.progress.step)
+        self.profiler = Profiler(workdir, self.config.log.profile_steps)
 
     def _last_full_epoch(self, step):
         """The step up to which rows of metrics.csv stand: that of a shorter run may end in mid-epoch."""
@@ -176,6 +179,7 @@ class _Run:
                 return self.progress
             finally:
                 self.batches.close()
+                self._say_profiled(self.profiler.close())
                 self.display.close()
                 self.writer.close()
 
@@ -192,6 +196,7 @@ class _Run:
                 jax.block_until_ready(self.totals)
                 self.compiled, start = True, time.perf_counter()
                 self.waiting.begin_epoch(self.progress.seconds)
+            self._say_profiled(self.profiler.step_done(self.totals))
             step = self.progress.step
             if step % self.config.log.every_steps == 0 and step < end:
                 start = self._log(epoch, start)
@@ -203,6 +208,10 @@ class _Run:
         jax.block_until_ready(self.totals)
         self.progress.seconds += time.perf_counter() - start
         self._warn_of_input(ended=True)
+
+    def _say_profiled(self, folder):
+        if folder:
+            self.display.line(f'wrote a profile to {folder}; look at it with xprof {folder}, or ui.perfetto.dev')
 
     def _next_batch(self):
         if not self.feed.streamed:

@@ -1,5 +1,6 @@
 """Where a run's figures go: CSV, TensorBoard, and the progress line."""
 
+import contextlib
 import csv
 import json
 import os
@@ -48,20 +49,35 @@ def read_rows(path):
     return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
 
 
-class MetricWriter:
-    """Writes one row an epoch to `metrics.csv` and TensorBoard.
+def read_lines(path):
+    """The dicts of a file of JSON lines; a line cut short is left out."""
+    found = []
+    if os.path.exists(path):
+        with open(path) as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+    return found
 
-    On a resume the rows after the restored step are dropped, so that the file is that of
-    an uninterrupted run. Of many processes, the leader writes.
+
+class MetricWriter:
+    """Writes one row an epoch to `metrics.csv`, and it and what is between to `metrics.jsonl` and TensorBoard.
+
+    On a resume what lies after the restored step is dropped, so that the files are those of
+    an uninterrupted run: rows after `step`, what is between after `reached`. Of many processes, the leader writes.
     """
 
-    def __init__(self, workdir, step, columns):
+    def __init__(self, workdir, step, columns, reached=None):
         self.path = os.path.join(workdir, 'metrics.csv')
         self._columns, self._board = columns, None
         if not is_leader():
             return
+        self._lines = os.path.join(workdir, 'metrics.jsonl')
         kept = [row for row in read_rows(self.path) if row['step'] <= step]
         self._rewrite(kept)
+        until = lambda line: step if 'epoch' in line or reached is None else reached
+        lines = [line for line in read_lines(self._lines) if line['step'] <= until(line)]
+        write_text(self._lines, ''.join(json.dumps(line) + '\n' for line in lines))
         self._board = SummaryWriter(workdir, purge_step=step + 1)
 
     def _rewrite(self, rows):
@@ -84,9 +100,11 @@ class MetricWriter:
         self._board.flush()
 
     def scalars(self, values, step):
-        """Puts values on TensorBoard only."""
+        """Puts values on TensorBoard and into `metrics.jsonl`."""
         if self._board is None:
             return
+        with open(self._lines, 'a') as file:
+            file.write(json.dumps({'step': step, **values}) + '\n')
         for name, value in values.items():
             if name not in ('epoch', 'step'):
                 self._board.add_scalar(name, value, step)

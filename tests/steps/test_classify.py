@@ -202,3 +202,27 @@ def test_the_logits_function_normalizes_and_uses_fixed_statistics(evaluation):
     np.testing.assert_allclose(logits, model.apply(variables, (pixels - 0.3) / 0.4, train=False), atol=1e-4)
     alone = classify.make_logits_fn(model, MEAN, STD)(variables, pixels[:1])
     np.testing.assert_allclose(alone, logits[:1], atol=1e-4)
+
+
+def test_microbatches_without_batch_statistics_are_the_whole_batch(batch):
+    (whole, state), (parts, _) = make(net('none')), make(net('none'), microbatches=4)
+    (want, wanted), (found, metrics) = whole(state, batch), jax.jit(parts)(state, batch)
+    close(found.params, want.params)
+    close(metrics, wanted)
+
+
+def test_microbatches_have_their_own_statistics_one_after_another(batch):
+    step, state = make(net(), kind='none', tx=make_optimizer('sgd', 1.0, momentum=0.0), microbatches=2)
+    found, metrics = jax.jit(step)(state, batch)
+    loss_fn = classify.make_loss_fn(net(), mean=MEAN, std=STD)
+    model_state, grads, losses = state.model_state, [], []
+    for part in (slice(0, None, 2), slice(1, None, 2)):
+        pixels, labels = to_float(batch['images'][part]), batch['labels'][part]
+        (loss, (_, model_state)), grad = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, model_state, pixels, labels
+        )
+        grads.append(grad)
+        losses.append(float(loss))
+    close(found.model_state, model_state)
+    close(found.params, jax.tree.map(lambda p, a, b: p - (a + b) / 2, state.params, *grads), atol=1e-4)
+    assert float(metrics['loss'][0]) == pytest.approx(8 * sum(losses), rel=1e-4)

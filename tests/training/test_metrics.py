@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from convnorm_jax.training.classification import Classification
-from convnorm_jax.training.metrics import MetricWriter, means, read_rows, zero_totals
+from convnorm_jax.training.metrics import MetricWriter, means, read_lines, read_rows, zero_totals
 
 COLUMNS = Classification.columns
 
@@ -74,3 +74,18 @@ def test_means():
     assert found['loss'] == 1.5 and math.isnan(found['accuracy'])
     assert all(math.isnan(v) for v in means(zero_totals(['loss'])).values())
     assert set(zero_totals(('a', 'b'))) == {'a', 'b'}
+
+
+def test_json_lines_hold_rows_and_what_is_between_and_survive_a_resume(tmp_path):
+    writer = MetricWriter(str(tmp_path), 0, COLUMNS)
+    writer.scalars({'running_loss': 0.5}, 5)
+    writer.write(row(1))
+    writer.scalars({'running_loss': 0.4}, 15)
+    whole = (tmp_path / 'metrics.jsonl').read_text()
+    writer.scalars({'running_loss': 0.3}, 17)
+    writer.close()
+    with open(tmp_path / 'metrics.jsonl', 'a') as file:
+        file.write('{"step": 1')  # cut short
+    MetricWriter(str(tmp_path), 10, COLUMNS, 16).close()
+    assert (tmp_path / 'metrics.jsonl').read_text() == whole
+    assert [line['step'] for line in read_lines(str(tmp_path / 'metrics.jsonl'))] == [5, 10, 15]
