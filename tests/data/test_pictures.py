@@ -69,7 +69,7 @@ def test_cut_short(file_format, preview):
 
 
 def test_no_picture():
-    with pytest.raises(ValueError, match='notes.jpg: expected a picture, but it can not be decoded'):
+    with pytest.raises(ValueError, match=r'notes\.jpg: expected a picture, but it can not be decoded'):
         pictures.decode(b'not a picture at all', 'notes.jpg')
 
 

@@ -27,7 +27,9 @@ def places(images):
 
 
 def training(source, batch_size=8, augmentation='resized_crop_flip', seed=0, **options):
-    return streaming.TrainingBatches(source.train.images, source.train.labels, batch_size, augmentation, seed, **options)
+    return streaming.TrainingBatches(
+        source.train.images, source.train.labels, batch_size, augmentation, seed, **options
+    )
 
 
 def test_a_folder(source, folder):
@@ -68,8 +70,14 @@ def test_what_else_lies_in_a_folder(make_picture_folder, tmp_path):
     [
         (lambda root: (root / 'train' / 'dog').mkdir(), r'train/dog: expected pictures \(.jpg .*found none'),
         (lambda root: (root / 'val' / 'cat').rename(root / 'val' / 'dog'), "val: class 'dog' is not in .*train"),
-        (lambda root: [p.rename(root / p.name) for p in (root / 'val').iterdir()], 'val: expected a folder of pictures'),
-        (lambda root: (root / 'val').rename(root / 'test'), "expected the folders train and val in it for name='folder'"),
+        (
+            lambda root: [p.rename(root / p.name) for p in (root / 'val').iterdir()],
+            'val: expected a folder of pictures',
+        ),
+        (
+            lambda root: (root / 'val').rename(root / 'test'),
+            "expected the folders train and val in it for name='folder'",
+        ),
     ],
 )
 def test_a_folder_that_is_not_right(make_picture_folder, tmp_path, spoil, message):
@@ -333,5 +341,5 @@ def test_imagenet_from_tfds(tmp_path, monkeypatch):
         again = sources.load_source('imagenet', tmp_path / 'tfds', image_size=16)
     np.testing.assert_array_equal(again.train.labels, source.train.labels)
     (path / 'imagenet2012-train.array_record-00000-of-00001').write_bytes(b'')
-    with pytest.raises(ValueError, match='expected an intact TFDS-prepared folder|can not be read'):
+    with pytest.raises(ValueError, match=r'expected an intact TFDS-prepared folder|can not be read'):
         sources.load_source('imagenet', tmp_path / 'tfds')
