@@ -122,6 +122,7 @@ _RANGES = {
     'checkpoint.keep': (1, 1e6, True, True),
     'log.every_steps': (1, 1e12, True, True),
     'log.profile_steps': (0, 1e4, True, True),
+    'train.microbatches': (1, 2**20, True, True),
 }
 
 # What a resumed run or an evaluation may change without becoming another run.
@@ -188,7 +189,7 @@ def check_config(config):
 
 
 def _check_microbatches(number, algorithm, batch_size):
-    if number < 1 or batch_size % number or (number > 1 and algorithm != 'clean'):
+    if batch_size % number or (number > 1 and algorithm != 'clean'):
         raise ValueError(
             f'config.train.microbatches={number}: expected a divisor of config.data.batch_size={batch_size}, and '
             f"config.train.algorithm='clean' (now {algorithm!r})"

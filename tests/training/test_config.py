@@ -53,6 +53,7 @@ COMPANIONS = {
     'data.label_noise.rate': {'data.label_noise.kind': 'symmetric'},
     'attack.epsilon': L2,
     'attack.step_size': L2,
+    'train.microbatches': {'data.batch_size': 2**20},
 }
 
 
@@ -83,6 +84,8 @@ def test_every_number_of_the_config_is_checked():
 @pytest.mark.parametrize(
     ('values', 'words'),
     [
+        ({'train.microbatches': 3}, 'train.microbatches=3: expected a divisor of config.data.batch_size=128'),
+        ({'train.microbatches': 2, 'train.algorithm': 'free'}, "train.algorithm='clean' .now 'free'"),
         ({'train.epochs': 0.0}, 'train.epochs=0.*train.steps, train.examples'),
         ({'data.label_noise.rate': 0.2}, "rate=0.2 with kind='none'.*asymmetric"),
         ({'train.early_stopping_epochs': 3, 'data.validation_fraction': 0.0}, 'early_stopping_epochs needs validation'),
