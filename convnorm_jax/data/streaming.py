@@ -4,9 +4,9 @@ What a batch holds is a pure function of (seed, step): the number of workers, pr
 nothing, and a run goes on in mid-epoch by its step alone.
 """
 
-import contextlib
 import dataclasses
 import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -192,8 +192,14 @@ def read(load, stop, *, start=0, workers=0, place=None, ahead=2):
         data = data.mp_prefetch(options, worker_init_fn=_prepare_worker)
     if place:
         data = grain.experimental.ThreadPrefetchIterDataset(data.map(place), prefetch_buffer_size=ahead)
-    with contextlib.closing(iter(data)) as batches:
+    batches = iter(data)
+    try:
         yield from batches
+    finally:
+        batches.close()
+        if workers:
+            del batches
+            gc.collect()  # grain's iterators are cycles, which would keep their shared memory for long
 
 
 def _prepare_worker(index, count):

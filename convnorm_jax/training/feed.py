@@ -11,6 +11,7 @@ from convnorm_jax.data import pipeline, streaming
 
 # Below this share of the time nobody would gain much from faster input.
 _TOLERATED = 0.1
+_WORTH_A_WORD = 1.0  # seconds of an epoch
 _ENOUGH = 100  # steps to judge an epoch by before its end
 
 
@@ -105,7 +106,8 @@ class Waiting:
           ended: whether the epoch has; before that it takes a number of steps to say.
         """
         share = self.seconds / max(seconds - self._before, self.seconds, 1e-9)
-        if self._said or share < _TOLERATED or not (ended or self._steps >= _ENOUGH):
+        little = share < _TOLERATED or self.seconds < _WORTH_A_WORD
+        if self._said or little or not (ended or self._steps >= _ENOUGH):
             return ''
         self._said = True
         return (
