@@ -105,12 +105,8 @@ def restore_state(experiment, workdir, which):
         raise ValueError(f'--workdir={workdir}: no checkpoint there yet; train first')
     checkpointer = Checkpointer(workdir, read_only=True)
     try:
-        best = checkpointer.best_step if which == 'best' else None
-        step = checkpointer.latest_step if best is None else best
-        if step is None:
-            raise ValueError(f'--workdir={workdir}: no checkpoint there yet; train first')
-        arrays, progress = checkpointer.restore(step, _arrays(experiment.abstract_state(), _no_totals(experiment)))
-        final = checkpointer.restore_progress(checkpointer.latest_step)
+        like = _arrays(experiment.abstract_state(), _no_totals(experiment))
+        arrays, progress, final = checkpointer.restore_one(which, like)
     finally:
         checkpointer.close()
     return arrays['state'], Progress(**progress), Progress(**final)
@@ -131,11 +127,11 @@ class _Run:
         self.experiment, self.config = experiment, experiment.config
         self.checkpointer, self.workdir = checkpointer, workdir
         self.totals, self.progress = _no_totals(experiment), Progress()
-        latest = checkpointer.latest_step
-        if latest is None:
+        found, latest = checkpointer.resume(_arrays(experiment.abstract_state(), self.totals)), None
+        if found is None:
             self.state = experiment.initial_state()
         else:
-            arrays, saved = checkpointer.restore(latest, _arrays(experiment.abstract_state(), self.totals))
+            latest, arrays, saved = found
             self.state, self.totals, self.progress = arrays['state'], arrays['totals'], Progress(**saved)
         if self.progress.step > experiment.total_steps:
             raise ValueError(

@@ -347,3 +347,17 @@ def test_other_data_under_the_same_config_are_refused(experiment, whole):
     other = dataclasses.replace(experiment, prepared=dataclasses.replace(experiment.prepared, record=record))
     with pytest.raises(ValueError, match=r'train_indices differ from its splits.npz'):
         loop.train(other, whole[0])
+
+
+def test_a_damaged_checkpoint_costs_only_time(experiment, whole, tmp_path, monkeypatch, capsys):
+    workdir = str(tmp_path)
+    train_until(experiment, workdir, 7, monkeypatch)
+    for path in (tmp_path / 'checkpoints' / '6' / 'arrays' / 'd').iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    capsys.readouterr()
+    loop.train(experiment, workdir)
+    err = capsys.readouterr().err
+    assert 'checkpoint of step 6 is damaged (' in err and f'kept in {tmp_path}/damaged/6; going on from step 5' in err
+    assert f'resuming {workdir} at step 5' in err
+    same(saved(experiment, workdir)[0], saved(experiment, whole[0])[0])
+    assert rows(workdir) == rows(whole[0])
