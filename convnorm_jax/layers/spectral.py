@@ -289,8 +289,9 @@ def _tap_products(x, y, kernel_size):
     wide = jnp.promote_types(x.dtype, jnp.float32)
     products = [part.astype(wide) * y.astype(wide) for part in _shifted(x, kernel_size)]
     zeros = [jnp.zeros((), wide)] * len(products)
-    # One pass for all taps; first over the batch only, which keeps float32's sums short.
-    sums = jax.lax.reduce(products, zeros, lambda a, b: [p + q for p, q in zip(a, b)], (0,))
+    # One pass for all taps; first over the rows only, which keeps float32's sums short. Not over the batch:
+    # a batch that is cut over devices would be gathered for it (XLA has no all-reduce of nine sums at once).
+    sums = jax.lax.reduce(products, zeros, lambda a, b: [p + q for p, q in zip(a, b)], (2,))
     return jnp.stack([jax.lax.optimization_barrier(s).sum((0, 1)) for s in sums]).reshape(*kernel_size, -1)
 
 
