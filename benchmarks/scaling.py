@@ -1,7 +1,7 @@
 """What a training step costs as devices are added: time, memory, and what the devices tell each other.
 
-    python -m benchmarks.scaling [--devices=1,2,4,8] [--config=configs/cifar10_convnorm.py] [--size=32] [--batch_size=16]
-        [--microbatches=1] [--repeats=5] [--output=FILE.json]
+    python -m benchmarks.scaling [--devices=1,2,4,8] [--config=configs/cifar10_convnorm.py] [--size=32]
+        [--batch_size=16] [--microbatches=1] [--repeats=5] [--output=FILE.json]
 
 `batch_size` examples a device, random pictures of `size` x `size` x 3. Every number of devices is a process of its own
 (on a CPU with so many fake devices, which share the cores: there the time says what all of them compute together,
