@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from configs import default
 from convnorm_jax.evaluation import features as features_lib
 from convnorm_jax.evaluation.inception_weights import inception_extractor
+from convnorm_jax.mesh import is_leader
 from convnorm_jax.training import loop, setup
 from convnorm_jax.training.config import check_config
 from convnorm_jax.training.frame import round_up
@@ -86,7 +87,7 @@ def _classifier(experiment, workdir):
         config = classifier_config(experiment.config)
         check_config(config)
         trained = setup.build(config)
-        if not os.path.isdir(folder):
+        if is_leader() and not os.path.isdir(folder):
             print(f'a classifier to score the pictures with: training it in {folder}', file=sys.stderr)
         loop.train(trained, folder)  # goes on, or finds that it is done
     else:

@@ -138,3 +138,28 @@ def test_one_process_given_another_config_is_said_by_all(together, tmp_path):
         assert 'error: processes 1 were given another config, --workdir or --mode than process 0' in said
         assert 'Traceback' not in said
     assert not (tmp_path / 'run').exists()
+
+
+def test_two_processes_train_a_gan_as_one_does(together, tmp_path):
+    tiny = (
+        '--config=configs/digits_gan.py',
+        '--config.model.width=4',
+        '--config.gan.generator_width=4',
+        '--config.gan.latent=4',
+        '--config.gan.score_examples=0',
+        '--config.gan.passes=1',
+        '--config.data.subset_fraction=0.2',
+        '--config.train.steps=6',
+        '--config.eval.features=()',
+        '--config.eval.samples=40',
+        '--noconfig.plots',
+    )
+    for workdir, options in (('two', {}), ('one', {'processes': 1, 'devices': 2})):
+        for code, _, said in ended(together(*tiny, f'--workdir={tmp_path / workdir}', **options)):
+            assert code == 0, said
+    found, wanted = rows(tmp_path / 'two'), rows(tmp_path / 'one')
+    assert [row['step'] for row in found] == [row['step'] for row in wanted] == [4, 6]
+    for row, want in zip(found, wanted):
+        assert row == pytest.approx(want, rel=1e-3, abs=1e-4)
+    pictures = [np.load(tmp_path / name / 'samples' / '00000006.npz')['images'].astype(int) for name in ('two', 'one')]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
