@@ -8,7 +8,9 @@ import time
 
 import jax
 import jax.numpy as jnp
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from convnorm_jax.mesh import is_leader
@@ -40,12 +42,22 @@ def write_json(path, content):
 
 
 def read_rows(path):
-    """Rows of a metrics.csv as dicts of floats; empty cells and rows cut short are left out."""
+    """Rows of a metrics.csv as dicts of floats; empty cells, and rows that are not whole, are left out."""
     if not os.path.exists(path):
         return []
-    with open(path, newline='') as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]
-    return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
+    with open(path, newline='', errors='replace') as file:
+        rows = [_numbers(row) for row in csv.DictReader(line.replace('\0', '') for line in file)]
+    return [row for row in rows if row.keys() >= {'epoch', 'step'}]
+
+
+def _numbers(row):
+    """A row's cells as numbers; {} for a row that a full disk or a kill has cut short."""
+    if None in row or None in row.values():  # more cells than columns, or fewer
+        return {}
+    try:
+        return {name: float(cell) for name, cell in row.items() if cell}
+    except ValueError:
+        return {}
 
 
 class MetricWriter:
@@ -62,7 +74,7 @@ class MetricWriter:
             return
         kept = [row for row in read_rows(self.path) if row['step'] <= step]
         self._rewrite(kept)
-        self._board = SummaryWriter(workdir, purge_step=step + 1)
+        self._board = _Board(workdir, step + 1)
 
     def _rewrite(self, rows):
         temporary = self.path + '.tmp'
@@ -89,12 +101,43 @@ class MetricWriter:
             return
         for name, value in values.items():
             if name not in ('epoch', 'step'):
-                self._board.add_scalar(name, value, step)
+                self._board.scalar(name, value, int(step))
 
     def close(self):
         """Flushes and closes the TensorBoard events."""
         if self._board is not None:
             self._board.close()
+
+
+class _Board:
+    """TensorBoard events, written in this thread.
+
+    tensorboardX's own writer has a thread for it: when that dies of a full disk, nobody is told, and the
+    next events wait for it forever.
+    """
+
+    SECONDS_BETWEEN_FLUSHES = 60
+
+    def __init__(self, folder, purge_step):
+        self._writer = EventsWriter(os.path.join(folder, 'events'))
+        self._write(step=purge_step, file_version='brain.Event:2')
+        self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))  # hides what came after
+        self.flush()
+
+    def _write(self, **content):
+        self._writer.write_event(Event(wall_time=time.time(), **content))
+
+    def scalar(self, name, value, step):
+        self._write(step=step, summary=scalar(name, value))
+        if time.monotonic() - self._flushed > self.SECONDS_BETWEEN_FLUSHES:
+            self.flush()
+
+    def flush(self):
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(self):
+        self._writer.close()
 
 
 class Progress:
