@@ -4,6 +4,7 @@ import difflib
 import glob
 import importlib.util
 import itertools
+import logging as standard_logging
 import os
 import sys
 
@@ -31,7 +32,7 @@ def run_command(run, *texts):
     Returns:
       The exit code.
     """
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant
+    _quiet_libraries()
     if any(argument.lstrip('-') in ('help', 'h') for argument in sys.argv[1:]):
         print(*(text.strip() for text in texts), sep='\n\n')
         return 0
@@ -42,9 +43,29 @@ def run_command(run, *texts):
             raise
         print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
         return 2
+    except OSError as error:
+        from convnorm_jax.training.disk import reason
+
+        if reason(error) is None or os.environ.get('CONVNORM_TRACEBACK'):
+            raise
+        print(f'error: {error.filename or "writing failed"}: {reason(error)}', file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         return 130
+
+
+def _quiet_libraries():
+    logging.set_verbosity(logging.FATAL)  # Orbax warns of what is meant, and says twice what it raises
+    # Its reads and writes that fail leave others behind, which end when their event loop is gone.
+    standard_logging.getLogger('asyncio').setLevel(standard_logging.CRITICAL)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _without_closed_loops
+
+
+def _without_closed_loops(unraisable):
+    if str(unraisable.exc_value) != 'Event loop is closed':
+        sys.__unraisablehook__(unraisable)
 
 
 def parse(argv):

@@ -70,6 +70,7 @@ def _leave(words, code):
 def _train_and_report(config, workdir, mode):
     from convnorm_jax import mesh
     from convnorm_jax.training import loop, setup
+    from convnorm_jax.training.disk import explained
     from convnorm_jax.training.workdir import check_workdir
     from experiments import gan_report, gan_scores, report
 
@@ -81,12 +82,14 @@ def _train_and_report(config, workdir, mode):
         if mesh.is_leader():
             print(_headline(experiment, workdir), file=sys.stderr)
         try:
-            loop.train(gan_scores.with_scorer(experiment, workdir) if generates else experiment, workdir)
+            with explained(workdir):
+                loop.train(gan_scores.with_scorer(experiment, workdir) if generates else experiment, workdir)
         except loop.Stopped as stop:
             if mesh.is_leader():
                 print(stop, file=sys.stderr)
             return 128 + stop.signal  # what a shell says of a process that a signal ended
-    (gan_report if generates else report).report(experiment, workdir)
+    with explained(workdir):
+        (gan_report if generates else report).report(experiment, workdir)
     return 0
 
 

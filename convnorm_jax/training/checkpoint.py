@@ -199,6 +199,10 @@ class Checkpointer:
             'put a good copy of one there, or train again'
         )
 
+    def wait(self):
+        """Returns when nothing is being written any more."""
+        self._manager.wait_until_finished()
+
     def close(self):
         """Waits for what is being written."""
         self._manager.wait_until_finished()

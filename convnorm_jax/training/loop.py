@@ -13,10 +13,12 @@ import optax
 from convnorm_jax import mesh as mesh_lib
 from convnorm_jax.training import metrics as metrics_lib
 from convnorm_jax.training.checkpoint import Checkpointer
+from convnorm_jax.training.disk import explained
 from convnorm_jax.training.feed import Waiting
 from convnorm_jax.training.interrupt import StopRequest
+from convnorm_jax.training.lock import locked
 from convnorm_jax.training.profile import Profiler
-from convnorm_jax.training.workdir import prepare_workdir, save_config
+from convnorm_jax.training.workdir import check_workdir, prepare_workdir, save_config
 
 
 @dataclasses.dataclass
@@ -71,11 +73,18 @@ def train(experiment, workdir):
       `Progress` at the end.
 
     Raises:
-      ValueError: `workdir` holds another run, or its checkpoint can not be read.
+      ValueError: `workdir` holds another run, another process trains there, or all checkpoints are damaged.
+      DiskTrouble: it can not be written; the last good checkpoint stays.
       NonFiniteLoss: the last good checkpoint stays.
       Stopped: after a SIGINT or SIGTERM, with everything saved.
     """
     experiment.abstract_state()  # a net that can not take these pictures must not leave a folder behind
+    check_workdir(workdir, experiment.config)
+    with explained(workdir), locked(workdir):
+        return _train(experiment, workdir)
+
+
+def _train(experiment, workdir):
     prepare_workdir(workdir, experiment.config, experiment.prepared)
     checkpointer = Checkpointer(workdir, experiment.config.checkpoint.keep)
     try:
@@ -172,12 +181,18 @@ class _Run:
                     epoch = self.progress.step // per_epoch
                     self._train_epoch(epoch, min((epoch + 1) * per_epoch, total))
                     self._end_epoch(epoch)
-                return self.progress
             finally:
                 self.batches.close()
                 self._say_profiled(self.profiler.close())
                 self.display.close()
                 self.writer.close()
+                self.checkpointer.wait()  # a signal must not break off the last one
+            if self._asked_to_stop(self.progress.step):  # at the end: before anything else is begun
+                raise self._stopped()
+            return self.progress
+
+    def _stopped(self):
+        return Stopped(self.stop_request.signal or signal.SIGTERM, self.progress.step)
 
     def _train_epoch(self, epoch, end):
         experiment, every = self.experiment, self.config.checkpoint.every_steps
@@ -200,7 +215,7 @@ class _Run:
             if step < end and (stops or (every and step % every == 0)):
                 start = self._checkpoint(start)
             if stops:
-                raise Stopped(self.stop_request.signal or signal.SIGTERM, step)
+                raise self._stopped()
         jax.block_until_ready(self.totals)
         self.progress.seconds += time.perf_counter() - start
         self._warn_of_input(ended=True)
@@ -300,7 +315,7 @@ class _Run:
             self.totals = _no_totals(experiment)
         self._save(rating)
         if step < experiment.total_steps and self._asked_to_stop(step):
-            raise Stopped(self.stop_request.signal or signal.SIGTERM, step)
+            raise self._stopped()
 
     def _rate(self, rating, step):
         """Notes the best rating and how long ago it was."""

@@ -9,7 +9,9 @@ import time
 
 import jax
 import jax.numpy as jnp
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from convnorm_jax.mesh import is_leader
@@ -41,23 +43,33 @@ def write_json(path, content):
 
 
 def read_rows(path):
-    """Rows of a metrics.csv as dicts of floats; empty cells and rows cut short are left out."""
+    """Rows of a metrics.csv as dicts of floats; empty cells, and rows that are not whole, are left out."""
     if not os.path.exists(path):
         return []
-    with open(path, newline='') as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]
-    return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
+    with open(path, newline='', errors='replace') as file:
+        rows = [_numbers(row) for row in csv.DictReader(line.replace('\0', '') for line in file)]
+    return [row for row in rows if row.keys() >= {'epoch', 'step'}]
+
+
+def _numbers(row):
+    """A row's cells as numbers; {} for a row that a full disk or a kill has cut short."""
+    if None in row or None in row.values():  # more cells than columns, or fewer
+        return {}
+    try:
+        return {name: float(cell) for name, cell in row.items() if cell}
+    except ValueError:
+        return {}
 
 
 def read_lines(path):
     """The dicts of a file of JSON lines; a line cut short is left out."""
     found = []
     if os.path.exists(path):
-        with open(path) as file:
+        with open(path, errors='replace') as file:
             for line in file:
                 with contextlib.suppress(ValueError):
                     found.append(json.loads(line))
-    return found
+    return [line for line in found if isinstance(line, dict) and 'step' in line]
 
 
 class MetricWriter:
@@ -78,7 +90,7 @@ class MetricWriter:
         until = lambda line: step if 'epoch' in line or reached is None else reached
         lines = [line for line in read_lines(self._lines) if line['step'] <= until(line)]
         write_text(self._lines, ''.join(json.dumps(line) + '\n' for line in lines))
-        self._board = SummaryWriter(workdir, purge_step=step + 1)
+        self._board = _Board(workdir, step + 1)
 
     def _rewrite(self, rows):
         temporary = self.path + '.tmp'
@@ -107,12 +119,43 @@ class MetricWriter:
             file.write(json.dumps({'step': step, **values}) + '\n')
         for name, value in values.items():
             if name not in ('epoch', 'step'):
-                self._board.add_scalar(name, value, step)
+                self._board.scalar(name, value, int(step))
 
     def close(self):
         """Flushes and closes the TensorBoard events."""
         if self._board is not None:
             self._board.close()
+
+
+class _Board:
+    """TensorBoard events, written in this thread.
+
+    tensorboardX's own writer has a thread for it: when that dies of a full disk, nobody is told, and the
+    next events wait for it forever.
+    """
+
+    SECONDS_BETWEEN_FLUSHES = 60
+
+    def __init__(self, folder, purge_step):
+        self._writer = EventsWriter(os.path.join(folder, 'events'))
+        self._write(step=purge_step, file_version='brain.Event:2')
+        self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))  # hides what came after
+        self.flush()
+
+    def _write(self, **content):
+        self._writer.write_event(Event(wall_time=time.time(), **content))
+
+    def scalar(self, name, value, step):
+        self._write(step=step, summary=scalar(name, value))
+        if time.monotonic() - self._flushed > self.SECONDS_BETWEEN_FLUSHES:
+            self.flush()
+
+    def flush(self):
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(self):
+        self._writer.close()
 
 
 class Progress:

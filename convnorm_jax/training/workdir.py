@@ -33,7 +33,8 @@ def prepare_workdir(workdir, config, prepared):
     """Makes a run's folder, or checks that it holds this same run on the same data.
 
     Raises:
-      ValueError: it holds another run, or can not be written.
+      ValueError: it holds another run.
+      OSError: it can not be written.
     """
     check_workdir(workdir, config)
     record = os.path.join(workdir, 'splits.npz')
@@ -42,11 +43,8 @@ def prepare_workdir(workdir, config, prepared):
     wait_for_all('the run folder is checked')  # before any process writes there
     if not is_leader():
         return
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        splits.save_record(prepared, record)
-    except OSError as error:
-        raise ValueError(f'--workdir={workdir}: can not write there ({error.strerror}); give another folder') from error
+    os.makedirs(workdir, exist_ok=True)
+    splits.save_record(prepared, record)
 
 
 def save_config(workdir, config):

@@ -1,0 +1,66 @@
+"""What to say when a run's folder can not be written: a full disk, no permission."""
+
+import contextlib
+import errno
+import os
+
+_REASONS = {
+    errno.ENOSPC: 'no space left on the device',
+    errno.EDQUOT: 'no space left on the device (the quota is used up)',
+    errno.EACCES: 'no permission to write there',
+    errno.EPERM: 'no permission to write there',
+    errno.EROFS: 'the file system can only be read',
+}
+# Orbax's background writers hand on the text alone.
+_REASONS_BY_TEXT = {os.strerror(number): reason for number, reason in _REASONS.items() if number != errno.EPERM}
+_FULL = (_REASONS[errno.ENOSPC], _REASONS[errno.EDQUOT])
+
+
+class DiskTrouble(ValueError):
+    """A folder can not be written."""
+
+
+def reason(error):
+    """Why writing failed, in a few words; None for an error that is none of the disk's.
+
+    Looks at what caused the error, too.
+    """
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _REASONS:
+            return _REASONS[error.errno]
+        found = [why for text, why in _REASONS_BY_TEXT.items() if text in str(error)]
+        if found:
+            return found[0]
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def explained(workdir):
+    """Within `with`, an error because a run's folder can not be written becomes one `DiskTrouble` that says what to do.
+
+    Raises:
+      DiskTrouble: see above; other errors pass.
+    """
+    try:
+        yield
+    except DiskTrouble:
+        raise
+    except Exception as error:
+        why = reason(error)
+        if why is None:
+            raise
+        advice = 'free some space' if why in _FULL else 'make it writable'
+        raise DiskTrouble(
+            f'--workdir={workdir}: {why}; {_last_good(workdir)}; {advice} and give the same command again'
+        ) from error
+
+
+def _last_good(workdir):
+    try:
+        steps = [int(name) for name in os.listdir(os.path.join(workdir, 'checkpoints')) if name.isdigit()]
+    except OSError:
+        steps = []
+    return f'the last good checkpoint is of step {max(steps)}' if steps else 'there is no checkpoint yet'
