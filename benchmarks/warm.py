@@ -1,0 +1,63 @@
+"""Commands of experiments.main, in processes forked from one that has imported everything: a start costs no imports."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+
+IMPORTED = ['benchmarks.warm', 'experiments.main', 'experiments.gan_report', 'experiments.report', 'sklearn.datasets']
+
+
+def prepare(compiled):
+    """Sets this process's environment for those to come; call it before anything imports JAX.
+
+    Args:
+      compiled: folder of the compilation cache that they share.
+
+    Returns:
+      What makes them, a multiprocessing context.
+    """
+    os.environ |= {
+        'JAX_PLATFORMS': 'cpu',
+        'JAX_NUM_CPU_DEVICES': '1',
+        'JAX_COMPILATION_CACHE_DIR': compiled,
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+        'PYTHONWARNINGS': 'ignore::UserWarning',  # of what killed processes leave to the operating system
+    }
+    os.environ.pop('XLA_FLAGS', None)
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(IMPORTED)
+    return context
+
+
+def start(context, arguments, log, errors=None):
+    """Starts experiments.main with these arguments; returns the process.
+
+    Args:
+      context: from `prepare`.
+      arguments: list of str.
+      log: file that what it says is appended to.
+      errors: file for what it says on the standard error; None for `log`, too.
+    """
+    process = context.Process(target=_run, args=(arguments, log, errors))
+    process.start()
+    return process
+
+
+def _run(arguments, log, errors):
+    from experiments import main
+
+    for number, path in ((1, log), (2, errors or log)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ['experiments.main', *arguments]
+    code = 1
+    try:
+        code = main.main()
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    sys.exit(code)
