@@ -38,7 +38,8 @@ def start_distributed(coordinator='', num_processes=0, process_id=-1):
     if not given and not _launched_with_others():
         return
     words = f'--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}'
-    if given and (len(given) < 3 or ':' not in coordinator or process_id >= num_processes):
+    port = re.fullmatch(r'.+:(\d{1,5})', coordinator)
+    if given and (len(given) < 3 or not port or int(port[1]) > 65535 or process_id >= num_processes):
         raise ValueError(
             f'{words}: expected all three, a HOST:PORT and a process_id below num_processes, e.g. '
             '--coordinator=node0:1234 --num_processes=2 --process_id=0'

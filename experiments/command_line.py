@@ -136,7 +136,7 @@ def _load(path):
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except Exception as error:  # the user's own file may raise anything
+    except (Exception, SystemExit) as error:  # the user's own file may raise anything
         raise ValueError(f'--config={path}: {type(error).__name__}: {error}') from error
     if not isinstance(config, ConfigDict):
         raise ValueError(f'--config={path}: get_config() returns a {type(config).__name__}, expected a ConfigDict')
@@ -202,9 +202,27 @@ def _checked_config(argv, path, values, holder):
     # Heavy imports only now: a mistake in the flags has been answered by here.
     from convnorm_jax.training.config import check_config
 
+    _check_types(config, _load(_BASE))
     _split_names(config)
     check_config(config)
     return config
+
+
+def _check_types(config, base, section='config'):
+    """Raises ValueError for the first value that is of another type than in the base config.
+
+    ml_collections sees to it, but a file may tell it not to, and config.json may hold anything.
+    """
+    for name in base:
+        key, value, kind = f'{section}.{name}', config[name], base.get_type(name)
+        if isinstance(base[name], ConfigDict) and isinstance(value, ConfigDict):
+            _check_types(value, base[name], key)
+            continue
+        allowed = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
+        absent = value is None and base[name] is None
+        if not absent and (not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool)):
+            kind = 'section' if issubclass(kind, ConfigDict) else kind.__name__
+            raise ValueError(f'{key}={value!r}: expected a value of type {kind}, as in configs/default.py')
 
 
 def _parse_flags(argv, values, holder):
@@ -249,6 +267,7 @@ def _run_config(given, workdir):
         _set(merged, key, tuple(value) if isinstance(value, list) else value)
     for key in flags.FLAGS['config'].override_values:
         _set(merged, key, _get(given, key))
+    _check_types(merged, _load(_BASE))
     config_lib.check_config(merged)
     config_lib.check_same_run(saved, merged.to_dict(), workdir)
     return merged

@@ -25,6 +25,7 @@ def with_scorer(experiment, workdir):
     """The experiment of a GAN, scored during training by a classifier; unchanged if it asks for no scores."""
     if not experiment.config.gan.score_examples:
         return experiment
+    experiment.abstract_state()  # nets that can not be must not cost the training of a classifier
     return experiment.scored(make_scorer(experiment, workdir, 'classifier'))
 
 

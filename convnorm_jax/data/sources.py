@@ -297,7 +297,7 @@ def _read_tfds(path):
             raise ValueError('TFDS does not find it prepared')
         arrays = [array for split in ('train', 'test') for array in _read_tfds_split(builder, split)]
         return (*arrays, tuple(builder.info.features['label'].names))
-    except (ValueError, KeyError, RuntimeError, OSError) as error:  # array_record's own are RuntimeErrors
+    except Exception as error:  # TFDS, protobuf and array_record raise nearly anything
         reason = ' '.join(str(error).split())
         raise ValueError(
             f'data_dir={str(path.parent.parent)!r}: expected an intact TFDS-prepared folder '

@@ -78,10 +78,13 @@ def load_config(workdir):
     path = os.path.join(workdir, 'config.json')
     try:
         with open(path) as file:
-            return json.load(file)
+            saved = json.load(file)
     except FileNotFoundError as error:
         raise ValueError(
             f'--workdir={workdir}: no run there (no config.json); train one first, or give its folder'
         ) from error
     except (ValueError, OSError) as error:
         raise ValueError(f'{path}: can not be read ({error})') from error
+    if not isinstance(saved, dict) or not {'seed', 'model', 'data', 'train'} <= set(saved):
+        raise ValueError(f'{path}: is not the config of a run; put a good copy of it there, or give another --workdir')
+    return saved
