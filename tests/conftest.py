@@ -1,16 +1,22 @@
 """Shared by all tests. This file is read before any test imports jax."""
 
+import atexit
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 
 # Four fake CPU devices for the tests of meshes; everything else stays on device 0.
 _FOUR_DEVICES = '--xla_force_host_platform_device_count=4'
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FOUR_DEVICES}'.strip()
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# No persistent compilation cache: every run compiles what it tests.
-os.environ.pop('JAX_COMPILATION_CACHE_DIR', None)
+# A compilation cache of this run alone, for both of pytest's processes: every run compiles what it tests, but once.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='convnorm_jax_tests_')
+    atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(_ROOT) not in sys.path:
