@@ -89,6 +89,11 @@ def run_case(context, name, seed, trained, folder):
     return arguments, wrong, said[1] + said[0]
 
 
+def working_tree():
+    """What git sees in the working tree; '' outside a repository."""
+    return subprocess.run(['git', 'status', '--porcelain'], capture_output=True, text=True).stdout
+
+
 def main():
     """Prints the table and every failure; exits with 1 if there was one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,7 +110,7 @@ def main():
         }
         context = warm.prepare(os.path.join(folder, 'compiled'))
         trained = train_run(context, folder)
-        at_work = subprocess.check_output(['git', 'status', '--porcelain'], text=True)
+        at_work = working_tree()
         with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
             found = list(
                 pool.map(
@@ -122,7 +127,7 @@ def main():
     print(f'| all | {len(names)} | {len(names) - len(failures)} |')
     for name, arguments, wrong, said in failures:
         print(f'\n{name}: {wrong}\n  {" ".join(arguments)}\n  ' + said.strip().replace('\n', '\n  '))
-    if subprocess.check_output(['git', 'status', '--porcelain'], text=True) != at_work:
+    if working_tree() != at_work:
         failures.append(None)
         print('\nthe working tree is not as it was')
     sys.exit(bool(failures))
