@@ -45,7 +45,7 @@ KINDS = {
         '--config=configs/digits_free_adversarial.py',
         '--config.model.width=8',
         '--config.model.depth=(1,)',
-        '--config.train.epochs=8',
+        '--config.train.epochs=4',
     ],
     'gan': [
         '--config=configs/digits_gan.py',
@@ -97,9 +97,9 @@ class Run:
       workdir: its folder; what the commands said is in `log`.
     """
 
-    def __init__(self, context, kind, workdir, processes=1):
+    def __init__(self, context, kind, workdir, processes=1, log=None):
         self.context, self.kind, self.workdir, self.processes = context, kind, workdir, processes
-        self.log = workdir.rstrip('/') + '.log'
+        self.log = log or workdir + '.log'
         self.seen = 0
 
     def start(self):
@@ -219,7 +219,10 @@ class Interruptions:
         return self.cell
 
     def _a_run(self, workdir):
-        run = Run(self.context, self.cell.kind, workdir, 2 if self.cell.fault == 'process' else 1)
+        log = os.path.join(
+            self.folder, f'{self.cell.kind}-{self.cell.fault}-{self.cell.runs}.log'
+        )  # not on a full disk
+        run = Run(self.context, self.cell.kind, workdir, 2 if self.cell.fault == 'process' else 1, log)
         while True:
             started = run.start()
             self.cell.starts += 1
