@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from benchmarks import machine
+from convnorm_jax import mesh
 from convnorm_jax.steps import gan
 from convnorm_jax.steps.state import make_optimizer
 from convnorm_jax.training.metrics import write_json
@@ -28,6 +29,7 @@ from experiments.command_line import read_config
 
 def main():
     """Prints one table, and writes it where --output says."""
+    mesh.keep_host_memory()
     options = _options()
     layers = options.layers.split(',')
     programs = {(layer, n): _program(options, layer, n) for layer in layers for n in (options.n_dis, options.n_dis + 1)}
@@ -82,7 +84,8 @@ class _program:
         labels = np.zeros(len(pictures), np.int32)
         self._batch = jax.device_put({'images': pictures.astype(np.uint8), 'labels': labels})
         start = time.perf_counter()
-        self._step = jax.jit(step, donate_argnums=0).lower(self._state, self._batch).compile()
+        lowered = jax.jit(step, donate_argnums=0).lower(self._state, self._batch)
+        self._step = lowered.compile(mesh.compiler_options())
         self.compile_seconds = time.perf_counter() - start
         self()
 

@@ -104,7 +104,8 @@ def _measure(options):
     batch['labels'] = random.integers(0, 10, batch_size).astype(np.int32)
     batch = mesh_lib.cut_batch(mesh, batch)
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile(mesh_lib.compiler_options())
     compile_seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     seconds = []

@@ -32,11 +32,16 @@ def run():
     import jax
 
     from convnorm_jax import mesh
+    from experiments.compiled import keep_programs
 
     mesh.reserve_host_threads()
+    mesh.keep_host_memory()
     options = flags.FLAGS
     mesh.start_distributed(options.coordinator, options.num_processes, options.process_id)
     if jax.process_count() == 1:
+        # Several would have to find the same programs: GPUs choose kernels together when they compile, and one that
+        # need not compile is missed. Only the user knows of a folder that all of them share.
+        keep_programs()
         return _train_and_report(config, workdir, mode)
     return _run_together(config, workdir, mode)
 

@@ -11,6 +11,7 @@ from convnorm_jax.layers.factory import (
     make_layer,
     make_transposed_layer,
 )
+from convnorm_jax.layers.folding import fold_for_inference
 from convnorm_jax.layers.reparam import SpectralNormDense
 from convnorm_jax.layers.switch_norm import SwitchNorm
 from convnorm_jax.layers.transposed import ConvNormTranspose, ConvTranspose
@@ -26,6 +27,7 @@ __all__ = [
     'ConvTranspose',
     'SpectralNormDense',
     'SwitchNorm',
+    'fold_for_inference',
     'make_dense',
     'make_layer',
     'make_transposed_layer',

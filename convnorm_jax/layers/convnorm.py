@@ -1,5 +1,6 @@
 """ConvNorm, convolutional normalization, as a Linen module (arXiv 2103.00673)."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -9,9 +10,11 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.linen.module import merge_param
 
-from convnorm_jax.layers import spectral
+from convnorm_jax.layers import frequency, spectral
 from convnorm_jax.layers.batch_norm import BatchNorm
+from convnorm_jax.layers.folding import COLLECTION, folded_values
 from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init
+from convnorm_jax.layers.method import METHODS, choose_method
 
 SPECTRUM_MODES = ('running', 'exact')
 
@@ -105,6 +108,7 @@ class NormalizedConvolution(nn.Module):
     use_running_average: bool | None = None
     momentum: float | None = None
     spectrum: str = 'running'
+    method: str | None = None
     batch_norm_momentum: float = 0.9
     batch_norm_epsilon: float = 1e-5
     dtype: jnp.dtype | None = None
@@ -134,6 +138,8 @@ class NormalizedConvolution(nn.Module):
             raise ValueError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
         if self.spectrum not in SPECTRUM_MODES:
             raise ValueError(f'spectrum={self.spectrum!r}: expected one of {SPECTRUM_MODES}')
+        if self.method is not None and self.method not in METHODS:
+            raise ValueError(f'method={self.method!r}: expected one of {METHODS}, or None to choose by size')
         if not _is_int(self.features) or self.features < 1:
             raise ValueError(f'features={self.features!r}: expected a positive int')
         if self.momentum is not None and not 0 <= self.momentum < 1:
@@ -143,15 +149,14 @@ class NormalizedConvolution(nn.Module):
         kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
         strides = pair_of_ints(self.strides, 'strides')
         padding = self._canonical_padding(x.shape[1:3], kernel_size, strides)
+        geometry = self._geometry(x.shape[1:3], kernel_size, strides, padding)
+        method = self.method or choose_method(geometry, x.shape[0], x.shape[-1], self.features)
+        if use_running_average and self.has_variable(COLLECTION, 'bias'):
+            return self._folded(x, geometry)
         kernel = self.param('kernel', self.kernel_init, (*kernel_size, x.shape[-1], self.features), self.param_dtype)
-        v = self._preconditioner(kernel, self._grid(x.shape[1:3], kernel_size, strides), use_running_average)
-        x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
-        if kernel_size == (1, 1):
-            # A flat spectrum scales the kernel itself, and nothing is computed that a stride drops.
-            y = self._pointwise(x, (kernel * v).astype(kernel.dtype), strides)
-        else:
-            y, kept = self._full_convolution(x, kernel, padding, strides)
-            y = spectral.filter_and_crop(y, v, kept)
+        x = frequency.computed_once(x, kernel)
+        v = self._preconditioner(kernel, geometry, method, use_running_average)
+        y = self._normalized_convolution(x, kernel, v, geometry, method)
         if self.use_affine:
             y = self._affine(y, kernel_size)
         if self.use_batch_norm:
@@ -163,20 +168,68 @@ class NormalizedConvolution(nn.Module):
                 param_dtype=self.param_dtype,
                 name='batch_norm',
             )(y)
+        # Only where it is asked for by name: `init`, and mutable=True, ask for everything.
+        if self.is_mutable_collection(COLLECTION) and not self.is_mutable_collection('params'):
+            self._fold(kernel, v, geometry, method)
         return y
 
-    def _preconditioner(self, kernel, grid, use_running_average):
+    def _fold(self, kernel, v, geometry, method):
+        """Writes what `fold_for_inference` wants."""
+        params, statistics = (self.variables.get(name, {}) for name in ('params', 'batch_stats'))
+        values = folded_values(kernel, v, params, statistics, self.batch_norm_epsilon, geometry, method)
+        for name, value in values.items():
+            self.put_variable(COLLECTION, name, value)
+
+    def _folded(self, x, geometry):
+        """The layer at inference by its folded values."""
+        values = {name: jnp.asarray(value) for name, value in self.variables[COLLECTION].items()}
+        (x,) = promote_dtype(x, dtype=self.dtype)
+        rows = {'filters': frequency.products(geometry), 'v': geometry.grid[0]}
+        if any(len(values[name]) != expected for name, expected in rows.items() if name in values):
+            raise ValueError(
+                f'{"/".join(self.path) or type(self).__name__}: folded for pictures of another size than '
+                f'{x.shape[1]}x{x.shape[2]}; call fold_for_inference with pictures of this size'
+            )
+        if 'filters' in values:
+            y = frequency.filtered(x, values['filters'], 1, geometry, self.precision)
+        elif 'v' in values:
+            y = self._full_convolution(x, values['kernel'].astype(x.dtype))
+            y = spectral.filter_and_crop(y, values['v'], geometry.kept)
+        else:
+            y = self._pointwise(x, values['kernel'].astype(x.dtype))
+        if 'affine_kernel' in values:
+            y = spectral.channelwise_convolution(y, values['affine_kernel'].astype(x.dtype))
+        return y + values['bias'].astype(x.dtype)
+
+    def _normalized_convolution(self, x, kernel, v, geometry, method):
+        """Steps 1 to 4: convolution, division by the root of the power spectrum, crop and stride."""
+        x, rounded = promote_dtype(x, kernel, dtype=self.dtype)
+        if kernel.shape[:2] == (1, 1):
+            # A flat spectrum scales the kernel itself, and nothing is computed that a stride drops.
+            return self._pointwise(x, (rounded * v).astype(x.dtype))
+        if method == 'spatial':
+            return spectral.filter_and_crop(self._full_convolution(x, rounded), v, geometry.kept)
+        # Filters of size 1, as `spectral.preconditioner` has them.
+        size = jax.lax.stop_gradient(spectral.filter_sizes(kernel)[0])
+        return frequency.normalized_convolution(x, kernel / size, v * size, geometry, self.precision)
+
+    def _preconditioner(self, kernel, geometry, method, use_running_average):
         """V of this pass, float32 [Hf, Wf, features]; updates the running average in training."""
+        grid = geometry.grid
+        power_fn = spectral.power_spectrum
+        if method == 'frequency':
+            power_fn = lambda kernel, grid: frequency.power_spectrum(kernel, geometry)
+        current = functools.partial(spectral.preconditioner, kernel, grid, power_fn)
         # At initialization the state is made in every mode, so that it never changes its shape.
         if self.spectrum == 'exact' and use_running_average and not self.is_initializing():
-            return spectral.preconditioner(kernel, grid)
-        running = self.variable('batch_stats', 'preconditioner', lambda: spectral.preconditioner(kernel, grid))
+            return current()
+        running = self.variable('batch_stats', 'preconditioner', current)
         # float32: loops that average batch_stats over devices leave its dtype alone.
         count = self.variable('batch_stats', 'count', lambda: jnp.zeros((), jnp.float32))
         self._check_size(running.value.shape[:2], grid, kernel.shape[:2], use_running_average)
         if use_running_average:
             return running.value
-        v = spectral.preconditioner(kernel, grid)
+        v = current()
         if not self.is_initializing():
             count.value = count.value + 1
             weight = update_weight(count.value) if self.momentum is None else 1 - self.momentum
@@ -230,6 +283,8 @@ class ConvNorm(NormalizedConvolution):
         published schedule, see `update_weight`.
       spectrum: at inference, 'running' takes the running average, 'exact' recomputes the
         spectrum from the kernel: for pictures of another size than those trained on.
+      method: 'frequency', wholly in the frequency domain, or 'spatial', a direct convolution and
+        then the filter: the same up to rounding. None takes the faster one, see `layers.method`.
       batch_norm_momentum, batch_norm_epsilon: BatchNorm's.
       dtype: of the computation and the output, as in `flax.linen.Conv`; statistics are
         float32 always.
@@ -240,19 +295,21 @@ class ConvNorm(NormalizedConvolution):
     def _canonical_padding(self, image_size, kernel_size, strides):
         return canonical_padding(self.padding, image_size, kernel_size, strides)
 
-    def _grid(self, image_size, kernel_size, strides):
-        del strides
-        return spectral.grid_size(image_size, kernel_size)
+    def _geometry(self, image_size, kernel_size, strides, padding):
+        grid = spectral.grid_size(image_size, kernel_size)
+        return frequency.Geometry(
+            grid,
+            inputs=tuple(tuple(range(n)) for n in image_size),
+            taps=tuple(tuple(range(k - 1, -1, -1)) for k in kernel_size),  # a cross-correlation's: mirrored
+            kept=spectral.crop_indices(grid, kernel_size, padding, strides),
+        )
 
     def _image_size(self, grid, kernel_size):
         return tuple(n - k + 1 for n, k in zip(grid, kernel_size))
 
-    def _pointwise(self, x, kernel, strides):
-        return jax.lax.conv_general_dilated(
-            x, kernel, strides, 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'), precision=self.precision
-        )
+    def _pointwise(self, x, kernel):
+        rows, columns = pair_of_ints(self.strides, 'strides')
+        return jnp.matmul(x[:, ::rows, ::columns], kernel[0, 0], precision=self.precision)
 
-    def _full_convolution(self, x, kernel, padding, strides):
-        """The full convolution, and the rows and columns of it to keep."""
-        y = spectral.full_convolution(x, kernel, self.precision)
-        return y, spectral.crop_indices(y.shape[1:3], kernel.shape[:2], padding, strides)
+    def _full_convolution(self, x, kernel):
+        return spectral.full_convolution(x, kernel, self.precision)

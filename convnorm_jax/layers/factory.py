@@ -23,7 +23,7 @@ from convnorm_jax.layers.transposed import ConvNormTranspose, ConvTranspose
 # Options each layer understands, beside dtype. What `use_batch_norm=False` leaves out is
 # the BatchNorm that follows a reparametrized convolution, or that ends a ConvNorm.
 LAYER_OPTIONS = {
-    'convnorm': ('use_affine', 'use_batch_norm', 'momentum', 'spectrum'),
+    'convnorm': ('use_affine', 'use_batch_norm', 'momentum', 'spectrum', 'method'),
     'batchnorm': (),
     'groupnorm': ('groups',),
     'switchnorm': (),

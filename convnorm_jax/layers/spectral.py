@@ -116,7 +116,17 @@ def _parts(channels, entries):
     )
 
 
-def preconditioner(kernel, grid):
+def filter_sizes(kernel):
+    """(size of every output channel's filter, its largest tap; whether it is all zeros), [cout] each.
+
+    The size of a filter of zeros is 1. Squares of an unscaled kernel could leave float32's range.
+    """
+    largest = jnp.abs(kernel).max(axis=(0, 1, 2))
+    dead = largest < np.finfo(np.float32).tiny
+    return jnp.where(dead, 1.0, largest), dead
+
+
+def preconditioner(kernel, grid, power_fn=power_spectrum):
     """ConvNorm's preconditioner V = (power spectrum)^(-1/2) (section 3.2 of the paper).
 
     A constant to differentiation, as published. A filter of zeros, for which the
@@ -126,19 +136,17 @@ def preconditioner(kernel, grid):
     Args:
       kernel: [kh, kw, cin, cout], any float dtype.
       grid: (Hf, Wf), see `grid_size`.
+      power_fn: (kernel divided by its `filter_sizes`, grid) -> its power spectrum.
 
     Returns:
       float32 [Hf, Wf, cout], or [1, 1, cout] for a 1x1 kernel.
     """
     kernel = jax.lax.stop_gradient(kernel).astype(jnp.float32)
-    # Squares of the unscaled kernel could leave float32's range.
-    largest = jnp.abs(kernel).max(axis=(0, 1, 2))
-    dead = largest < np.finfo(np.float32).tiny
-    size = jnp.where(dead, 1.0, largest)
+    size, dead = filter_sizes(kernel)
     kernel = kernel / size
     energy = jnp.square(kernel).sum(axis=(0, 1, 2))
     flat = kernel.shape[:2] == (1, 1)
-    power = energy[None, None] if flat else power_spectrum(kernel, grid)
+    power = energy[None, None] if flat else power_fn(kernel, grid)
     floor = jnp.where(dead, 1.0, RELATIVE_FLOOR * energy)
     return jnp.where(dead, 1.0, jax.lax.rsqrt(jnp.maximum(power, floor)) / size)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
-from convnorm_jax.layers import spectral
+from convnorm_jax.layers import frequency, spectral
 from convnorm_jax.layers.convnorm import NormalizedConvolution, padding_pairs, pair_of_ints
 from convnorm_jax.layers.initializers import torch_bias_init, torch_transposed_kernel_init
 
@@ -162,17 +162,22 @@ class ConvNormTranspose(NormalizedConvolution):
     def _canonical_padding(self, image_size, kernel_size, strides):
         return canonical_transposed_padding(self.padding, image_size, kernel_size, strides)
 
-    def _grid(self, image_size, kernel_size, strides):
-        return transposed_grid_size(image_size, kernel_size, strides)
+    def _geometry(self, image_size, kernel_size, strides, padding):
+        grid = transposed_grid_size(image_size, kernel_size, strides)
+        return frequency.Geometry(
+            grid,
+            inputs=tuple(tuple(range(0, n * s, s)) for n, s in zip(image_size, strides)),
+            taps=tuple(tuple(range(k)) for k in kernel_size),
+            kept=tuple(tuple(range(p, n - q)) for n, (p, q) in zip(grid, padding)),
+        )
 
     def _image_size(self, grid, kernel_size):
         strides = pair_of_ints(self.strides, 'strides')
         return tuple((n - k) // s + 1 for n, k, s in zip(grid, kernel_size, strides))
 
-    def _pointwise(self, x, kernel, strides):
-        return transposed_convolution(x, kernel, strides, precision=self.precision)
+    def _pointwise(self, x, kernel):
+        return transposed_convolution(x, kernel, pair_of_ints(self.strides, 'strides'), precision=self.precision)
 
-    def _full_convolution(self, x, kernel, padding, strides):
-        """The full transposed convolution, and the rows and columns of it to keep."""
-        y = full_transposed_convolution(x, kernel, strides, self.precision)
-        return y, tuple(tuple(range(p, n - q)) for n, (p, q) in zip(y.shape[1:3], padding))
+    def _full_convolution(self, x, kernel):
+        strides = pair_of_ints(self.strides, 'strides')
+        return full_transposed_convolution(x, kernel, strides, self.precision)

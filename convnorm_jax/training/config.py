@@ -11,6 +11,7 @@ from convnorm_jax.evaluation.suite import PARTS, SUITES
 from convnorm_jax.layers.activations import ACTIVATIONS
 from convnorm_jax.layers.convnorm import SPECTRUM_MODES
 from convnorm_jax.layers.factory import DENSE_LAYERS, LAYERS
+from convnorm_jax.layers.method import METHODS
 from convnorm_jax.layers.ocnn import LAGS
 from convnorm_jax.layers.reparam import SPECTRAL_NORM_MODES
 from convnorm_jax.models.classifiers import DTYPES, MODELS
@@ -32,6 +33,7 @@ _CHOICES = {
     'model.activation': ACTIVATIONS,
     'model.dtype': DTYPES,
     'model.convnorm.spectrum': SPECTRUM_MODES,
+    'model.convnorm.method': (None, *METHODS),
     'model.spectralnorm.mode': SPECTRAL_NORM_MODES,
     'data.name': NAMES,
     'data.augmentation': AUGMENTATIONS,
@@ -128,6 +130,7 @@ _RANGES = {
 # What a resumed run or an evaluation may change without becoming another run.
 FREE_KEYS = (
     'model.convnorm.spectrum',
+    'model.convnorm.method',
     'attack.',
     'eval.',
     'log.',

@@ -156,7 +156,7 @@ class _Run:
         if latest is not None:
             self.display.line(f'resuming {workdir} at step {latest} of {experiment.total_steps}')
         self.checked = latest or 0  # the last step known to be finite
-        self._step = jax.jit(self._train_step, donate_argnums=(0, 1))
+        self._step = jax.jit(self._train_step, donate_argnums=(0, 1), compiler_options=mesh_lib.compiler_options())
         self._norm = jax.jit(optax.global_norm)
         self.feed, self.waiting = experiment.feed(), Waiting()
         self.batches = self.feed.batches(self.progress.step)
@@ -169,8 +169,10 @@ class _Run:
         return step - step % self.experiment.steps_per_epoch
 
     def _train_step(self, state, totals, *arrays):
-        batch = self.feed.take(*arrays)
-        state, sums = self.experiment.train_step(state, mesh_lib.shard_batch(self.experiment.mesh, batch))
+        mesh = self.experiment.mesh
+        batch = mesh_lib.shard_batch(mesh, self.feed.take(*arrays))
+        with mesh_lib.in_use(mesh):
+            state, sums = self.experiment.train_step(state, batch)
         return state, jax.tree.map(jnp.add, totals, sums)
 
     def run(self):

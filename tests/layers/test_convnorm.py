@@ -14,6 +14,7 @@ from flax.training import train_state
 
 from convnorm_jax import ConvNorm
 from convnorm_jax.layers import convnorm
+from convnorm_jax.layers.method import METHODS, choose_method
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -79,11 +80,17 @@ def numpy_layer(x, kernel, padding, strides=(1, 1), affine_kernel=None, affine_b
 class GoldenLayer:
     """What our layer does with a golden file's parameters and batches."""
 
-    def __init__(self, golden, nhwc):
+    def __init__(self, golden, nhwc, method):
         self.golden = golden
         c = self.config = json.loads(str(golden['config']))
         layer = ConvNorm(
-            c['cout'], (c['k'],) * 2, (c['stride'],) * 2, c['padding'], use_affine=c['affine'], use_batch_norm=c['bn']
+            c['cout'],
+            (c['k'],) * 2,
+            (c['stride'],) * 2,
+            c['padding'],
+            use_affine=c['affine'],
+            use_batch_norm=c['bn'],
+            method=method,
         )
         params = {path: self.ours(f'param/{name}') for path, name in self.names().items()}
         xs = [nhwc(x) for x in golden['x']]
@@ -147,9 +154,10 @@ def unflatten(flat):
     return tree
 
 
-@pytest.fixture(scope='module', params='abcdefgh')
+@pytest.fixture(scope='module', params=[f'{method} {name}' for method in METHODS for name in 'abcdefgh'])
 def golden_layer(request, load_golden, nhwc):
-    return GoldenLayer(load_golden(f'layer_{request.param}'), nhwc)
+    method, name = request.param.split()
+    return GoldenLayer(load_golden(f'layer_{name}'), nhwc, method)
 
 
 def test_golden_training_outputs(golden_layer, nhwc):
@@ -648,3 +656,18 @@ def test_a_batch_split_over_devices_equals_one_device(task):
         (one.params, one.batch_stats),
         (many.params, many.batch_stats),
     )
+
+
+# --- methods -------------------------------------------------------------------------------
+
+
+def test_the_method_is_chosen_by_size():
+    geometry = ConvNorm(1)._geometry((8, 8), (3, 3), (1, 1), ((1, 1), (1, 1)))
+    assert choose_method(geometry, 32, 256, 256) == 'frequency'
+    assert choose_method(geometry, 1, 256, 256) == 'spatial'  # the kernel's filters cost more than one picture
+    assert choose_method(geometry, 32, 4096, 4096) == 'spatial'  # 10 GB of filters
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match=r"method='fft': expected one of \('frequency', 'spatial'\)"):
+        ConvNorm(2, method='fft').init(jax.random.key(0), random(0, 1, 4, 4, 1), use_running_average=True)

@@ -31,7 +31,12 @@ def instructions(step, state, mesh):
     random = np.random.default_rng(0)
     batch = {'images': random.integers(0, 256, (BATCH, *SHAPE), np.uint8), 'labels': np.zeros(BATCH, np.int32)}
     state = mesh_lib.replicate(mesh, state)
-    text = jax.jit(step).lower(state, mesh_lib.cut_batch(mesh, batch)).compile().as_text()
+
+    def of_the_loop(state, batch):
+        with mesh_lib.in_use(mesh):
+            return step(state, batch)
+
+    text = jax.jit(of_the_loop).lower(state, mesh_lib.cut_batch(mesh, batch)).compile().as_text()
     found = re.findall(r'= (.*?) (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(', text)
     size = lambda shapes: sum(
         4 * math.prod(int(n) for n in dims.split(',') if n) for dims in re.findall(r'[fsu]32\[([\d,]*)\]', shapes)

@@ -128,6 +128,7 @@ def test_differences_name_what_differs():
 
 FREE = {
     'model.convnorm.spectrum': 'exact',
+    'model.convnorm.method': 'spatial',
     'attack.pgd_steps': 20,
     'attack.names': ('pgd',),
     'eval.checkpoint': 'latest',

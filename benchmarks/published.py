@@ -1,0 +1,129 @@
+"""The published PyTorch code of ConvNorm, to be timed beside ours.
+
+Nothing of it is here: the user gives a checkout of https://github.com/shengliu66/ConvNorm. It calls torch.rfft and
+torch.irfft, which PyTorch removed in 1.8: they are put back, in terms of torch.fft, over the last two axes and at the
+picture's own size.
+"""
+
+import importlib
+import os
+import sys
+import types
+
+from benchmarks import machine
+
+NAMES = {'convnorm': 'published convnorm', 'batchnorm': 'published batchnorm'}
+NETS = ('resnet18', 'simple_cnn')
+# What its own config calls the layers: of the convolution, of the normalization behind it.
+_LAYER_TYPES = {'convnorm': ('prec_conv', 'no'), 'batchnorm': ('conv', 'bn')}
+
+
+class Published:
+    """A checkout, loaded.
+
+    Raises:
+      SystemExit: torch is not there, or the checkout is not one.
+    """
+
+    def __init__(self, checkout):
+        if not os.path.isfile(os.path.join(checkout, 'models', 'prec_conv.py')):
+            raise SystemExit(f'error: --torch={checkout}: not a checkout of https://github.com/shengliu66/ConvNorm')
+        try:
+            import torch
+        except ImportError:
+            raise SystemExit(f'error: --torch={checkout}: torch is not installed (pip install torch)') from None
+        torch.set_num_threads(machine.cores())
+        self.torch, self._device = torch, 'cuda' if torch.cuda.is_available() else 'cpu'
+        _restore_transforms(torch)
+        modules = _import_from(checkout)
+        self._convnorm, self._nets = modules['models.prec_conv'].Preconditioned_Conv2d, modules['models.model']
+
+    def convolution_and_norm(self, layer, features_in, features, **settings):
+        """The module for one of `NAMES`' layers; settings as of torch.nn.Conv2d."""
+        if layer == 'convnorm':
+            return self._convnorm(features_in, features, **settings).to(self._device)
+        conv = self.torch.nn.Conv2d(features_in, features, bias=False, **settings)
+        return self.torch.nn.Sequential(conv, self.torch.nn.BatchNorm2d(features)).to(self._device)
+
+    def layer_programs(self, layer, shape, batch_size):
+        """(training, inference): functions of nothing, with the ReLU behind it; shape as of `benchmarks.layer`."""
+        torch = self.torch
+        settings = {'kernel_size': shape.kernel, 'stride': shape.stride, 'padding': (shape.kernel - 1) // 2}
+        module = self.convolution_and_norm(layer, shape.features_in, shape.features, **settings)
+        x = torch.randn(batch_size, shape.features_in, shape.size, shape.size, device=self._device, requires_grad=True)
+        cotangent = torch.randn_like(torch.relu(module(x))).detach()
+
+        def training():
+            module.train()
+            found = torch.autograd.grad(torch.relu(module(x)), [x, *module.parameters()], cotangent)
+            return self._wait(found)
+
+        def inference():
+            module.eval()
+            with torch.no_grad():
+                return self._wait(torch.relu(module(x)))
+
+        return training, inference
+
+    def step_program(self, net, layer, batch_size):
+        """A function of nothing that makes one update of a net on 32x32 pictures, already augmented and normalized."""
+        torch = self.torch
+        conv, norm = _LAYER_TYPES[layer]
+        make = {'resnet18': self._nets.resnet18, 'simple_cnn': self._nets.simpleCNN}[net]
+        model = make(conv_layer_type=conv, norm_layer_type=norm).to(self._device).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        images = torch.randn(batch_size, 3, 32, 32, device=self._device)
+        labels = torch.randint(10, (batch_size,), device=self._device)
+
+        def step():
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.item()  # waits, as the published loop does
+
+        return step
+
+    def _wait(self, result):
+        if self._device == 'cuda':
+            self.torch.cuda.synchronize()
+        return result
+
+
+def _restore_transforms(torch):
+    """torch.rfft and torch.irfft as they were before 1.8: real and imaginary parts on a last axis."""
+
+    def rfft(x, signal_ndim, normalized=False, onesided=True):
+        assert onesided
+        axes, norm = tuple(range(-signal_ndim, 0)), 'ortho' if normalized else 'backward'
+        return torch.view_as_real(torch.fft.rfftn(x, dim=axes, norm=norm))
+
+    def irfft(x, signal_ndim, normalized=False, onesided=True, signal_sizes=None):
+        assert onesided
+        # The size must be given: 33 and 32 columns have equally many frequencies.
+        axes, norm = tuple(range(-signal_ndim, 0)), 'ortho' if normalized else 'backward'
+        return torch.fft.irfftn(torch.view_as_complex(x), s=signal_sizes, dim=axes, norm=norm)
+
+    for name, function in (('rfft', rfft), ('irfft', irfft)):
+        if not hasattr(torch, name):
+            setattr(torch, name, function)
+
+
+def _import_from(checkout):
+    """{name: module} of its nets; its packages have common names, which are taken out of sys.modules again."""
+    # Of its package `base` only the nets' part: the rest is its training loop, with what that needs installed.
+    base = types.ModuleType('base')
+    base.__path__ = [os.path.join(checkout, 'base')]
+    before = {name: module for name, module in sys.modules.items() if name.split('.')[0] in ('base', 'models')}
+    sys.path.insert(0, os.path.abspath(checkout))
+    try:
+        for name in before:
+            del sys.modules[name]
+        sys.modules['base'] = base
+        base.BaseModel = importlib.import_module('base.base_model').BaseModel
+        return {name: importlib.import_module(name) for name in ('models.prec_conv', 'models.model')}
+    finally:
+        sys.path.pop(0)
+        for name in [name for name in sys.modules if name.split('.')[0] in ('base', 'models')]:
+            del sys.modules[name]
+        sys.modules.update(before)

@@ -1,0 +1,78 @@
+"""A trained net's ConvNorm layers, folded for inference: equal up to rounding, with fewer operations."""
+
+import jax
+import jax.numpy as jnp
+
+from convnorm_jax.layers import frequency
+
+# The collection that `ConvNorm` takes its folded values from, where a net's variables have one.
+COLLECTION = 'folded'
+
+
+def fold_for_inference(model, variables, images):
+    """Variables with which a net's inference takes fewer operations; the net stays as it is.
+
+    In every ConvNorm and ConvNormTranspose the running preconditioner goes into the kernel's filters, and BatchNorm's
+    running statistics, scale and bias into the channel-wise convolution (or, without one, into the filters): a layer is
+    then transform, products over the channels, transform back, channel-wise convolution and bias. Nothing of the kernel is
+    computed at inference any more. For the method 'spatial' the preconditioner stays a factor of its own.
+
+    Args:
+      model: a Linen module that takes `images` and `train`, as the nets of `convnorm_jax.models`.
+      variables: of the trained net.
+      images: of the shape that it will be given, [B, H, W, C], an array or a `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The variables with one collection more, 'folded', for `model.apply(folded, images, train=False)`. About 1.5 values
+      a grid point and pair of channels: 0.7 GB for ResNet-18 on 32x32 pictures. They do not follow
+      the parameters: fold anew after training on.
+
+    Raises:
+      ValueError: a net without ConvNorm; pictures of another size than those trained on.
+    """
+    variables = {name: tree for name, tree in variables.items() if name != COLLECTION}
+    fold = lambda variables, images: model.apply(variables, images, train=False, mutable=[COLLECTION])[1]
+    folded = jax.jit(fold)(variables, jnp.zeros(images.shape, images.dtype))
+    if not jax.tree.leaves(folded):
+        raise ValueError('fold_for_inference: there is no ConvNorm in this net, nothing to fold')
+    return {**variables, **folded}
+
+
+def folded_values(kernel, v, params, statistics, epsilon, geometry, method):
+    """What one layer keeps for inference.
+
+    Args:
+      kernel: [kh, kw, cin, cout]. v: its preconditioner, [Hf, Wf, cout], or [1, 1, cout] of a 1x1 kernel.
+      params, statistics: of the layer; 'affine_kernel', 'affine_bias' and 'batch_norm' where it has them.
+      epsilon: BatchNorm's.
+      geometry, method: see `frequency.Geometry` and `layers.method`.
+
+    Returns:
+      A dict of float32 arrays: 'filters' [R, cin, cout] (method 'frequency'), or 'kernel' (and 'v', unless it is 1x1);
+      'affine_kernel' [kh, kw, cout] where there is one, unless it is 1x1; 'bias' [cout].
+    """
+    scale, shift = 1.0, jnp.zeros(kernel.shape[-1:])
+    if 'batch_norm' in statistics:
+        scale, shift = _batch_norm_factors(statistics['batch_norm'], params.get('batch_norm', {}), epsilon)
+    folded, pointwise = {}, kernel.shape[:2] == (1, 1)
+    if 'affine_kernel' in params:
+        affine = params['affine_kernel'][:, :, 0] * scale
+        shift = params['affine_bias'] * scale + shift
+        if pointwise:
+            v = v * affine
+        else:
+            folded['affine_kernel'] = affine
+    else:
+        v = v * scale
+    folded['bias'] = shift
+    if pointwise:
+        return folded | {'kernel': kernel * v}
+    if method == 'spatial':
+        return folded | {'kernel': kernel, 'v': v}
+    return folded | {'filters': frequency.kernel_filters(kernel, geometry) * frequency.on_rows(v, geometry)}
+
+
+def _batch_norm_factors(statistics, params, epsilon):
+    """BatchNorm at inference, x * scale + shift: (scale, shift)."""
+    scale = jax.lax.rsqrt(statistics['var'] + epsilon) * params.get('scale', 1.0)
+    return scale, params.get('bias', 0.0) - statistics['mean'] * scale

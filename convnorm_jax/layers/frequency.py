@@ -1,0 +1,333 @@
+"""ConvNorm wholly in the frequency domain: the fast form of `spectral`'s full convolution and filter.
+
+A full convolution followed by the filter is, at every frequency w of the grid, a product of numbers:
+
+    Y[o](w) = V[o](w) sum_i X[i](w) K[i, o](w).
+
+The pictures are real, so half of the frequencies tell all, and a product of two complex numbers is
+three real ones (Gauss):
+
+    m1 = (Xr + Xi) Kr,   m2 = Xr (Ki - Kr),   m3 = Xi (Kr + Ki),   Yr = m1 - m3,   Yi = m1 + m2.
+
+So the layer is what Winograd's convolutions are, a bilinear algorithm: y = C ((A k) * (B x)) with constant real
+matrices A, B, C, about 1.5 products a grid point and no complex number anywhere: a transform of
+the picture, a batch of matrix products over the channels, one for each row of A, the scale V, a transform back. Sums and differences of
+Gauss's rule are rows of the matrices, crop and stride are rows of C that are not there. For a 3x3 kernel that is 0.19
+(34x34) to 0.36 (6x6) of the direct convolution's multiplications, and the transforms do not depend on the number of
+channels on the other side.
+
+The only transposes are between two products: rows are transformed picture by picture, columns with the batch inside.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Up to this many grid points one matrix transforms the whole grid, above them two do, columns then rows. Separable
+# transforms are cheaper, but carry 15 to 40 % more products on small grids: both members of a pair w, -w at the
+# edges of the half plane.
+DENSE_GRID_POINTS = 100
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Where a convolution's pixels and taps lie on the grid of its full convolution, axis by axis.
+
+    full[n] is the sum of x[i] * kernel[t] over all pixels i and taps t with inputs[i] + taps[t] = n.
+
+    Attributes:
+      grid: (Hf, Wf).
+      inputs, taps: (rows, columns), tuples of int: the place of each pixel, and of each tap.
+      kept: (rows, columns) of the full convolution that the layer keeps.
+    """
+
+    grid: tuple[int, int]
+    inputs: tuple[tuple[int, ...], tuple[int, ...]]
+    taps: tuple[tuple[int, ...], tuple[int, ...]]
+    kept: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Plan:
+    """The constant matrices of a geometry, float64, with R rows of products.
+
+    Attributes:
+      kernel: A, [R, kh * kw].
+      analysis: B, of rows, then of columns; or one of the flattened picture.
+      synthesis: C, of columns, then of rows; or one.
+      frequency: [R], the place of each row's frequency on the flattened grid.
+      power: two rows for each place of the flattened grid, [Hf * Wf, 2]: the mean of their squares is |K|^2.
+    """
+
+    kernel: np.ndarray
+    analysis: tuple[np.ndarray, ...]
+    synthesis: tuple[np.ndarray, ...]
+    frequency: np.ndarray
+    power: np.ndarray
+
+
+def _waves(frequencies, places, n):
+    """Cosines and sines of 2 pi w x / n, float64 [len(frequencies), len(places)]."""
+    angle = 2 * np.pi * (np.outer(frequencies, places) % n) / n
+    return np.cos(angle), np.sin(angle)
+
+
+def _grid_waves(frequencies, places, grid):
+    """As `_waves`, of pairs: [len(frequencies), len(rows) * len(columns)]."""
+    (row_cos, row_sin), (column_cos, column_sin) = (
+        _waves(w, x, n) for w, x, n in zip(np.transpose(frequencies), places, grid)
+    )
+    outer = lambda a, b: (a[:, :, None] * b[:, None, :]).reshape(len(frequencies), -1)
+    cosine = outer(row_cos, column_cos) - outer(row_sin, column_sin)
+    return cosine, outer(row_sin, column_cos) + outer(row_cos, column_sin)
+
+
+def _rows_of_three(a, b, c):
+    """Rows a[0], b[0], c[0], a[1], ..."""
+    return np.stack([a, b, c], axis=1).reshape(-1, a.shape[1])
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(geometry):
+    dense = geometry.grid[0] * geometry.grid[1] <= DENSE_GRID_POINTS
+    return _dense_plan(geometry) if dense else _separable_plan(geometry)
+
+
+def _kernel_matrix(geometry, frequencies):
+    cosine, sine = _grid_waves(frequencies, geometry.taps, geometry.grid)
+    return _rows_of_three(cosine, -sine - cosine, cosine - sine)
+
+
+def _dense_plan(geometry):
+    height, width = geometry.grid
+    mirror = lambda u, v: (-u % height, -v % width)
+    frequencies = [(u, v) for u in range(height) for v in range(width) if (u, v) <= mirror(u, v)]
+    alone = np.array([w == mirror(*w) for w in frequencies])
+    rows = np.stack([np.ones_like(alone), ~alone, ~alone], axis=1).reshape(-1)  # a real number takes one product
+    cosine, sine = _grid_waves(frequencies, geometry.inputs, geometry.grid)
+    analysis = _rows_of_three(cosine - sine, cosine, -sine)
+    cosine, sine = _grid_waves(frequencies, geometry.kept, geometry.grid)
+    share = (np.where(alone, 1, 2) / (height * width))[:, None]
+    synthesis = _rows_of_three(share * (cosine - sine), -share * sine, -share * cosine)
+    first = np.cumsum(rows)[::3] - 1  # of each frequency, among the rows that stay
+    place = {w: i for i, w in enumerate(frequencies)}
+    number = np.array([place[min((u, v), mirror(u, v))] for u in range(height) for v in range(width)])
+    paired = ~alone[number]
+    return _Plan(
+        kernel=_kernel_matrix(geometry, frequencies)[rows],
+        analysis=(analysis[rows],),
+        synthesis=(synthesis[rows].T,),
+        frequency=np.repeat([u * width + v for u, v in frequencies], 3)[rows],
+        power=np.stack([first[number] + paired, first[number] + 2 * paired], axis=1),
+    )
+
+
+def _separable_plan(geometry):
+    height, width = geometry.grid
+    half = np.arange(height // 2 + 1)
+    frequencies = [(u, v) for u in half for v in range(width)]
+    cosine, sine = _waves(half, geometry.inputs[0], height)
+    by_row = np.stack([cosine, -sine], axis=1).reshape(2 * len(half), -1)
+    cosine, sine = _waves(range(width), geometry.inputs[1], width)
+    real, imaginary = np.concatenate([cosine, sine], axis=1), np.concatenate([-sine, cosine], axis=1)
+    by_column = _rows_of_three(real + imaginary, real, imaginary)
+    cosine, sine = (wave.T / width for wave in _waves(range(width), geometry.kept[1], width))
+    real, imaginary = (cosine - sine, -sine, -cosine), (cosine + sine, cosine, -sine)
+    columns = np.concatenate([np.stack(part, axis=2).reshape(len(cosine), -1) for part in (real, imaginary)])
+    cosine, sine = (wave.T for wave in _waves(half, geometry.kept[0], height))
+    share = np.where((half == 0) | (2 * half == height), 1, 2) / height
+    rows = np.stack([share * cosine, -share * sine], axis=2).reshape(len(cosine), -1)
+    u, v = np.divmod(np.arange(height * width), width)
+    number = np.where(u < len(half), u * width + v, (height - u) * width + -v % width)
+    return _Plan(
+        kernel=_kernel_matrix(geometry, frequencies),
+        analysis=(by_row, by_column),
+        synthesis=(columns, rows),
+        frequency=np.repeat([u * width + v for u, v in frequencies], 3),
+        power=np.stack([3 * number + 1, 3 * number + 2], axis=1),
+    )
+
+
+def products(geometry):
+    """R: how many products of numbers the algorithm takes for each pair of channels and each picture."""
+    return len(_plan(geometry).frequency)
+
+
+def kernel_filters(kernel, geometry):
+    """The kernel's side of the products, A k.
+
+    Args:
+      kernel: [kh, kw, cin, cout], float32 or float64.
+
+    Returns:
+      [R, cin, cout], the dtype of the kernel.
+    """
+    matrix = jnp.asarray(_plan(geometry).kernel, kernel.dtype)
+    flat = jnp.dot(matrix, kernel.reshape(matrix.shape[1], -1), precision=_EXACT)
+    return flat.reshape(-1, *kernel.shape[2:])
+
+
+def power_spectrum(kernel, geometry):
+    """`spectral.power_spectrum` from `kernel_filters`, which XLA then computes but once for both.
+
+    A sum of squares, too: (Ki - Kr)^2 + (Kr + Ki)^2 = 2 |K|^2.
+
+    Args:
+      kernel: [kh, kw, cin, cout], any float dtype.
+
+    Returns:
+      float32 [Hf, Wf, cout].
+    """
+    energy = jnp.square(kernel_filters(kernel.astype(jnp.float32), geometry)).sum(axis=1)
+    first, second = _plan(geometry).power.T
+    return (0.5 * (energy[first] + energy[second])).reshape(*geometry.grid, -1)
+
+
+def on_rows(v, geometry):
+    """V of the grid, [Hf, Wf, cout], as a factor of each row's products, [R, 1, cout]."""
+    return v.reshape(-1, 1, v.shape[-1])[_plan(geometry).frequency]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalized_convolution(x, kernel, v, geometry, precision=None):
+    """Full convolution, irfft2(V * rfft2(.)) and crop: steps 1 to 4 of the layer.
+
+    Its gradient is written by hand: the picture's transform is computed anew for it instead of kept (it is
+    1.5 to 3 times the picture), and the kernel's side is made in the layout that the product wants. V is a
+    constant. Reverse mode only, to any order.
+
+    Args:
+      x: [B, H, W, cin], float.
+      kernel: [kh, kw, cin, cout], float; not rounded to the dtype of x before its transform.
+      v: float32 [Hf, Wf, cout], even: v(w) = v(-w).
+      geometry: see `Geometry`.
+      precision: of the products over the channels; the transforms are exact, float32 inputs in true float32.
+
+    Returns:
+      [B, len(kept rows), len(kept columns), cout], the dtype of x. Products accumulate in float32 at least.
+    """
+    return filtered(x, kernel_filters(kernel, geometry), on_rows(v, geometry), geometry, precision)
+
+
+def filtered(x, filters, scale, geometry, precision=None):
+    """Transform of the picture, products over the channels, scale, transform back.
+
+    Args:
+      x: [B, H, W, cin], float.
+      filters: [R, cin, cout], see `kernel_filters`.
+      scale: of the products, [R, 1, cout], or 1.
+      geometry, precision: see `normalized_convolution`.
+
+    Returns:
+      [B, len(kept rows), len(kept columns), cout], the dtype of x.
+    """
+    plan = _plan(geometry)
+    response = _channels('rbi,rio->rbo', _analyze(x, plan.analysis), filters.astype(x.dtype), precision) * scale
+    return _synthesize(response.astype(x.dtype), plan.synthesis, _size(geometry.kept))
+
+
+def _forward(x, kernel, v, geometry, precision):
+    return normalized_convolution(x, kernel, v, geometry, precision), (x, kernel, v)
+
+
+def _backward(geometry, precision, saved, cotangent):
+    x, kernel, v = saved
+    plan = _plan(geometry)
+    # Barrier: nothing of this before the cotangent is there, or XLA keeps the forward pass's transforms until now.
+    x, kernel, cotangent = jax.lax.optimization_barrier((x, kernel, cotangent))
+    spectrum = _analyze(x, plan.analysis)
+    response = (_analyze(cotangent, _transposed(plan.synthesis)) * on_rows(v, geometry)).astype(x.dtype)
+    filters = kernel_filters(kernel.swapaxes(2, 3), geometry).astype(x.dtype)
+    by_spectrum = _channels('rbo,roi->rbi', response, filters, precision).astype(x.dtype)
+    by_x = _synthesize(by_spectrum, _transposed(plan.analysis), _size(geometry.inputs))
+    by_kernel = _kernel_gradient(spectrum, response, plan, precision).reshape(kernel.shape)
+    return by_x, by_kernel.astype(kernel.dtype), jnp.zeros_like(v)
+
+
+normalized_convolution.defvjp(_forward, _backward)
+
+
+def computed_once(x, like):
+    """x, divided by a number that is 1 unless `like` holds NaN: XLA:CPU then makes it once.
+
+    It would compute a chain of cheap elementwise operations anew in each operation that reads the result, within
+    transposes too, element by element (a layer's whole normalization: 109 ms where the transpose takes 1). A division it
+    takes for too costly for that, and barriers are gone by then.
+    """
+    probe = like.reshape(-1)[0]
+    one = jnp.where(probe == probe, 1.0, jnp.nan).astype(x.dtype)
+    return x / jax.lax.stop_gradient(one)
+
+
+def _kernel_gradient(spectrum, response, plan, precision):
+    """A^T of the sums over the batch, [kh * kw, cin * cout]."""
+    # Where devices share the batch each sums its own part and goes back to the few taps with it: they then tell
+    # each other gradients of the kernel, not of its filters, which are R / (kh kw) times as large.
+    parts = _batch_shards(spectrum.shape[1])
+    spectrum, response = (a.reshape(a.shape[0], parts, -1, a.shape[2]) for a in (spectrum, response))
+    if parts == 1:
+        by_filters = _channels('rbi,rbo->rio', spectrum[:, 0], response[:, 0], precision)[None]
+    else:
+        by_filters = _channels('rpbi,rpbo->prio', spectrum, response, precision)
+    return _batched(plan.kernel.T, by_filters.reshape(parts, len(plan.kernel), -1)).sum(axis=0)
+
+
+def _batch_shards(batch):
+    """Over how many devices the batch is cut, as far as the mesh in use says (`jax.set_mesh`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1
+    for size, kind in zip(mesh.axis_sizes, mesh.axis_types):
+        shards *= size if kind == jax.sharding.AxisType.Auto else 1
+    return shards if batch % shards == 0 else 1
+
+
+def _channels(equation, a, b, precision):
+    """A batch of matrix products over channels or pictures, accumulated in float32 at least."""
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=wide)
+
+
+def _analyze(x, matrices):
+    """[B, H, W, C] -> [R, B, C]: by rows, then by columns, or by one matrix."""
+    batch, height, width, channels = x.shape
+    if len(matrices) == 1:
+        return _batched(matrices[0], x.reshape(batch, height * width, channels)).swapaxes(0, 1)
+    by_row, by_column = matrices
+    x = _batched(by_row, x.reshape(batch, height, width * channels))
+    x = x.reshape(batch, -1, 2 * width, channels).transpose(1, 2, 0, 3)
+    return _batched(by_column, x.reshape(*x.shape[:2], -1)).reshape(-1, batch, channels)
+
+
+def _synthesize(x, matrices, size):
+    """[R, B, C] -> [B, H, W, C] of `size` (H, W): by columns, then by rows, or by one matrix."""
+    _, batch, channels = x.shape
+    height, width = size
+    if len(matrices) == 1:
+        return _batched(matrices[0], x.swapaxes(0, 1)).reshape(batch, height, width, channels)
+    by_column, by_row = matrices
+    half = by_row.shape[1] // 2
+    x = _batched(by_column, x.reshape(half, by_column.shape[1], -1))
+    x = x.reshape(half, 2 * width, batch, channels).transpose(2, 0, 1, 3)
+    return _batched(by_row, x.reshape(batch, 2 * half, -1)).reshape(batch, height, width, channels)
+
+
+def _batched(matrix, x):
+    """matrix @ x[i] for every i, accumulated in float32 at least and rounded to the dtype of x."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    # The matrix is repeated (it is small): for a product of one matrix with many XLA:CPU transposes the many.
+    matrix = jnp.broadcast_to(jnp.asarray(matrix, x.dtype), (len(x), *matrix.shape))
+    return jnp.matmul(matrix, x, precision=_EXACT, preferred_element_type=wide).astype(x.dtype)
+
+
+def _transposed(matrices):
+    """The matrices of the adjoint, in its order."""
+    return [matrix.T for matrix in reversed(matrices)]
+
+
+def _size(places):
+    return tuple(len(p) for p in places)

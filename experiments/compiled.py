@@ -1,0 +1,86 @@
+"""Where a command keeps the programs that XLA compiled, so that the next one loads them: JAX's compilation cache."""
+
+import os
+import re
+import sys
+import tempfile
+import warnings
+
+import jax
+
+from convnorm_jax.data.cache import cache_root
+
+MAX_BYTES = 2 << 30
+_ENTRIES = '*-cache'  # JAX's names for them
+_TROUBLE = re.compile(r'Error (reading|writing) persistent compilation cache entry for .*?: (.*)', re.DOTALL)
+
+
+def keep_programs():
+    """Turns JAX's persistent compilation cache on, in `xla` beside the cached data; the user's own settings hold.
+
+    A folder that can not be used, a full disk or a damaged entry is said in one line on stderr, and is no error.
+    """
+    # Before 0.10.2 XLA:CPU says of each program that it loads on a CPU with AVX-512 that it might crash.
+    if jax.__version_info__ < (0, 10, 2) or not jax.config.jax_enable_compilation_cache:
+        return
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = cache_root() / 'xla'
+    try:
+        _prepare(folder)
+    except OSError as error:
+        _say(f'are not kept in {folder}', error.strerror)
+        return
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+    if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    _listen(folder)
+
+
+def _prepare(folder):
+    """Makes the folder, and room in it. Raises OSError if it can not be written or is another user's."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # What is in there gets executed.
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(None, 'it belongs to another user')
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    # JAX's own bound needs the package filelock.
+    total = 0
+    for _, size, path in sorted(map(_use_and_size, folder.glob(_ENTRIES)), reverse=True):
+        total += size
+        if total > MAX_BYTES:
+            path.unlink(missing_ok=True)
+
+
+def _use_and_size(path):
+    """(time of the last use, bytes, path) of an entry."""
+    stat = path.stat()
+    return max(stat.st_atime, stat.st_mtime), stat.st_size, path
+
+
+def _listen(folder):
+    """Makes one line of all that JAX warns of its cache; empties the folder, for JAX never replaces an entry.
+
+    It writes them in place: a full disk, or a process killed at it, leaves a damaged one, and which is not said.
+    """
+    show, said = warnings.showwarning, []
+
+    def listen(message, *where, **options):
+        trouble = _TROUBLE.fullmatch(str(message))
+        if not trouble:
+            show(message, *where, **options)
+            return
+        for path in folder.glob(_ENTRIES):
+            path.unlink(missing_ok=True)
+        if not said:
+            reading = trouble[1] == 'reading'
+            _say(f'in {folder} are damaged' if reading else f'are not kept in {folder}', trouble[2])
+        said.append(message)
+
+    warnings.showwarning = listen
+
+
+def _say(what, reason):
+    reason = ' '.join(str(reason).split())[:200]
+    print(f'compiled programs {what} ({reason}); the run goes on and compiles', file=sys.stderr)
