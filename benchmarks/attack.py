@@ -22,6 +22,7 @@ from convnorm_jax import mesh
 from convnorm_jax.evaluation.classifier import AttackSettings, Evaluator
 from convnorm_jax.models.classifiers import create_model
 from convnorm_jax.steps.classify import make_logits_fn
+from experiments.huge_pages import restart_with_huge_pages
 
 PICTURE = (32, 32, 3)
 PROGRAMS = ('pgd', 'forward')
@@ -29,7 +30,6 @@ PROGRAMS = ('pgd', 'forward')
 
 def main():
     """Prints one table, and writes it where --output says."""
-    mesh.keep_host_memory()
     options = _options()
     programs, first = {}, {}
     for layer in options.layers:
@@ -99,4 +99,5 @@ def _cells(options, row):
 
 
 if __name__ == '__main__':
+    restart_with_huge_pages()
     main()

@@ -25,11 +25,11 @@ from convnorm_jax.steps.state import make_optimizer
 from convnorm_jax.training.metrics import write_json
 from convnorm_jax.training.nets import build_gan
 from experiments.command_line import read_config
+from experiments.huge_pages import restart_with_huge_pages
 
 
 def main():
     """Prints one table, and writes it where --output says."""
-    mesh.keep_host_memory()
     options = _options()
     layers = options.layers.split(',')
     programs = {(layer, n): _program(options, layer, n) for layer in layers for n in (options.n_dis, options.n_dis + 1)}
@@ -110,4 +110,5 @@ def _print(rows, options):
 
 
 if __name__ == '__main__':
+    restart_with_huge_pages()
     main()

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from benchmarks import machine, timing
 from convnorm_jax import ConvNorm, mesh
 from convnorm_jax.layers.factory import make_layer
+from experiments.huge_pages import restart_with_huge_pages
 
 Shape = collections.namedtuple('Shape', 'features_in features size stride kernel')
 # {shape: how often ResNet-18 has it}
@@ -54,7 +55,6 @@ RESNET18 = {
 
 def main():
     """Prints a table for each batch size and dtype, and writes all of them where --output says."""
-    mesh.keep_host_memory()
     options = _options()
     published = None
     if options.torch:
@@ -230,4 +230,5 @@ def _total(cells, counts):
 
 
 if __name__ == '__main__':
+    restart_with_huge_pages()
     main()

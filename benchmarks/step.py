@@ -43,6 +43,7 @@ from convnorm_jax.data.augment import augment
 from convnorm_jax.models.classifiers import create_model
 from convnorm_jax.steps import adversarial, classify
 from convnorm_jax.steps.state import create_state, make_optimizer
+from experiments.huge_pages import restart_with_huge_pages
 
 PICTURE = (32, 32, 3)
 ALGORITHMS = ('clean', 'free')
@@ -62,7 +63,6 @@ Case = collections.namedtuple('Case', 'net layer batch_size dtype algorithm')
 
 def main():
     """Prints the tables, and writes what they hold where --output says."""
-    mesh.keep_host_memory()
     options = _options()
     if options.child:
         print(json.dumps(_compile(Case(*json.loads(options.child)))))
@@ -283,4 +283,5 @@ def _caution(options):
 
 
 if __name__ == '__main__':
+    restart_with_huge_pages()
     main()

@@ -1,12 +1,9 @@
 """Devices of one process or of many: one data-parallel mesh, and where arrays live on it."""
 
-import ctypes
 import hashlib
-import importlib.util
 import json
 import os
 import re
-import sys
 
 import jax
 import numpy as np
@@ -17,10 +14,6 @@ DATA_AXIS = 'data'
 
 # Variables by which a launcher tells a process how many of its kind there are.
 _LAUNCHED = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
-
-# glibc's mallopt: one arena, since those of threads hand large pieces on to mmap; nothing from mmap; nothing back to
-# the kernel; and growth in steps of 64 MiB.
-_MALLOC_KEEPS = {-8: 1, -4: 0, -1: -1, -2: 64 << 20}  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
 def start_distributed(coordinator='', num_processes=0, process_id=-1):
@@ -118,28 +111,6 @@ def reserve_host_threads():
     devices = int(asked[1] if asked else os.environ.get('JAX_NUM_CPU_DEVICES', 1))
     if devices > 1:
         os.environ.setdefault('NPROC', str(2 * devices + (os.cpu_count() or 1)))  # XLA's name for it
-
-
-def keep_host_memory():
-    """Lets malloc keep what is freed, where a CPU computes; call it before the first array is made.
-
-    XLA:CPU allocates its temporaries anew at every call. If the kernel gets them back after each, it has to hand
-    them out again page by page, which costs 15 to 40 % of a training step. Threads that have an arena already
-    stay with it, so later is too late.
-
-    Does nothing without glibc, nor where JAX has an accelerator to compute on.
-    """
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
-    if mallopt is not None and not _expects_accelerator():
-        for parameter, value in _MALLOC_KEEPS.items():
-            mallopt(parameter, value)
-
-
-def _expects_accelerator():
-    """Whether JAX would compute elsewhere than on the CPU, without starting a backend to see."""
-    if jax.config.jax_platforms:
-        return jax.config.jax_platforms.split(',')[0] != 'cpu'
-    return any(importlib.util.find_spec(name) for name in ('jax_plugins', 'libtpu'))
 
 
 def compiler_options():

@@ -1,5 +1,6 @@
 """Where a command keeps the programs that XLA compiled, so that the next one loads them: JAX's compilation cache."""
 
+import contextlib
 import os
 import re
 import sys
@@ -71,8 +72,9 @@ def _listen(folder):
         if not trouble:
             show(message, *where, **options)
             return
-        for path in folder.glob(_ENTRIES):
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for path in folder.glob(_ENTRIES):
+                path.unlink(missing_ok=True)
         if not said:
             reading = trouble[1] == 'reading'
             _say(f'in {folder} are damaged' if reading else f'are not kept in {folder}', trouble[2])

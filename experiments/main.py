@@ -15,6 +15,7 @@ import sys
 from absl import flags
 
 from experiments import command_line
+from experiments.huge_pages import restart_with_huge_pages
 
 flags.DEFINE_string('workdir', None, "the run's folder (default: runs/ and a name made from the config)")
 flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'train and report, or evaluate what --workdir holds')
@@ -35,7 +36,6 @@ def run():
     from experiments.compiled import keep_programs
 
     mesh.reserve_host_threads()
-    mesh.keep_host_memory()
     options = flags.FLAGS
     mesh.start_distributed(options.coordinator, options.num_processes, options.process_id)
     if jax.process_count() == 1:
@@ -113,4 +113,5 @@ def main():
 
 
 if __name__ == '__main__':
+    restart_with_huge_pages()
     sys.exit(main())

@@ -48,12 +48,10 @@ def run():
     """One command, from `sys.argv`; returns the exit code. User errors are raised as ValueError."""
     workdirs, output, checkpoint = parse(sys.argv)
     # Only now: a mistake on the command line is answered before anything heavy is loaded.
-    from convnorm_jax import mesh
     from convnorm_jax.plots.operators import MAX_RUNS, layer_operators
     from convnorm_jax.training.metrics import write_json
     from experiments.compiled import keep_programs
 
-    mesh.keep_host_memory()
     keep_programs()
     if len(workdirs) > MAX_RUNS:
         raise ValueError(f'--workdirs: {len(workdirs)} runs; at most {MAX_RUNS} can be told apart in one picture')

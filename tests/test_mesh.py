@@ -1,12 +1,6 @@
 """Four fake devices give what one gives: training, evaluation, attacks."""
 
 import functools
-import os
-import pathlib
-import platform
-import subprocess
-import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -93,62 +87,3 @@ def test_a_batch_that_does_not_divide(batch_size):
     with pytest.raises(ValueError, match=rf'data\.batch_size={batch_size}: .*multiple .* devices, 4'):
         mesh_lib.check_batch_size(batch_size, mesh_lib.create_mesh())
     mesh_lib.check_batch_size(8, mesh_lib.create_mesh())
-
-
-# Page faults of each of 5 calls of a program of 84 MB of temporaries, once the heap has grown.
-FAULTS = """
-import resource, sys
-import jax
-from convnorm_jax import mesh
-if sys.argv[1] == 'kept':
-    mesh.keep_host_memory()
-kernels = jax.random.normal(jax.random.key(0), (4, 3, 3, 64, 64))
-def loss(kernels, x):
-    for kernel in kernels:
-        x = jax.nn.relu(jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')))
-    return x.mean()
-x = jax.random.normal(jax.random.key(1), (32, 32, 32, 64))
-step = jax.jit(jax.grad(loss)).lower(kernels, x).compile()
-assert step.memory_analysis().temp_size_in_bytes > 50e6
-faults = []
-for _ in range(15):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    step(kernels, x).block_until_ready()
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(*sorted(faults[-5:]))
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='of glibc alone')
-def test_kept_memory_is_not_faulted_in_at_every_call():
-    environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
-    found = {}
-    for how in ('kept', 'as ever'):
-        command, root = [sys.executable, '-c', FAULTS, how], pathlib.Path(__file__).resolve().parents[1]
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
-        found[how] = [int(word) for word in done.stdout.split()]
-    # Medians: the heap may still grow in one of them.
-    assert found['as ever'][2] > 5000 and found['kept'][2] < 500, found
-
-
-@pytest.mark.parametrize(
-    ('platforms', 'installed', 'keeps'),
-    [('cpu', ['libtpu'], True), ('cuda,cpu', [], False), (None, ['jax_plugins'], False), (None, [], True)],
-)
-def test_memory_is_kept_only_where_the_cpu_computes(monkeypatch, platforms, installed, keeps):
-    called = []
-    libc = types.SimpleNamespace(mallopt=lambda *given: called.append(given))
-    with monkeypatch.context() as patch:
-        patch.setattr(mesh_lib.sys, 'platform', 'linux')
-        patch.setattr(mesh_lib.ctypes, 'CDLL', lambda name: libc)
-        patch.setattr(mesh_lib.importlib.util, 'find_spec', lambda name: name in installed or None)
-        patch.setattr(mesh_lib.jax, 'config', types.SimpleNamespace(jax_platforms=platforms))
-        mesh_lib.keep_host_memory()
-    assert bool(called) == keeps
-
-
-@pytest.mark.parametrize(('system', 'libc'), [('darwin', None), ('linux', object())])
-def test_without_glibc_nothing_is_asked_for(monkeypatch, system, libc):
-    monkeypatch.setattr(mesh_lib.sys, 'platform', system)
-    monkeypatch.setattr(mesh_lib.ctypes, 'CDLL', lambda name: libc)
-    mesh_lib.keep_host_memory()

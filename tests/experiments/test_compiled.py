@@ -1,4 +1,4 @@
-"""Compiled programs from one command to the next: found again, the user's settings, what can be wrong with the folder."""
+"""Compiled programs from one command to the next: found again, the user's settings, a folder that fails."""
 
 import os
 import pathlib
@@ -27,7 +27,7 @@ KEPT, FOUND, NEITHER = 'False True', 'True False', 'False False'
 
 @pytest.fixture
 def compile_once(tmp_path):
-    """Function of environment variables -> (folder, threshold, KEPT, FOUND or NEITHER, lines of the cache on stderr)."""
+    """Function of environment variables -> (folder, threshold, KEPT, FOUND or NEITHER, what stderr says of it)."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith('JAX_')}
 
     def run(cache=tmp_path, largest_file=1_000_000, **variables):
@@ -71,9 +71,7 @@ def test_a_file_in_place_of_the_folder_is_one_line(compile_once, tmp_path):
     (tmp_path / 'xla').write_text('')
     folder, _, outcome, said = compile_once()
     assert (folder, outcome) == ('None', NEITHER)
-    assert said == [
-        f'compiled programs are not kept in {tmp_path / "xla"} (File exists); the run goes on and compiles'
-    ]
+    assert said == [f'compiled programs are not kept in {tmp_path / "xla"} (File exists); the run goes on and compiles']
     assert len(compile_once(cache=tmp_path / 'xla' / 'below')[3]) == 1
 
 

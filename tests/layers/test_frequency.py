@@ -99,7 +99,9 @@ def test_gradients_are_the_adjoints(geometry):
             (by_kernel, dk, by_fft(geometry, x, dk, v)),
         ):
             size = np.linalg.norm(g) * np.linalg.norm(change)
-            np.testing.assert_allclose((gradient * direction).sum(dtype=np.float64), (g * change).sum(), atol=1e-6 * size)
+            np.testing.assert_allclose(
+                (gradient * direction).sum(dtype=np.float64), (g * change).sum(), atol=1e-6 * size
+            )
 
 
 @pytest.mark.parametrize('name', ['one matrix, strided', 'separable, odd and even', 'transposed, one matrix'])
@@ -119,7 +121,9 @@ def test_second_derivatives(name):
         by_x, by_kernel = jax.grad(lambda x, k: jnp.tanh(layer(x, k)).sum(), (0, 1))(x, kernel)
         return jnp.square(by_x).sum() + jnp.square(by_kernel).sum()
 
-    ours = jax.grad(functools.partial(penalty, lambda x, k: frequency.normalized_convolution(x, k, v, geometry)), (0, 1))
+    ours = jax.grad(
+        functools.partial(penalty, lambda x, k: frequency.normalized_convolution(x, k, v, geometry)), (0, 1)
+    )
     for found, expected in zip(ours(x, kernel), jax.grad(functools.partial(penalty, by_jax_fft), (0, 1))(x, kernel)):
         close(found, np.asarray(expected), 3e-5)
 
@@ -183,10 +187,14 @@ def test_bfloat16_error(size):
     y, back = jax.vjp(lambda x, k: frequency.normalized_convolution(x, k, v, geometry), rounded, kernel)
     assert y.dtype == jnp.bfloat16
     expected = by_fft(geometry, np.asarray(rounded, np.float64), kernel, np.asarray(v, np.float64))
-    error = lambda a, b: np.sqrt(np.mean((np.asarray(a, np.float64) - b) ** 2) / np.mean(np.asarray(b, np.float64) ** 2))
+    error = lambda a, b: np.sqrt(
+        np.mean((np.asarray(a, np.float64) - b) ** 2) / np.mean(np.asarray(b, np.float64) ** 2)
+    )
     assert error(y, expected) < 0.015
     g = jnp.asarray(random(8, *y.shape), jnp.bfloat16)
-    exact = jax.vjp(lambda x, k: frequency.normalized_convolution(x, k, v, geometry), x, kernel)[1](g.astype(jnp.float32))
+    exact = jax.vjp(lambda x, k: frequency.normalized_convolution(x, k, v, geometry), x, kernel)[1](
+        g.astype(jnp.float32)
+    )
     for found, wanted in zip(back(g), exact):
         assert error(found, wanted) < 0.015
     assert [a.dtype for a in back(g)] == [jnp.bfloat16, jnp.float32]
@@ -198,7 +206,9 @@ def test_the_kernel_scale_does_not_matter(method, scale):
     layer = ConvNorm(3, method=method, use_affine=False, use_batch_norm=False)
     x = random(9, 2, 8, 8, 2)
     variables = layer.init(jax.random.key(0), x, use_running_average=True)
-    run = jax.jit(lambda kernel: layer.apply({**variables, 'params': {'kernel': kernel}}, x, False, mutable=['batch_stats'])[0])
+    run = jax.jit(
+        lambda kernel: layer.apply({**variables, 'params': {'kernel': kernel}}, x, False, mutable=['batch_stats'])[0]
+    )
     kernel = variables['params']['kernel']
     if method == 'spatial' and scale in (1e-30, 1e30):
         pytest.skip('a direct convolution leaves the range of float32')

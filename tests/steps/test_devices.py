@@ -53,21 +53,30 @@ def check(found, params):
 
 @pytest.mark.parametrize('layer', ['convnorm', 'batchnorm', 'spectralnorm'])
 def test_a_clean_step(layer, mesh):
-    model, tx = create_model('simple_cnn', num_classes=10, layer=layer, width=16, depth=(1,)), make_optimizer('sgd', 0.1)
+    model, tx = (
+        create_model('simple_cnn', num_classes=10, layer=layer, width=16, depth=(1,)),
+        make_optimizer('sgd', 0.1),
+    )
     options = {'mean': (0.5,), 'std': (0.5,), 'augment_fn': functools.partial(augment, kind='none', padding=1)}
     state = create_state(model, tx, SHAPE, 0)
     check(instructions(classify.make_train_step(model, tx, **options), state, mesh), state.params)
 
 
 def test_parts_of_a_batch(mesh):
-    model, tx = create_model('simple_cnn', num_classes=10, layer='convnorm', width=16, depth=(1,)), make_optimizer('sgd', 0.1)
+    model, tx = (
+        create_model('simple_cnn', num_classes=10, layer='convnorm', width=16, depth=(1,)),
+        make_optimizer('sgd', 0.1),
+    )
     options = {'mean': (0.5,), 'std': (0.5,), 'augment_fn': lambda key, images: images, 'microbatches': 2}
     found = instructions(classify.make_train_step(model, tx, **options), create_state(model, tx, SHAPE, 0), mesh)
     assert {kind for kind, _ in found} == {'all-reduce'}
 
 
 def test_a_free_step(mesh):
-    model, tx = create_model('simple_cnn', num_classes=10, layer='convnorm', width=16, depth=(1,)), make_optimizer('sgd', 0.1)
+    model, tx = (
+        create_model('simple_cnn', num_classes=10, layer='convnorm', width=16, depth=(1,)),
+        make_optimizer('sgd', 0.1),
+    )
     options = {'mean': (0.5,), 'std': (0.5,), 'augment_fn': lambda key, images: images}
     step = adversarial.make_free_step(model, tx, epsilon=0.03, step_size=0.03, replays=1, **options)
     state = create_state(model, tx, SHAPE, 0)
@@ -75,7 +84,9 @@ def test_a_free_step(mesh):
 
 
 def test_a_step_of_a_gan(mesh):
-    nets = create_gan('sngan', picture_shape=SHAPE, discriminator_layer='convnorm', discriminator_width=8, generator_width=8, latent=8)
+    nets = create_gan(
+        'sngan', picture_shape=SHAPE, discriminator_layer='convnorm', discriminator_width=8, generator_width=8, latent=8
+    )
     tx = [make_optimizer('adam', 1e-3)] * 2
     step = gan.make_gan_step(
         *nets, *tx, loss='hinge', n_dis=1, latent=8, shard_fn=functools.partial(mesh_lib.shard_batch, mesh)
