@@ -1,9 +1,13 @@
 """Batch normalization with PyTorch's statistics."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.module import merge_param
+
+from convnorm_jax.layers.once import computed_once
 
 
 class BatchNorm(nn.Module):
@@ -29,31 +33,75 @@ class BatchNorm(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, use_running_average=None):
+    def __call__(self, x, use_running_average=None, before=None):
+        """Normalizes x, or what `before` makes of it.
+
+        Args:
+          x: [..., C].
+          use_running_average: see above.
+          before: (function, arguments): function(x, *arguments) is normalized, [..., C]. In training only x is kept for
+            the backward pass, and the function is applied anew there; it must be pure and close over no arrays.
+        """
         use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
         channels = x.shape[-1]
         mean_state = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), jnp.float32)
         var_state = self.variable('batch_stats', 'var', jnp.ones, (channels,), jnp.float32)
-        if use_running_average:
-            mean, var = mean_state.value, var_state.value
-        else:
-            mean, var = self._batch_statistics(x, mean_state, var_state)
-        y = (x.astype(jnp.float32) - mean) * jax.lax.rsqrt(var + self.epsilon)
+        scale, bias = jnp.float32(1), jnp.float32(0)
         if self.use_affine:
             scale = self.param('scale', nn.initializers.ones, (channels,), self.param_dtype)
             bias = self.param('bias', nn.initializers.zeros, (channels,), self.param_dtype)
-            y = y * scale + bias
+        function, arguments = before or (lambda x: x, ())
+        if use_running_average:
+            x = function(x, *arguments)
+            y = _normalized(x, mean_state.value, var_state.value, scale, bias, self.epsilon)
+        else:
+            normalize = functools.partial(_by_batch_statistics, function, self.epsilon)
+            if before is not None:
+                normalize = functools.partial(_recomputed, normalize)
+            y, mean, var = normalize(x, scale, bias, *arguments)
+            if not self.is_initializing():
+                self._update(mean_state, var_state, mean, var, x.size // channels)
         return y.astype(self.dtype or x.dtype)
 
-    def _batch_statistics(self, x, mean_state, var_state):
-        x = x.astype(jnp.float32)
-        axes = tuple(range(x.ndim - 1))
-        mean = x.mean(axes)
-        var = jnp.square(x - mean).mean(axes)
-        if not self.is_initializing():
-            count = x.size // x.shape[-1]
-            unbiased = var * (count / max(count - 1, 1))
-            keep = self.momentum
-            mean_state.value = keep * mean_state.value + (1 - keep) * mean
-            var_state.value = keep * var_state.value + (1 - keep) * unbiased
-        return mean, var
+    def _update(self, mean_state, var_state, mean, var, count):
+        unbiased = var * (count / max(count - 1, 1))
+        keep = self.momentum
+        mean_state.value = keep * mean_state.value + (1 - keep) * mean
+        var_state.value = keep * var_state.value + (1 - keep) * unbiased
+
+
+def _normalized(x, mean, var, scale, bias, epsilon):
+    return (x.astype(jnp.float32) - mean) * jax.lax.rsqrt(var + epsilon) * scale + bias
+
+
+def _by_batch_statistics(function, epsilon, x, scale, bias, *arguments):
+    """function(x, *arguments) normalized, float32, and its mean and variance over all axes but the last."""
+    x = function(x, *arguments).astype(jnp.float32)
+    axes = tuple(range(x.ndim - 1))
+    mean = x.mean(axes)
+    var = jnp.square(x - mean).mean(axes)
+    return _normalized(x, mean, var, scale, bias, epsilon), mean, var
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recomputed(function, x, *arguments):
+    """function(x, *arguments), several arrays, of which nothing but x and the arguments is kept for the backward pass.
+
+    As `jax.checkpoint`, whose barriers XLA:CPU does not heed.
+    """
+    return function(x, *arguments)
+
+
+def _recomputed_forward(function, x, *arguments):
+    return function(x, *arguments), (x, arguments)
+
+
+def _recomputed_backward(function, saved, cotangents):
+    x, arguments = saved
+    x, cotangents = jax.lax.optimization_barrier((x, cotangents))
+    first = cotangents[0][(slice(None), *[slice(1)] * (x.ndim - 1))]
+    _, back = jax.vjp(function, computed_once(x, first), *arguments)
+    return back(cotangents)
+
+
+_recomputed.defvjp(_recomputed_forward, _recomputed_backward)

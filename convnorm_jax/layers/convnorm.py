@@ -15,6 +15,7 @@ from convnorm_jax.layers.batch_norm import BatchNorm
 from convnorm_jax.layers.folding import COLLECTION, folded_values
 from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init
 from convnorm_jax.layers.method import METHODS, choose_method
+from convnorm_jax.layers.once import computed_once
 
 SPECTRUM_MODES = ('running', 'exact')
 
@@ -154,11 +155,13 @@ class NormalizedConvolution(nn.Module):
         if use_running_average and self.has_variable(COLLECTION, 'bias'):
             return self._folded(x, geometry)
         kernel = self.param('kernel', self.kernel_init, (*kernel_size, x.shape[-1], self.features), self.param_dtype)
-        x = frequency.computed_once(x, kernel)
+        x = computed_once(x, kernel[0, 0, 0, 0])
         v = self._preconditioner(kernel, geometry, method, use_running_average)
         y = self._normalized_convolution(x, kernel, v, geometry, method)
-        if self.use_affine:
-            y = self._affine(y, kernel_size)
+        affine = self._affine(kernel_size, y.dtype) if self.use_affine else None
+        if affine and not self.use_batch_norm:
+            function, arguments = affine
+            y = function(y, *arguments)
         if self.use_batch_norm:
             y = BatchNorm(
                 use_running_average=use_running_average,
@@ -167,7 +170,7 @@ class NormalizedConvolution(nn.Module):
                 use_affine=self.use_affine,
                 param_dtype=self.param_dtype,
                 name='batch_norm',
-            )(y)
+            )(y, before=affine)
         # Only where it is asked for by name: `init`, and mutable=True, ask for everything.
         if self.is_mutable_collection(COLLECTION) and not self.is_mutable_collection('params'):
             self._fold(kernel, v, geometry, method)
@@ -251,12 +254,16 @@ class NormalizedConvolution(nn.Module):
             f'got {given[0]}x{given[1]}; give {trained[0]}x{trained[1]}, {remedy}'
         )
 
-    def _affine(self, y, kernel_size):
+    def _affine(self, kernel_size, dtype):
+        """The channel-wise convolution with bias, as (function, arguments)."""
         fan_in = kernel_size[0] * kernel_size[1]
         kernel = self.param('affine_kernel', torch_kernel_init, (*kernel_size, 1, self.features), self.param_dtype)
         bias = self.param('affine_bias', torch_bias_init(fan_in), (self.features,), self.param_dtype)
-        y, kernel, bias = promote_dtype(y, kernel, bias, dtype=self.dtype)
-        return spectral.channelwise_convolution(y, kernel[:, :, 0]) + bias
+        return _channelwise_affine, promote_dtype(kernel[:, :, 0], bias, dtype=self.dtype or dtype)
+
+
+def _channelwise_affine(y, kernel, bias):
+    return spectral.channelwise_convolution(y, kernel) + bias
 
 
 class ConvNorm(NormalizedConvolution):
