@@ -14,8 +14,8 @@ def fold_for_inference(model, variables, images):
 
     In every ConvNorm and ConvNormTranspose the running preconditioner goes into the kernel's filters, and BatchNorm's
     running statistics, scale and bias into the channel-wise convolution (or, without one, into the filters): a layer is
-    then transform, products over the channels, transform back, channel-wise convolution and bias. Nothing of the kernel is
-    computed at inference any more. For the method 'spatial' the preconditioner stays a factor of its own.
+    then a transform, products over the channels, a transform back, the channel-wise convolution and a bias. Nothing of
+    the kernel is computed at inference any more. By the method 'spatial' the preconditioner stays a factor of its own.
 
     Args:
       model: a Linen module that takes `images` and `train`, as the nets of `convnorm_jax.models`.

@@ -10,11 +10,10 @@ three real ones (Gauss):
     m1 = (Xr + Xi) Kr,   m2 = Xr (Ki - Kr),   m3 = Xi (Kr + Ki),   Yr = m1 - m3,   Yi = m1 + m2.
 
 So the layer is what Winograd's convolutions are, a bilinear algorithm: y = C ((A k) * (B x)) with constant real
-matrices A, B, C, about 1.5 products a grid point and no complex number anywhere: a transform of
-the picture, a batch of matrix products over the channels, one for each row of A, the scale V, a transform back. Sums and differences of
-Gauss's rule are rows of the matrices, crop and stride are rows of C that are not there. For a 3x3 kernel that is 0.19
-(34x34) to 0.36 (6x6) of the direct convolution's multiplications, and the transforms do not depend on the number of
-channels on the other side.
+matrices A, B, C and about 1.5 products a grid point: a transform of the picture, a batch of matrix products over the
+channels (one for each row of A), the scale V, a transform back. Gauss's sums and differences are rows of the matrices,
+crop and stride are rows of C that are not there. For a 3x3 kernel that is 0.19 (34x34) to 0.36 (6x6) of the direct
+convolution's multiplications, and the transforms do not depend on the number of channels on the other side.
 
 The only transposes are between two products: rows are transformed picture by picture, columns with the batch inside.
 """

@@ -8,9 +8,9 @@ def computed_once(x, other):
     """x, as an array of its own and only after `other`: XLA:CPU makes it once, and keeps what it is made of no longer.
 
     It would compute a chain of cheap elementwise operations anew in each operation that reads the result, within
-    transposes too, element by element (a layer's whole normalization: 109 ms where the transpose takes 1). A division it
-    takes for too costly for that, and barriers are gone by then. So this divides by 1, which XLA can not know. Elsewhere
-    than on the CPU it is x itself.
+    transposes too, element by element (a layer's whole normalization: 109 ms where the transpose takes 1). It takes a
+    division for too costly for that, and barriers are gone by then. So this divides by 1, which XLA can not know.
+    Elsewhere than on the CPU it is x itself.
 
     Args:
       x: an array.
