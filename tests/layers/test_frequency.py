@@ -100,7 +100,7 @@ def test_gradients_are_the_adjoints(geometry):
         ):
             size = np.linalg.norm(g) * np.linalg.norm(change)
             np.testing.assert_allclose(
-                (gradient * direction).sum(dtype=np.float64), (g * change).sum(), atol=1e-6 * size
+                np.sum(np.asarray(gradient, np.float64) * direction), (g * change).sum(), atol=1e-6 * size
             )
 
 
@@ -153,6 +153,9 @@ def test_number_of_products():
     assert frequency.products(convolution((5, 5))) == 1 + 3 * (49 - 1) // 2
     # Separable: three for each of the half plane.
     assert frequency.products(convolution((32, 32))) == 3 * 34 * 18
+    for geometry in GEOMETRIES.values():
+        kernel = jnp.zeros((*map(len, geometry.taps), 1, 1))
+        assert len(frequency.kernel_filters(kernel, geometry)) == frequency.products(geometry)
 
 
 @pytest.mark.parametrize('size', [(6, 6), (12, 11)])
