@@ -149,7 +149,7 @@ class ConvNormTranspose(NormalizedConvolution):
       strides: int or (sh, sw).
       padding: int or pairs, between 0 and k-1 on each side, cropped from the output as by
         PyTorch's ConvTranspose2d: the output is (n-1)*s + k - 2p large.
-      use_affine, use_batch_norm, use_running_average, momentum, spectrum, batch_norm_momentum,
+      use_affine, use_batch_norm, use_running_average, momentum, spectrum, method, batch_norm_momentum,
         batch_norm_epsilon, dtype, param_dtype, precision: see `ConvNorm`.
     """
 
