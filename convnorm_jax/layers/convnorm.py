@@ -155,7 +155,6 @@ class NormalizedConvolution(nn.Module):
         if use_running_average and self.has_variable(COLLECTION, 'bias'):
             return self._folded(x, geometry)
         kernel = self.param('kernel', self.kernel_init, (*kernel_size, x.shape[-1], self.features), self.param_dtype)
-        x = computed_once(x, kernel[0, 0, 0, 0])
         v = self._preconditioner(kernel, geometry, method, use_running_average)
         y = self._normalized_convolution(x, kernel, v, geometry, method)
         affine = self._affine(kernel_size, y.dtype) if self.use_affine else None
@@ -174,7 +173,7 @@ class NormalizedConvolution(nn.Module):
         # Only where it is asked for by name: `init`, and mutable=True, ask for everything.
         if self.is_mutable_collection(COLLECTION) and not self.is_mutable_collection('params'):
             self._fold(kernel, v, geometry, method)
-        return y
+        return computed_once(y, kernel[0, 0, 0, 0])
 
     def _fold(self, kernel, v, geometry, method):
         """Writes what `fold_for_inference` wants."""

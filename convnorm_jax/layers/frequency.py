@@ -32,6 +32,9 @@ from convnorm_jax.layers.once import computed_once
 # edges of the half plane.
 DENSE_GRID_POINTS = 100
 
+# Numbers in a layer's filters (40 MB) up to which they are held at once; beyond it the output channels take turns.
+FILTERS_AT_ONCE = 10 * 2**20
+
 _EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -190,9 +193,12 @@ def power_spectrum(kernel, geometry):
     Returns:
       float32 [Hf, Wf, cout].
     """
-    # The barrier keeps the filters' reshape out of the sum, which XLA:CPU then takes three times as long for.
-    filters = jax.lax.optimization_barrier(kernel_filters(kernel.astype(jnp.float32), geometry))
-    energy = jnp.square(filters).sum(axis=1)
+    energies = []
+    for part in _split(kernel.astype(jnp.float32), _turns(kernel.shape, geometry)):
+        # The barrier keeps the filters' reshape out of the sum, which XLA:CPU then takes three times as long for.
+        filters = jax.lax.optimization_barrier(kernel_filters(part, geometry))
+        energies.append(jnp.square(filters).sum(axis=1))
+    energy = jnp.concatenate(energies, axis=-1)
     first, second = _plan(geometry).power.T
     return (0.5 * (energy[first] + energy[second])).reshape(*geometry.grid, -1)
 
@@ -220,7 +226,11 @@ def normalized_convolution(x, kernel, v, geometry, precision=None):
     Returns:
       [B, len(kept rows), len(kept columns), cout], the dtype of x. Products accumulate in float32 at least.
     """
-    return filtered(x, kernel_filters(kernel, geometry), on_rows(v, geometry), geometry, precision)
+    spectrum = _analyze(computed_once(x, kernel[0, 0, 0, 0]), _plan(geometry).analysis)
+    turns = _turns(kernel.shape, geometry)
+    parts = zip(_split(kernel, turns), _split(on_rows(v, geometry), turns))
+    outputs = [_output(spectrum, kernel_filters(k, geometry), scale, geometry, precision) for k, scale in parts]
+    return jnp.concatenate(outputs, axis=-1)
 
 
 def filtered(x, filters, scale, geometry, precision=None):
@@ -235,9 +245,23 @@ def filtered(x, filters, scale, geometry, precision=None):
     Returns:
       [B, len(kept rows), len(kept columns), cout], the dtype of x.
     """
-    plan = _plan(geometry)
-    response = _channels('rbi,rio->rbo', _analyze(x, plan.analysis), filters.astype(x.dtype), precision) * scale
-    return _synthesize(response.astype(x.dtype), plan.synthesis, _size(geometry.kept))
+    return _output(_analyze(x, _plan(geometry).analysis), filters, scale, geometry, precision)
+
+
+def _output(spectrum, filters, scale, geometry, precision):
+    response = _channels('rbi,rio->rbo', spectrum, filters.astype(spectrum.dtype), precision) * scale
+    return _synthesize(response.astype(spectrum.dtype), _plan(geometry).synthesis, _size(geometry.kept))
+
+
+def _turns(shape, geometry):
+    """In how many parts a kernel of that shape has its output channels, see `FILTERS_AT_ONCE`."""
+    *_, features_in, features = shape
+    held = products(geometry) * features_in * features / FILTERS_AT_ONCE
+    return next(n for n in range(1, features + 1) if features % n == 0 and (n >= held or n == features))
+
+
+def _split(array, parts):
+    return jnp.split(array, parts, axis=-1)
 
 
 def _forward(x, kernel, v, geometry, precision):
@@ -251,12 +275,15 @@ def _backward(geometry, precision, saved, cotangent):
     x, cotangent = jax.lax.optimization_barrier((x, cotangent))
     x = computed_once(x, cotangent[:, :1, :1, :1])
     spectrum = _analyze(x, plan.analysis)
-    response = (_analyze(cotangent, _transposed(plan.synthesis)) * on_rows(v, geometry)).astype(x.dtype)
-    filters = kernel_filters(kernel.swapaxes(2, 3), geometry).astype(x.dtype)
-    by_spectrum = _channels('rbo,roi->rbi', response, filters, precision).astype(x.dtype)
-    by_x = _synthesize(by_spectrum, _transposed(plan.analysis), _size(geometry.inputs))
-    by_kernel = _kernel_gradient(spectrum, response, plan, precision).reshape(kernel.shape)
-    return by_x, by_kernel.astype(kernel.dtype), jnp.zeros_like(v)
+    turns = _turns(kernel.shape, geometry)
+    by_spectrum, by_kernel = 0, []
+    for k, scale, c in zip(*(_split(a, turns) for a in (kernel, on_rows(v, geometry), cotangent))):
+        response = (_analyze(c, _transposed(plan.synthesis)) * scale).astype(x.dtype)
+        by_kernel.append(_kernel_gradient(spectrum, response, plan, precision).reshape(k.shape))
+        filters = kernel_filters(k.swapaxes(2, 3), geometry).astype(x.dtype)
+        by_spectrum += _channels('rbo,roi->rbi', response, filters, precision)
+    by_x = _synthesize(by_spectrum.astype(x.dtype), _transposed(plan.analysis), _size(geometry.inputs))
+    return by_x, jnp.concatenate(by_kernel, axis=-1).astype(kernel.dtype), jnp.zeros_like(v)
 
 
 normalized_convolution.defvjp(_forward, _backward)
