@@ -50,15 +50,13 @@ class BatchNorm(nn.Module):
         if self.use_affine:
             scale = self.param('scale', nn.initializers.ones, (channels,), self.param_dtype)
             bias = self.param('bias', nn.initializers.zeros, (channels,), self.param_dtype)
-        function, arguments = before or (lambda x: x, ())
+        function, arguments = before or (_identity, ())
         if use_running_average:
             x = function(x, *arguments)
             y = _normalized(x, mean_state.value, var_state.value, scale, bias, self.epsilon)
         else:
-            normalize = functools.partial(_by_batch_statistics, function, self.epsilon)
-            if before is not None:
-                normalize = functools.partial(_recomputed, normalize)
-            y, mean, var = normalize(x, scale, bias, *arguments)
+            normalize = _by_batch_statistics if before is None else _recomputed
+            y, mean, var = normalize(function, self.epsilon, x, scale, bias, *arguments)
             if not self.is_initializing():
                 self._update(mean_state, var_state, mean, var, x.size // channels)
         return y.astype(self.dtype or x.dtype)
@@ -74,6 +72,12 @@ def _normalized(x, mean, var, scale, bias, epsilon):
     return (x.astype(jnp.float32) - mean) * jax.lax.rsqrt(var + epsilon) * scale + bias
 
 
+def _identity(x):
+    return x
+
+
+# `jit`, here and below: JAX traces and lowers it once for all layers of a shape.
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _by_batch_statistics(function, epsilon, x, scale, bias, *arguments):
     """function(x, *arguments) normalized, float32, and its mean and variance over all axes but the last."""
     x = function(x, *arguments).astype(jnp.float32)
@@ -83,25 +87,41 @@ def _by_batch_statistics(function, epsilon, x, scale, bias, *arguments):
     return _normalized(x, mean, var, scale, bias, epsilon), mean, var
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recomputed(function, x, *arguments):
-    """function(x, *arguments), several arrays, of which nothing but x and the arguments is kept for the backward pass.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _recomputed(function, epsilon, x, scale, bias, *arguments):
+    """`_by_batch_statistics`, of which no array of the size of its output is kept for the backward pass but x.
 
-    As `jax.checkpoint`, whose barriers XLA:CPU does not heed.
+    As `jax.checkpoint` has it, whose barriers XLA:CPU does not heed, but for the statistics, which are kept. Reverse
+    mode only.
     """
-    return function(x, *arguments)
+    return _by_batch_statistics(function, epsilon, x, scale, bias, *arguments)
 
 
-def _recomputed_forward(function, x, *arguments):
-    return function(x, *arguments), (x, arguments)
+def _recomputed_forward(function, epsilon, x, scale, bias, *arguments):
+    y, mean, var = _by_batch_statistics(function, epsilon, x, scale, bias, *arguments)
+    return (y, mean, var), (x, scale, mean, var, arguments)
 
 
-def _recomputed_backward(function, saved, cotangents):
-    x, arguments = saved
-    x, cotangents = jax.lax.optimization_barrier((x, cotangents))
-    first = cotangents[0][(slice(None), *[slice(1)] * (x.ndim - 1))]
-    _, back = jax.vjp(function, computed_once(x, first), *arguments)
-    return back(cotangents)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _recomputed_backward(function, epsilon, saved, cotangents):
+    x, scale, mean, var, arguments = saved
+    x, (cotangent, by_mean, by_var) = jax.lax.optimization_barrier((x, cotangents))
+    x = computed_once(x, cotangent[(slice(None), *[slice(1)] * (x.ndim - 1))])
+    y, back = jax.vjp(function, x, *arguments)
+    axes = tuple(range(y.ndim - 1))
+    count = y.size // y.shape[-1]
+    deviation, inverse = y.astype(jnp.float32) - mean, jax.lax.rsqrt(var + epsilon)
+    # Equations of Ioffe and Szegedy, section 3, with both of their sums taken before anything is written.
+    by_bias, by_scale = cotangent.sum(axes), inverse * (cotangent * deviation).sum(axes)
+    slope = (2 * by_var - scale * inverse**2 * by_scale) / count
+    by_y = scale * inverse * cotangent + (slope * deviation + (by_mean - scale * inverse * by_bias) / count)
+    by_x, *by_arguments = back(by_y.astype(y.dtype))
+    return by_x, _like(by_scale, scale), _like(by_bias, scale), *by_arguments
+
+
+def _like(gradient, scale):
+    """A gradient for each channel as one for a scale that may be a single number."""
+    return gradient.reshape(scale.shape) if scale.ndim else gradient.sum()
 
 
 _recomputed.defvjp(_recomputed_forward, _recomputed_backward)

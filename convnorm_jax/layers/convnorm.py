@@ -218,10 +218,7 @@ class NormalizedConvolution(nn.Module):
     def _preconditioner(self, kernel, geometry, method, use_running_average):
         """V of this pass, float32 [Hf, Wf, features]; updates the running average in training."""
         grid = geometry.grid
-        power_fn = spectral.power_spectrum
-        if method == 'frequency':
-            power_fn = lambda kernel, grid: frequency.power_spectrum(kernel, geometry)
-        current = functools.partial(spectral.preconditioner, kernel, grid, power_fn)
+        current = functools.partial(_current_preconditioner, kernel, geometry, method)
         # At initialization the state is made in every mode, so that it never changes its shape.
         if self.spectrum == 'exact' and use_running_average and not self.is_initializing():
             return current()
@@ -259,6 +256,14 @@ class NormalizedConvolution(nn.Module):
         kernel = self.param('affine_kernel', torch_kernel_init, (*kernel_size, 1, self.features), self.param_dtype)
         bias = self.param('affine_bias', torch_bias_init(fan_in), (self.features,), self.param_dtype)
         return _channelwise_affine, promote_dtype(kernel[:, :, 0], bias, dtype=self.dtype or dtype)
+
+
+# `jit`: JAX traces and lowers it once for all layers of a shape.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _current_preconditioner(kernel, geometry, method):
+    if method == 'spatial':
+        return spectral.preconditioner(kernel, geometry.grid)
+    return spectral.preconditioner(kernel, geometry.grid, lambda k, _: frequency.power_spectrum(k, geometry))
 
 
 def _channelwise_affine(y, kernel, bias):

@@ -182,6 +182,8 @@ def kernel_filters(kernel, geometry):
     return flat.reshape(-1, *kernel.shape[2:])
 
 
+# `jit`, here and below: JAX traces and lowers it once for all layers of a shape.
+@functools.partial(jax.jit, static_argnums=1)
 def power_spectrum(kernel, geometry):
     """`spectral.power_spectrum` from `kernel_filters`, which XLA then computes but once for both.
 
@@ -226,6 +228,11 @@ def normalized_convolution(x, kernel, v, geometry, precision=None):
     Returns:
       [B, len(kept rows), len(kept columns), cout], the dtype of x. Products accumulate in float32 at least.
     """
+    return _normalized_convolution(x, kernel, v, geometry, precision)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _normalized_convolution(x, kernel, v, geometry, precision):
     spectrum = _analyze(computed_once(x, kernel[0, 0, 0, 0]), _plan(geometry).analysis)
     turns = _turns(kernel.shape, geometry)
     parts = zip(_split(kernel, turns), _split(on_rows(v, geometry), turns))
@@ -265,9 +272,10 @@ def _split(array, parts):
 
 
 def _forward(x, kernel, v, geometry, precision):
-    return normalized_convolution(x, kernel, v, geometry, precision), (x, kernel, v)
+    return _normalized_convolution(x, kernel, v, geometry, precision), (x, kernel, v)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _backward(geometry, precision, saved, cotangent):
     x, kernel, v = saved
     plan = _plan(geometry)

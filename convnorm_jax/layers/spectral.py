@@ -300,7 +300,7 @@ def _tap_products(x, y, kernel_size):
     # One pass for all taps; first over the rows only, which keeps float32's sums short. Not over the batch:
     # a batch that is cut over devices would be gathered for it (XLA has no all-reduce of nine sums at once).
     sums = jax.lax.reduce(products, zeros, lambda a, b: [p + q for p, q in zip(a, b)], (2,))
-    return jnp.stack([jax.lax.optimization_barrier(s).sum((0, 1)) for s in sums]).reshape(*kernel_size, -1)
+    return jnp.stack(jax.lax.optimization_barrier(sums)).sum((1, 2)).reshape(*kernel_size, -1)
 
 
 def _tap_products_forward(x, y, kernel_size):
