@@ -211,9 +211,7 @@ class NormalizedConvolution(nn.Module):
             return self._pointwise(x, (rounded * v).astype(x.dtype))
         if method == 'spatial':
             return spectral.filter_and_crop(self._full_convolution(x, rounded), v, geometry.kept)
-        # Filters of size 1, as `spectral.preconditioner` has them.
-        size = jax.lax.stop_gradient(spectral.filter_sizes(kernel)[0])
-        return frequency.normalized_convolution(x, kernel / size, v * size, geometry, self.precision)
+        return frequency.normalized_convolution(x, kernel, v, geometry, self.precision)
 
     def _preconditioner(self, kernel, geometry, method, use_running_average):
         """V of this pass, float32 [Hf, Wf, features]; updates the running average in training."""

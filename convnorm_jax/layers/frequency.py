@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convnorm_jax.layers import spectral
 from convnorm_jax.layers.once import computed_once
 
 # Up to this many grid points one matrix transforms the whole grid, above them two do, columns then rows. Separable
@@ -231,8 +232,15 @@ def normalized_convolution(x, kernel, v, geometry, precision=None):
     return _normalized_convolution(x, kernel, v, geometry, precision)
 
 
+def _sized(kernel, v):
+    """Kernel and V with filters of size 1, as `spectral.preconditioner` has them, and their sizes."""
+    size = jax.lax.stop_gradient(spectral.filter_sizes(kernel)[0])
+    return kernel / size, v * size, size
+
+
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _normalized_convolution(x, kernel, v, geometry, precision):
+    kernel, v, _ = _sized(kernel, v)
     spectrum = _analyze(computed_once(x, kernel[0, 0, 0, 0]), _plan(geometry).analysis)
     turns = _turns(kernel.shape, geometry)
     parts = zip(_split(kernel, turns), _split(on_rows(v, geometry), turns))
@@ -278,7 +286,7 @@ def _forward(x, kernel, v, geometry, precision):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _backward(geometry, precision, saved, cotangent):
     x, kernel, v = saved
-    plan = _plan(geometry)
+    (kernel, v, size), plan = _sized(kernel, v), _plan(geometry)
     # Only once the cotangent is there: XLA would take the transform of the forward pass, and keep it until now.
     x, cotangent = jax.lax.optimization_barrier((x, cotangent))
     x = computed_once(x, cotangent[:, :1, :1, :1])
@@ -291,7 +299,8 @@ def _backward(geometry, precision, saved, cotangent):
         filters = kernel_filters(k.swapaxes(2, 3), geometry).astype(x.dtype)
         by_spectrum += _channels('rbo,roi->rbi', response, filters, precision)
     by_x = _synthesize(by_spectrum.astype(x.dtype), _transposed(plan.analysis), _size(geometry.inputs))
-    return by_x, jnp.concatenate(by_kernel, axis=-1).astype(kernel.dtype), jnp.zeros_like(v)
+    by_kernel = jnp.concatenate(by_kernel, axis=-1) / size
+    return by_x, by_kernel.astype(kernel.dtype), jnp.zeros_like(v)
 
 
 normalized_convolution.defvjp(_forward, _backward)
