@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.module import merge_param
+from jax.custom_derivatives import SymbolicZero
 
 from convnorm_jax.layers.once import computed_once
 
@@ -97,14 +98,23 @@ def _recomputed(function, epsilon, x, scale, bias, *arguments):
     return _by_batch_statistics(function, epsilon, x, scale, bias, *arguments)
 
 
-def _recomputed_forward(function, epsilon, x, scale, bias, *arguments):
+def _recomputed_forward(function, epsilon, *given):
+    wanted = any(argument.perturbed for argument in given[3:])
+    x, scale, bias, *arguments = (argument.value for argument in given)
     y, mean, var = _by_batch_statistics(function, epsilon, x, scale, bias, *arguments)
-    return (y, mean, var), (x, scale, mean, var, arguments)
+    # What is wanted is told by the structure of what is kept, for it must be known when the program is made.
+    return (y, mean, var), (x, scale, mean, var, arguments, () if wanted else None)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _recomputed_backward(function, epsilon, saved, cotangents):
-    x, scale, mean, var, arguments = saved
+    *arrays, wanted = saved
+    cotangents = [jnp.zeros(c.shape, c.dtype) if isinstance(c, SymbolicZero) else c for c in cotangents]
+    return _gradients(*arrays, cotangents, function, epsilon, wanted is not None)
+
+
+@functools.partial(jax.jit, static_argnums=(6, 7, 8))
+def _gradients(x, scale, mean, var, arguments, cotangents, function, epsilon, wanted):
+    """By x, scale, bias and, if they are wanted, the arguments of the function, else None for them."""
     x, (cotangent, by_mean, by_var) = jax.lax.optimization_barrier((x, cotangents))
     x = computed_once(x, cotangent[(slice(None), *[slice(1)] * (x.ndim - 1))])
     y, back = jax.vjp(function, x, *arguments)
@@ -116,6 +126,10 @@ def _recomputed_backward(function, epsilon, saved, cotangents):
     slope = (2 * by_var - scale * inverse**2 * by_scale) / count
     by_y = scale * inverse * cotangent + (slope * deviation + (by_mean - scale * inverse * by_bias) / count)
     by_x, *by_arguments = back(by_y.astype(y.dtype))
+    if wanted:
+        # Only after them: XLA:CPU may put them off to the end of the backward pass, and keep what they are made of.
+        by_x = computed_once(by_x, by_arguments[0].ravel()[0])
+    by_arguments = by_arguments if wanted else [None] * len(arguments)
     return by_x, _like(by_scale, scale), _like(by_bias, scale), *by_arguments
 
 
@@ -124,4 +138,4 @@ def _like(gradient, scale):
     return gradient.reshape(scale.shape) if scale.ndim else gradient.sum()
 
 
-_recomputed.defvjp(_recomputed_forward, _recomputed_backward)
+_recomputed.defvjp(_recomputed_forward, _recomputed_backward, symbolic_zeros=True)

@@ -280,30 +280,41 @@ def _split(array, parts):
 
 
 def _forward(x, kernel, v, geometry, precision):
-    return _normalized_convolution(x, kernel, v, geometry, precision), (x, kernel, v)
+    wanted = kernel.perturbed
+    x, kernel, v = (argument.value for argument in (x, kernel, v))
+    # What is wanted is told by the structure of what is kept, for it must be known when the program is made.
+    return _normalized_convolution(x, kernel, v, geometry, precision), (x, kernel, v, () if wanted else None)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _backward(geometry, precision, saved, cotangent):
-    x, kernel, v = saved
+    *arrays, wanted = saved
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return None, None, None
+    return *_gradients(*arrays, cotangent, geometry, precision, wanted is not None), None
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _gradients(x, kernel, v, cotangent, geometry, precision, wanted):
+    """By x and, if it is wanted, by the kernel, else None for it."""
     (kernel, v, size), plan = _sized(kernel, v), _plan(geometry)
     # Only once the cotangent is there: XLA would take the transform of the forward pass, and keep it until now.
     x, cotangent = jax.lax.optimization_barrier((x, cotangent))
-    x = computed_once(x, cotangent[:, :1, :1, :1])
-    spectrum = _analyze(x, plan.analysis)
+    spectrum = _analyze(computed_once(x, cotangent[:, :1, :1, :1]), plan.analysis)
     turns = _turns(kernel.shape, geometry)
     by_spectrum, by_kernel = 0, []
     for k, scale, c in zip(*(_split(a, turns) for a in (kernel, on_rows(v, geometry), cotangent))):
         response = (_analyze(c, _transposed(plan.synthesis)) * scale).astype(x.dtype)
-        by_kernel.append(_kernel_gradient(spectrum, response, plan, precision).reshape(k.shape))
+        if wanted:
+            by_kernel.append(_kernel_gradient(spectrum, response, plan, precision).reshape(k.shape))
+            # Only after it: XLA:CPU may put off the gradients by all kernels, and keep all responses until then.
+            k = computed_once(k, by_kernel[-1][0, 0, 0, 0])
         filters = kernel_filters(k.swapaxes(2, 3), geometry).astype(x.dtype)
         by_spectrum += _channels('rbo,roi->rbi', response, filters, precision)
     by_x = _synthesize(by_spectrum.astype(x.dtype), _transposed(plan.analysis), _size(geometry.inputs))
-    by_kernel = jnp.concatenate(by_kernel, axis=-1) / size
-    return by_x, by_kernel.astype(kernel.dtype), jnp.zeros_like(v)
+    return by_x, (jnp.concatenate(by_kernel, axis=-1) / size).astype(kernel.dtype) if wanted else None
 
 
-normalized_convolution.defvjp(_forward, _backward)
+normalized_convolution.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _kernel_gradient(spectrum, response, plan, precision):

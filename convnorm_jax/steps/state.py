@@ -90,14 +90,3 @@ def make_optimizer(name, learning_rate, *, momentum=0.9, beta2=0.999, weight_dec
 
 def _decayed(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != 'shift', params)
-
-
-def global_norm(tree):
-    """`optax.global_norm`, the Euclidean norm of all the numbers of a tree of arrays, with less to compile.
-
-    XLA:CPU makes three operations of each array's sum of squares; here vectors and scalars are one array.
-    """
-    arrays = jax.tree.leaves(tree)
-    small = [a.ravel() for a in arrays if a.ndim < 2]
-    large = [a for a in arrays if a.ndim >= 2]
-    return optax.global_norm([*large, *([jnp.concatenate(small)] if small else [])])
