@@ -144,10 +144,9 @@ def preconditioner(kernel, grid, power_fn=power_spectrum):
     kernel = jax.lax.stop_gradient(kernel).astype(jnp.float32)
     size, dead = filter_sizes(kernel)
     kernel = kernel / size
-    energy = jnp.square(kernel).sum(axis=(0, 1, 2))
     flat = kernel.shape[:2] == (1, 1)
-    power = energy[None, None] if flat else power_fn(kernel, grid)
-    floor = jnp.where(dead, 1.0, RELATIVE_FLOOR * energy)
+    power = jnp.square(kernel).sum(axis=2) if flat else power_fn(kernel, grid)
+    floor = jnp.where(dead, 1.0, RELATIVE_FLOOR * power.mean(axis=(0, 1)))  # the filter's energy, by Parseval
     return jnp.where(dead, 1.0, jax.lax.rsqrt(jnp.maximum(power, floor)) / size)
 
 
@@ -262,14 +261,22 @@ def channelwise_convolution(x, kernel):
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)  # k*k terms would each be rounded
     taps = kernel.astype(wide).reshape(-1, kernel.shape[-1])
-    return sum(part.astype(wide) * tap for part, tap in zip(_shifted(x, kernel.shape[:2]), taps)).astype(x.dtype)
+    # `jax.lax`, here and below: jax.numpy's operators take five times as long to trace.
+    products = [
+        jax.lax.mul(jax.lax.convert_element_type(part, wide), jax.lax.broadcast_in_dim(tap, x.shape, (3,)))
+        for part, tap in zip(_shifted(x, kernel.shape[:2]), taps)
+    ]
+    return functools.reduce(jax.lax.add, products).astype(x.dtype)
 
 
 def _shifted(x, kernel_size):
     """The k*k views of x that the taps of a channel-wise convolution multiply, in their order."""
-    (kh, kw), (_, height, width, _) = kernel_size, x.shape
-    x = jnp.pad(x, ((0, 0), ((kh - 1) // 2, kh // 2), ((kw - 1) // 2, kw // 2), (0, 0)))
-    return [x[:, a : a + height, b : b + width] for a in range(kh) for b in range(kw)]
+    (kh, kw), (batch, height, width, channels) = kernel_size, x.shape
+    edges = [(0, 0, 0), ((kh - 1) // 2, kh // 2, 0), ((kw - 1) // 2, kw // 2, 0), (0, 0, 0)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
+    return [
+        jax.lax.slice(x, (0, a, b, 0), (batch, a + height, b + width, channels)) for a in range(kh) for b in range(kw)
+    ]
 
 
 def _channelwise_forward(x, kernel):
@@ -295,11 +302,12 @@ def _channelwise_transpose(y, kernel):
 def _tap_products(x, y, kernel_size):
     """Sums over batch and picture of y times each shifted x: [kh, kw, C], the gradient by the kernel."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    products = [part.astype(wide) * y.astype(wide) for part in _shifted(x, kernel_size)]
+    y = y.astype(wide)
+    products = [jax.lax.mul(jax.lax.convert_element_type(part, wide), y) for part in _shifted(x, kernel_size)]
     zeros = [jnp.zeros((), wide)] * len(products)
     # One pass for all taps; first over the rows only, which keeps float32's sums short. Not over the batch:
     # a batch that is cut over devices would be gathered for it (XLA has no all-reduce of nine sums at once).
-    sums = jax.lax.reduce(products, zeros, lambda a, b: [p + q for p, q in zip(a, b)], (2,))
+    sums = jax.lax.reduce(products, zeros, lambda a, b: [jax.lax.add(p, q) for p, q in zip(a, b)], (2,))
     return jnp.stack(jax.lax.optimization_barrier(sums)).sum((1, 2)).reshape(*kernel_size, -1)
 
 

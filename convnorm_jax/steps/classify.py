@@ -6,6 +6,7 @@ import optax
 
 from convnorm_jax.attacks.parts import repeat
 from convnorm_jax.data.augment import normalize, to_float
+from convnorm_jax.steps.state import global_norm
 
 
 def make_logits_fn(model, mean, std):
@@ -103,7 +104,7 @@ def _update_in_parts(state, loss_fn, tx, ema_decay, microbatches, pixels, labels
         {name: zeros for name in ('loss', 'accuracy', 'gradient_norm')},
     )
     model_state, grads, metrics = repeat(microbatches, body, start)
-    metrics['gradient_norm'] = (optax.global_norm(grads), jnp.float32(1))
+    metrics['gradient_norm'] = (global_norm(grads), jnp.float32(1))
     return apply_gradients(state, grads, model_state, tx, ema_decay), metrics
 
 
@@ -131,7 +132,7 @@ def step_metrics(loss, logits, labels, grads):
     return {
         'loss': (loss * count, count),
         'accuracy': (jnp.sum(logits.argmax(-1) == labels).astype(jnp.float32), count),
-        'gradient_norm': (optax.global_norm(grads), jnp.float32(1)),
+        'gradient_norm': (global_norm(grads), jnp.float32(1)),
     }
 
 

@@ -11,6 +11,7 @@ from convnorm_jax.attacks import parts
 from convnorm_jax.data.augment import to_float
 from convnorm_jax.data.diffaugment import diffaugment
 from convnorm_jax.steps import gan_losses
+from convnorm_jax.steps.state import global_norm
 
 METRICS = (
     'discriminator_loss',
@@ -185,7 +186,7 @@ def make_gan_step(
             'discriminator_loss': value,
             'real_logit': real_logit,
             'fake_logit': fake_logit,
-            'discriminator_gradient_norm': optax.global_norm(grads),
+            'discriminator_gradient_norm': global_norm(grads),
         }
 
     def generator_update(state, batch, key):
@@ -200,7 +201,7 @@ def make_gan_step(
 
         (value, model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(net.params)
         state = state.replace(generator=net.updated(grads, model_state, generator_tx))
-        return state, {'generator_loss': value, 'generator_gradient_norm': optax.global_norm(grads)}
+        return state, {'generator_loss': value, 'generator_gradient_norm': global_norm(grads)}
 
     def gan_step(state, batch):
         key = jax.random.fold_in(state.rng, state.step)

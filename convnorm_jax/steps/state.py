@@ -90,3 +90,8 @@ def make_optimizer(name, learning_rate, *, momentum=0.9, beta2=0.999, weight_dec
 
 def _decayed(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != 'shift', params)
+
+
+def global_norm(tree):
+    """Euclidean norm of all the numbers of a tree of arrays: `optax.global_norm`, half as long to trace."""
+    return jnp.sqrt(optax.tree_utils.tree_vdot(tree, tree))
