@@ -128,7 +128,7 @@ def _gradients(x, scale, mean, var, arguments, cotangents, function, epsilon, wa
     by_x, *by_arguments = back(by_y.astype(y.dtype))
     if wanted:
         # Only after them: XLA:CPU may put them off to the end of the backward pass, and keep what they are made of.
-        by_x = computed_once(by_x, by_arguments[0].ravel()[0])
+        by_x = computed_once(by_x, sum(a.ravel()[0] for a in by_arguments))
     by_arguments = by_arguments if wanted else [None] * len(arguments)
     return by_x, _like(by_scale, scale), _like(by_bias, scale), *by_arguments
 

@@ -33,9 +33,6 @@ from convnorm_jax.layers.once import computed_once
 # edges of the half plane.
 DENSE_GRID_POINTS = 100
 
-# Numbers in a layer's filters (40 MB) up to which they are held at once; beyond it the output channels take turns.
-FILTERS_AT_ONCE = 10 * 2**20
-
 _EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -196,12 +193,9 @@ def power_spectrum(kernel, geometry):
     Returns:
       float32 [Hf, Wf, cout].
     """
-    energies = []
-    for part in _split(kernel.astype(jnp.float32), _turns(kernel.shape, geometry)):
-        # The barrier keeps the filters' reshape out of the sum, which XLA:CPU then takes three times as long for.
-        filters = jax.lax.optimization_barrier(kernel_filters(part, geometry))
-        energies.append(jnp.square(filters).sum(axis=1))
-    energy = jnp.concatenate(energies, axis=-1)
+    # The barrier keeps the filters' reshape out of the sum, which XLA:CPU then takes three times as long for.
+    filters = jax.lax.optimization_barrier(kernel_filters(kernel.astype(jnp.float32), geometry))
+    energy = jnp.square(filters).sum(axis=1)
     first, second = _plan(geometry).power.T
     return (0.5 * (energy[first] + energy[second])).reshape(*geometry.grid, -1)
 
@@ -241,11 +235,8 @@ def _sized(kernel, v):
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _normalized_convolution(x, kernel, v, geometry, precision):
     kernel, v, _ = _sized(kernel, v)
-    spectrum = _analyze(computed_once(x, kernel[0, 0, 0, 0]), _plan(geometry).analysis)
-    turns = _turns(kernel.shape, geometry)
-    parts = zip(_split(kernel, turns), _split(on_rows(v, geometry), turns))
-    outputs = [_output(spectrum, kernel_filters(k, geometry), scale, geometry, precision) for k, scale in parts]
-    return jnp.concatenate(outputs, axis=-1)
+    x = computed_once(x, kernel[0, 0, 0, 0])
+    return filtered(x, kernel_filters(kernel, geometry), on_rows(v, geometry), geometry, precision)
 
 
 def filtered(x, filters, scale, geometry, precision=None):
@@ -260,23 +251,9 @@ def filtered(x, filters, scale, geometry, precision=None):
     Returns:
       [B, len(kept rows), len(kept columns), cout], the dtype of x.
     """
-    return _output(_analyze(x, _plan(geometry).analysis), filters, scale, geometry, precision)
-
-
-def _output(spectrum, filters, scale, geometry, precision):
-    response = _channels('rbi,rio->rbo', spectrum, filters.astype(spectrum.dtype), precision) * scale
-    return _synthesize(response.astype(spectrum.dtype), _plan(geometry).synthesis, _size(geometry.kept))
-
-
-def _turns(shape, geometry):
-    """In how many parts a kernel of that shape has its output channels, see `FILTERS_AT_ONCE`."""
-    *_, features_in, features = shape
-    held = products(geometry) * features_in * features / FILTERS_AT_ONCE
-    return next(n for n in range(1, features + 1) if features % n == 0 and (n >= held or n == features))
-
-
-def _split(array, parts):
-    return jnp.split(array, parts, axis=-1)
+    plan = _plan(geometry)
+    response = _channels('rbi,rio->rbo', _analyze(x, plan.analysis), filters.astype(x.dtype), precision) * scale
+    return _synthesize(response.astype(x.dtype), plan.synthesis, _size(geometry.kept))
 
 
 def _forward(x, kernel, v, geometry, precision):
@@ -300,18 +277,16 @@ def _gradients(x, kernel, v, cotangent, geometry, precision, wanted):
     # Only once the cotangent is there: XLA would take the transform of the forward pass, and keep it until now.
     x, cotangent = jax.lax.optimization_barrier((x, cotangent))
     spectrum = _analyze(computed_once(x, cotangent[:, :1, :1, :1]), plan.analysis)
-    turns = _turns(kernel.shape, geometry)
-    by_spectrum, by_kernel = 0, []
-    for k, scale, c in zip(*(_split(a, turns) for a in (kernel, on_rows(v, geometry), cotangent))):
-        response = (_analyze(c, _transposed(plan.synthesis)) * scale).astype(x.dtype)
-        if wanted:
-            by_kernel.append(_kernel_gradient(spectrum, response, plan, precision).reshape(k.shape))
-            # Only after it: XLA:CPU may put off the gradients by all kernels, and keep all responses until then.
-            k = computed_once(k, by_kernel[-1][0, 0, 0, 0])
-        filters = kernel_filters(k.swapaxes(2, 3), geometry).astype(x.dtype)
-        by_spectrum += _channels('rbo,roi->rbi', response, filters, precision)
-    by_x = _synthesize(by_spectrum.astype(x.dtype), _transposed(plan.analysis), _size(geometry.inputs))
-    return by_x, (jnp.concatenate(by_kernel, axis=-1) / size).astype(kernel.dtype) if wanted else None
+    response = (_analyze(cotangent, _transposed(plan.synthesis)) * on_rows(v, geometry)).astype(x.dtype)
+    by_kernel = None
+    if wanted:
+        by_kernel = _kernel_gradient(spectrum, response, plan, precision).reshape(kernel.shape)
+        # Only after it: XLA:CPU may put off the gradients by all kernels, and keep all responses until then.
+        kernel = computed_once(kernel, by_kernel[0, 0, 0, 0])
+        by_kernel = (by_kernel / size).astype(kernel.dtype)
+    filters = kernel_filters(kernel.swapaxes(2, 3), geometry).astype(x.dtype)
+    by_spectrum = _channels('rbo,roi->rbi', response, filters, precision).astype(x.dtype)
+    return _synthesize(by_spectrum, _transposed(plan.analysis), _size(geometry.inputs)), by_kernel
 
 
 normalized_convolution.defvjp(_forward, _backward, symbolic_zeros=True)
