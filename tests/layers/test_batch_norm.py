@@ -145,3 +145,65 @@ def test_constant_channel_is_finite(variables):
         y, np.broadcast_to(variables['params']['bias'], y.shape), atol=2e-3
     )  # 7 * eps / sqrt(epsilon)
     assert np.all(np.isfinite(back(jnp.ones_like(y))[0]))
+
+
+def scaled(x, factor):
+    return jnp.tanh(x) * factor
+
+
+def with_before(function, x, scale, bias, factor):
+    """(normalized, mean, variance) of function(x, factor), by the layer."""
+    variables = {
+        'params': {'scale': scale, 'bias': bias},
+        'batch_stats': {'mean': np.zeros(3, np.float32), 'var': np.ones(3, np.float32)},
+    }
+    layer = BatchNorm(momentum=0)
+    y, after = layer.apply(variables, x, False, before=(function, (factor,)), mutable=['batch_stats'])
+    return y, after['batch_stats']['mean'], after['batch_stats']['var']
+
+
+def by_definition(x, scale, bias, factor):
+    """The same, to be differentiated by JAX."""
+    x = scaled(x, factor)
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    count = x.size // 3
+    return (x - mean) / jnp.sqrt(var + 1e-5) * scale + bias, mean, var * count / (count - 1)
+
+
+@pytest.fixture(scope='module')
+def arguments():
+    return random(3, 4, 5, 6, 3), random(4, 3), random(5, 3), random(6, 3)
+
+
+def loss(layer, arguments):
+    y, mean, var = layer(*arguments)
+    weights = [random(i, *a.shape) for i, a in enumerate((y, mean, var))]
+    # Statistics that take part in a loss, too.
+    return sum((jnp.sin(a) * w).sum() for a, w in zip((y, 3 * mean, 2 * var), weights))
+
+
+def assert_close(found, expected, tolerance):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance * np.abs(np.asarray(b)).max())
+
+
+def test_gradients_after_a_function(arguments):
+    layer = functools.partial(with_before, scaled)
+    assert_close(layer(*arguments), by_definition(*arguments), 1e-6)
+    found = jax.jit(jax.grad(lambda a: loss(layer, a)))(arguments)
+    assert_close(found, jax.jit(jax.grad(lambda a: loss(by_definition, a)))(arguments), 1e-5)
+
+
+def test_second_derivatives_after_a_function(arguments):
+    def penalty(layer):
+        return jax.jit(jax.grad(lambda a: sum(jnp.square(g).sum() for g in jax.grad(lambda b: loss(layer, b))(a))))
+
+    found = penalty(functools.partial(with_before, scaled))(arguments)
+    assert_close(found, penalty(by_definition)(arguments), 1e-4)
+
+
+def test_gradient_by_the_input_alone(arguments):
+    # As an attack takes it: the same, and the function's arguments are not differentiated for it.
+    layer = functools.partial(with_before, scaled)
+    by_input = lambda layer: jax.grad(lambda x: loss(layer, (x, *arguments[1:])))
+    assert_close(jax.jit(by_input(layer))(arguments[0]), by_input(by_definition)(arguments[0]), 1e-5)

@@ -216,3 +216,25 @@ def test_the_kernel_scale_does_not_matter(method, scale):
     if method == 'spatial' and scale in (1e-30, 1e30):
         pytest.skip('a direct convolution leaves the range of float32')
     close(run(kernel * np.float32(scale)), np.asarray(run(kernel)), 1e-5)
+
+
+def _products(program):
+    """How many matrix products a function's program has, in whatever it calls."""
+
+    def count(jaxpr):
+        inner = [i for e in jaxpr.eqns for p in e.params.values() for i in (p if isinstance(p, (list, tuple)) else [p])]
+        mine = sum(e.primitive.name == 'dot_general' for e in jaxpr.eqns)
+        return mine + sum(count(getattr(i, 'jaxpr', i)) for i in inner if hasattr(getattr(i, 'jaxpr', i), 'eqns'))
+
+    return count(program.jaxpr)
+
+
+def test_only_the_wanted_gradients_are_computed():
+    # An attack differentiates by the picture alone; by_kernel must not be part of its program (nor wait for it).
+    geometry = GEOMETRIES['separable, odd and even']
+    x, kernel, v = arrays(geometry, (2, 2), 1)
+    layer = lambda x, k: frequency.normalized_convolution(x, k, v, geometry).sum()
+    both = jax.make_jaxpr(jax.grad(layer, (0, 1)))(x, kernel)
+    one = jax.make_jaxpr(jax.grad(layer))(x, kernel)
+    assert _products(both) - _products(one) == 2  # over the batch, and from the filters to the taps
+    close(jax.grad(layer)(x, kernel), np.asarray(jax.grad(layer, (0, 1))(x, kernel)[0]), 1e-6)

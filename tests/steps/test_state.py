@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from convnorm_jax.models import create_model
-from convnorm_jax.steps.state import TrainState, create_state, make_optimizer
+from convnorm_jax.steps.state import TrainState, create_state, global_norm, make_optimizer
 
 STEPS = 5
 
@@ -118,3 +118,10 @@ def test_evaluation_takes_the_average_where_there_is_one():
     state = TrainState(step=0, params={'a': 1}, model_state={'batch_stats': {'b': 2}}, opt_state=(), rng=None)
     assert state.eval_variables == {'params': {'a': 1}, 'batch_stats': {'b': 2}}
     assert state.replace(ema={'a': 5}).eval_variables == {'params': {'a': 5}, 'batch_stats': {'b': 2}}
+
+
+def test_global_norm():
+    rng = np.random.default_rng(0)
+    tree = {'a': rng.standard_normal((3, 4, 5)), 'b': [rng.standard_normal(7), np.float32(2)]}
+    expected = np.sqrt(sum(np.square(a).sum() for a in jax.tree.leaves(tree)))
+    np.testing.assert_allclose(global_norm(jax.tree.map(jnp.float32, tree)), expected, rtol=1e-6)
