@@ -3,10 +3,16 @@
 Nothing of it is here: the user gives a checkout of https://github.com/shengliu66/ConvNorm. It calls torch.rfft and
 torch.irfft, which PyTorch removed in 1.8: they are put back, in terms of torch.fft, over the last two axes and at the
 picture's own size.
+
+    python -m benchmarks.published CHECKOUT NET LAYER BATCH_SIZE
+
+makes a step for each line on its standard input, and then says so: `StepInProcess` is its other end. So a step is timed
+in a process of its own, as its users run it, in turn with ours.
 """
 
 import importlib
 import os
+import subprocess
 import sys
 import types
 
@@ -90,6 +96,43 @@ class Published:
         return result
 
 
+class StepInProcess:
+    """A step of a published net in a process of its own; a call makes a step and returns when it is done.
+
+    Raises:
+      SystemExit: the process ended; it has said why.
+    """
+
+    def __init__(self, checkout, net, layer, batch_size):
+        command = [sys.executable, '-m', 'benchmarks.published', checkout, net, layer, str(batch_size)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answer()
+
+    def __call__(self):
+        self._process.stdin.write('\n')
+        self._process.stdin.flush()
+        self._answer()
+
+    def close(self):
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self):
+        if not self._process.stdout.readline():
+            raise SystemExit(f'the process of the published net ended (exit code {self._process.wait()})')
+
+
+def main():
+    """Makes a step for each line of standard input."""
+    checkout, net, layer, batch_size = sys.argv[1:]
+    step = Published(checkout).step_program(net, layer, int(batch_size))
+    print('ready', flush=True)
+    for _ in sys.stdin:
+        step()
+        print('done', flush=True)
+
+
 def _restore_transforms(torch):
     """torch.rfft and torch.irfft as they were before 1.8: real and imaginary parts on a last axis."""
 
@@ -127,3 +170,7 @@ def _import_from(checkout):
         for name in [name for name in sys.modules if name.split('.')[0] in ('base', 'models')]:
             del sys.modules[name]
         sys.modules.update(before)
+
+
+if __name__ == '__main__':
+    main()

@@ -8,10 +8,10 @@ A step is the training loop's: uint8 pictures of 32x32 on the device, crop and f
 by one gradient for weights and perturbation), the state donated. Medians over the repeats, the layers of a net, batch
 size and dtype in turn within each. Ratios are to 'batchnorm', convolution and BatchNorm, in the same run.
 
-Compilation is tracing and compiling, in a process of its own, with an empty persistent cache and then, in another
-process, with what the first one left there. Memory is the compiler's: arguments, temporaries and output, less what
-of the output lies in donated arguments. On a GPU beside it the peak that the device reports, of that process alone,
-which has made the state and taken one step.
+Compilation is tracing and compiling, in a process of its own, with an empty persistent cache and then, the median of
+three other processes, with what the first one left there. Memory is the compiler's: arguments, temporaries and output,
+less what of the output lies in donated arguments. On a GPU beside it the peak that the device reports, of that process
+alone, which has made the state and taken one step.
 
 Of the compiled program: its instructions wherever they are, in fusions too, a loop's counted once; products
 are those left to a library too. The floor is the longer of two times: operations, which XLA counts in the
@@ -19,7 +19,7 @@ program as written, over the rate of a large dense product; bytes, which it coun
 of a copy; both rates measured here. It is the floor of this program, not of the layer.
 
 --torch times the published nets of a checkout of https://github.com/shengliu66/ConvNorm in turn with ours (float32,
-clean, pictures augmented beforehand).
+clean, pictures augmented beforehand), each in a process of its own.
 """
 
 import argparse
@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import machine, timing
+from benchmarks import machine, published, timing
 from convnorm_jax import mesh
 from convnorm_jax.data.augment import augment
 from convnorm_jax.models.classifiers import create_model
@@ -55,6 +55,7 @@ PROTOCOLS = {
     'CIFAR-10, Free, 30 epochs x 4': ('free', 30),
 }
 REPLAYS = 4
+WARM_STARTS = 3
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?[\w.-]+ = .*? ([a-z][\w-]*)\(', re.MULTILINE)
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 
@@ -67,11 +68,6 @@ def main():
     if options.child:
         print(json.dumps(_compile(Case(*json.loads(options.child)))))
         return
-    published = None
-    if options.torch:
-        from benchmarks.published import Published
-
-        published = Published(options.torch)
     groups = [
         [Case(net, layer, batch_size, dtype, options.algorithm) for layer in options.layers]
         for net in options.nets
@@ -85,9 +81,9 @@ def main():
         rates = {dtype: timing.machine_rates(dtype) for dtype in options.dtypes}
         print(machine.description())
         timing.say_rates(rates)
-        rows = [row for group in groups for row in _measure(options, group, programs, rates, published)]
+        rows = [row for group in groups for row in _measure(options, group, programs, rates)]
     _print(rows, options)
-    timing.save(options, rates, rows, 'optax', *(['torch'] if published else []))
+    timing.save(options, rates, rows, 'optax', *(['torch'] if options.torch else []))
 
 
 def _options():
@@ -146,13 +142,13 @@ def _in_processes(case, cache):
     }
     command = [sys.executable, '-m', 'benchmarks.step', f'--child={json.dumps(case)}']
     found, stored = [], []
-    for _ in range(2):
+    for _ in range(1 + WARM_STARTS):
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         found.append(json.loads(done.stdout.splitlines()[-1]))
         stored.append({name for name in os.listdir(cache) if 'train_step' in name and name.endswith('-cache')})
-    if not stored[0] or stored[0] != stored[1]:  # as when a file of the program was edited in between
-        print(f'{case}: the second process did not find the program of the first one', file=sys.stderr)
-    return {**found[0], 'compile_again_seconds': found[1]['compile_seconds']}
+    if not stored[0] or stored[0] != stored[-1]:  # as when a file of the program was edited in between
+        print(f'{case}: the other processes did not find the program of the first one', file=sys.stderr)
+    return {**found[0], 'compile_again_seconds': np.median([f['compile_seconds'] for f in found[1:]])}
 
 
 def _compile(case):
@@ -199,17 +195,19 @@ def instructions(text):
     }
 
 
-def _measure(options, group, programs, rates, published):
+def _measure(options, group, programs, rates):
     """Rows of the cases that differ in their layers only."""
     first = group[0]
     steps = {case.layer: _Step(case) for case in group}
-    if published and (first.dtype, first.algorithm) == ('float32', 'clean'):
-        from benchmarks import published as names
-
-        if first.net in names.NETS:
-            for layer, name in names.NAMES.items():
-                steps[name] = published.step_program(first.net, layer, first.batch_size)
-    ms = timing.medians_ms(timing.interleaved(steps, options.repeats))
+    others = {}
+    if options.torch and (first.dtype, first.algorithm) == ('float32', 'clean') and first.net in published.NETS:
+        others = {
+            name: published.StepInProcess(options.torch, first.net, layer, first.batch_size)
+            for layer, name in published.NAMES.items()
+        }
+    ms = timing.medians_ms(timing.interleaved({**steps, **others}, options.repeats))
+    for other in others.values():
+        other.close()
     for case in group:
         loss, count = steps[case.layer]()['loss']
         if not jnp.isfinite(loss / count):
