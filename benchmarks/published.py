@@ -105,7 +105,10 @@ class StepInProcess:
 
     def __init__(self, checkout, net, layer, batch_size):
         command = [sys.executable, '-m', 'benchmarks.published', checkout, net, layer, str(batch_size)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
+        # As its users run it: without what our commands set for themselves (`experiments.huge_pages`).
+        environment = {name: value for name, value in os.environ.items() if name != 'GLIBC_TUNABLES'}
+        self._process = subprocess.Popen(command, env=environment, **pipes)
         self._answer()
 
     def __call__(self):

@@ -666,6 +666,10 @@ def test_the_method_is_chosen_by_size():
     assert choose_method(geometry, 32, 256, 256) == 'frequency'
     assert choose_method(geometry, 1, 256, 256) == 'spatial'  # the kernel's filters cost more than one picture
     assert choose_method(geometry, 32, 4096, 4096) == 'spatial'  # 10 GB of filters
+    assert choose_method(geometry, 32, 8, 8) == 'frequency'
+    large = ConvNorm(4)._geometry((32, 32), (3, 3), (1, 1), ((1, 1), (1, 1)))
+    assert choose_method(large, 32, 16, 16) == 'spatial'  # a large grid, few products to save
+    assert choose_method(large, 32, 32, 32) == 'frequency'
 
 
 def test_an_unknown_method_is_refused():
