@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.linen.module import merge_param
 
-from convnorm_jax.layers import frequency, spectral
+from convnorm_jax.layers import bilinear, frequency, spectral
 from convnorm_jax.layers.batch_norm import BatchNorm
 from convnorm_jax.layers.folding import COLLECTION, folded_values
 from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init
@@ -186,7 +186,7 @@ class NormalizedConvolution(nn.Module):
         """The layer at inference by its folded values."""
         values = {name: jnp.asarray(value) for name, value in self.variables[COLLECTION].items()}
         (x,) = promote_dtype(x, dtype=self.dtype)
-        rows = {'filters': frequency.products(geometry), 'v': geometry.grid[0]}
+        rows = {'filters': bilinear.products(geometry), 'v': geometry.grid[0]}
         if any(len(values[name]) != expected for name, expected in rows.items() if name in values):
             raise ValueError(
                 f'{"/".join(self.path) or type(self).__name__}: folded for pictures of another size than '
@@ -306,7 +306,7 @@ class ConvNorm(NormalizedConvolution):
 
     def _geometry(self, image_size, kernel_size, strides, padding):
         grid = spectral.grid_size(image_size, kernel_size)
-        return frequency.Geometry(
+        return bilinear.Geometry(
             grid,
             inputs=tuple(tuple(range(n)) for n in image_size),
             taps=tuple(tuple(range(k - 1, -1, -1)) for k in kernel_size),  # a cross-correlation's: mirrored

@@ -45,7 +45,7 @@ def folded_values(kernel, v, params, statistics, epsilon, geometry, method):
       kernel: [kh, kw, cin, cout]. v: its preconditioner, [Hf, Wf, cout], or [1, 1, cout] of a 1x1 kernel.
       params, statistics: of the layer; 'affine_kernel', 'affine_bias' and 'batch_norm' where it has them.
       epsilon: BatchNorm's.
-      geometry, method: see `frequency.Geometry` and `layers.method`.
+      geometry, method: see `bilinear.Geometry` and `layers.method`.
 
     Returns:
       A dict of float32 arrays: 'filters' [R, cin, cout] (method 'frequency'), or 'kernel' (and 'v', unless it is 1x1);

@@ -10,160 +10,24 @@ three real ones (Gauss):
     m1 = (Xr + Xi) Kr,   m2 = Xr (Ki - Kr),   m3 = Xi (Kr + Ki),   Yr = m1 - m3,   Yi = m1 + m2.
 
 So the layer is what Winograd's convolutions are, a bilinear algorithm: y = C ((A k) * (B x)) with constant real
-matrices A, B, C and about 1.5 products a grid point: a transform of the picture, a batch of matrix products over the
-channels (one for each row of A), the scale V, a transform back. Gauss's sums and differences are rows of the matrices,
-crop and stride are rows of C that are not there. For a 3x3 kernel that is 0.19 (34x34) to 0.36 (6x6) of the direct
-convolution's multiplications, and the transforms do not depend on the number of channels on the other side.
+matrices A, B, C (`bilinear` makes them) and about 1.5 products a grid point: a transform of the picture, a batch of
+matrix products over the channels (one for each row of A), the scale V, a transform back. Gauss's sums and differences
+are rows of the matrices, crop and stride are rows of C that are not there. For a 3x3 kernel that is 0.19 (34x34) to
+0.36 (6x6) of the direct convolution's multiplications, and the transforms do not depend on the number of channels on
+the other side.
 
 The only transposes are between two products: rows are transformed picture by picture, columns with the batch inside.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from convnorm_jax.layers import spectral
+from convnorm_jax.layers import bilinear, spectral
 from convnorm_jax.layers.once import computed_once
 
-# Up to this many grid points one matrix transforms the whole grid, above them two do, columns then rows. Separable
-# transforms are cheaper, but carry 15 to 40 % more products on small grids: both members of a pair w, -w at the
-# edges of the half plane.
-DENSE_GRID_POINTS = 100
-
 _EXACT = jax.lax.Precision.HIGHEST
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """Where a convolution's pixels and taps lie on the grid of its full convolution, axis by axis.
-
-    full[n] is the sum of x[i] * kernel[t] over all pixels i and taps t with inputs[i] + taps[t] = n.
-
-    Attributes:
-      grid: (Hf, Wf).
-      inputs, taps: (rows, columns), tuples of int: the place of each pixel, and of each tap.
-      kept: (rows, columns) of the full convolution that the layer keeps.
-    """
-
-    grid: tuple[int, int]
-    inputs: tuple[tuple[int, ...], tuple[int, ...]]
-    taps: tuple[tuple[int, ...], tuple[int, ...]]
-    kept: tuple[tuple[int, ...], tuple[int, ...]]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Plan:
-    """The constant matrices of a geometry, float64, with R rows of products.
-
-    Attributes:
-      kernel: A, [R, kh * kw].
-      analysis: B, of rows, then of columns; or one of the flattened picture.
-      synthesis: C, of columns, then of rows; or one.
-      frequency: [R], the place of each row's frequency on the flattened grid.
-      power: two rows for each place of the flattened grid, [Hf * Wf, 2]: the mean of their squares is |K|^2.
-    """
-
-    kernel: np.ndarray
-    analysis: tuple[np.ndarray, ...]
-    synthesis: tuple[np.ndarray, ...]
-    frequency: np.ndarray
-    power: np.ndarray
-
-
-def _waves(frequencies, places, n):
-    """Cosines and sines of 2 pi w x / n, float64 [len(frequencies), len(places)]."""
-    angle = 2 * np.pi * (np.outer(frequencies, places) % n) / n
-    return np.cos(angle), np.sin(angle)
-
-
-def _grid_waves(frequencies, places, grid):
-    """As `_waves`, of pairs: [len(frequencies), len(rows) * len(columns)]."""
-    (row_cos, row_sin), (column_cos, column_sin) = (
-        _waves(w, x, n) for w, x, n in zip(np.transpose(frequencies), places, grid)
-    )
-    outer = lambda a, b: (a[:, :, None] * b[:, None, :]).reshape(len(frequencies), -1)
-    cosine = outer(row_cos, column_cos) - outer(row_sin, column_sin)
-    return cosine, outer(row_sin, column_cos) + outer(row_cos, column_sin)
-
-
-def _rows_of_three(a, b, c):
-    """Rows a[0], b[0], c[0], a[1], ..."""
-    return np.stack([a, b, c], axis=1).reshape(-1, a.shape[1])
-
-
-@functools.lru_cache(maxsize=256)
-def _plan(geometry):
-    return _dense_plan(geometry) if _is_dense(geometry) else _separable_plan(geometry)
-
-
-def _is_dense(geometry):
-    return geometry.grid[0] * geometry.grid[1] <= DENSE_GRID_POINTS
-
-
-def _kernel_matrix(geometry, frequencies):
-    cosine, sine = _grid_waves(frequencies, geometry.taps, geometry.grid)
-    return _rows_of_three(cosine, -sine - cosine, cosine - sine)
-
-
-def _dense_plan(geometry):
-    height, width = geometry.grid
-    mirror = lambda u, v: (-u % height, -v % width)
-    frequencies = [(u, v) for u in range(height) for v in range(width) if (u, v) <= mirror(u, v)]
-    alone = np.array([w == mirror(*w) for w in frequencies])
-    rows = np.stack([np.ones_like(alone), ~alone, ~alone], axis=1).reshape(-1)  # a real number takes one product
-    cosine, sine = _grid_waves(frequencies, geometry.inputs, geometry.grid)
-    analysis = _rows_of_three(cosine - sine, cosine, -sine)
-    cosine, sine = _grid_waves(frequencies, geometry.kept, geometry.grid)
-    share = (np.where(alone, 1, 2) / (height * width))[:, None]
-    synthesis = _rows_of_three(share * (cosine - sine), -share * sine, -share * cosine)
-    first = np.cumsum(rows)[::3] - 1  # of each frequency, among the rows that stay
-    place = {w: i for i, w in enumerate(frequencies)}
-    number = np.array([place[min((u, v), mirror(u, v))] for u in range(height) for v in range(width)])
-    paired = ~alone[number]
-    return _Plan(
-        kernel=_kernel_matrix(geometry, frequencies)[rows],
-        analysis=(analysis[rows],),
-        synthesis=(synthesis[rows].T,),
-        frequency=np.repeat([u * width + v for u, v in frequencies], 3)[rows],
-        power=np.stack([first[number] + paired, first[number] + 2 * paired], axis=1),
-    )
-
-
-def _separable_plan(geometry):
-    height, width = geometry.grid
-    half = np.arange(height // 2 + 1)
-    frequencies = [(u, v) for u in half for v in range(width)]
-    cosine, sine = _waves(half, geometry.inputs[0], height)
-    by_row = np.stack([cosine, -sine], axis=1).reshape(2 * len(half), -1)
-    cosine, sine = _waves(range(width), geometry.inputs[1], width)
-    real, imaginary = np.concatenate([cosine, sine], axis=1), np.concatenate([-sine, cosine], axis=1)
-    by_column = _rows_of_three(real + imaginary, real, imaginary)
-    cosine, sine = (wave.T / width for wave in _waves(range(width), geometry.kept[1], width))
-    real, imaginary = (cosine - sine, -sine, -cosine), (cosine + sine, cosine, -sine)
-    columns = np.concatenate([np.stack(part, axis=2).reshape(len(cosine), -1) for part in (real, imaginary)])
-    cosine, sine = (wave.T for wave in _waves(half, geometry.kept[0], height))
-    share = np.where((half == 0) | (2 * half == height), 1, 2) / height
-    rows = np.stack([share * cosine, -share * sine], axis=2).reshape(len(cosine), -1)
-    u, v = np.divmod(np.arange(height * width), width)
-    number = np.where(u < len(half), u * width + v, (height - u) * width + -v % width)
-    return _Plan(
-        kernel=_kernel_matrix(geometry, frequencies),
-        analysis=(by_row, by_column),
-        synthesis=(columns, rows),
-        frequency=np.repeat([u * width + v for u, v in frequencies], 3),
-        power=np.stack([3 * number + 1, 3 * number + 2], axis=1),
-    )
-
-
-def products(geometry):
-    """R: how many products of numbers the algorithm takes for each pair of channels and each picture."""
-    height, width = geometry.grid
-    if _is_dense(geometry):
-        return len(_plan(geometry).frequency)
-    return 3 * (height // 2 + 1) * width  # without the matrices, which are large where the picture is
 
 
 def kernel_filters(kernel, geometry):
@@ -175,7 +39,7 @@ def kernel_filters(kernel, geometry):
     Returns:
       [R, cin, cout], the dtype of the kernel.
     """
-    matrix = jnp.asarray(_plan(geometry).kernel, kernel.dtype)
+    matrix = jnp.asarray(bilinear.plan(geometry).kernel, kernel.dtype)
     flat = jnp.dot(matrix, kernel.reshape(matrix.shape[1], -1), precision=_EXACT)
     return flat.reshape(-1, *kernel.shape[2:])
 
@@ -196,13 +60,13 @@ def power_spectrum(kernel, geometry):
     # The barrier keeps the filters' reshape out of the sum, which XLA:CPU then takes three times as long for.
     filters = jax.lax.optimization_barrier(kernel_filters(kernel.astype(jnp.float32), geometry))
     energy = jnp.square(filters).sum(axis=1)
-    first, second = _plan(geometry).power.T
+    first, second = bilinear.plan(geometry).power.T
     return (0.5 * (energy[first] + energy[second])).reshape(*geometry.grid, -1)
 
 
 def on_rows(v, geometry):
     """V of the grid, [Hf, Wf, cout], as a factor of each row's products, [R, 1, cout]."""
-    return v.reshape(-1, 1, v.shape[-1])[_plan(geometry).frequency]
+    return v.reshape(-1, 1, v.shape[-1])[bilinear.plan(geometry).frequency]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -217,7 +81,7 @@ def normalized_convolution(x, kernel, v, geometry, precision=None):
       x: [B, H, W, cin], float.
       kernel: [kh, kw, cin, cout], float; not rounded to the dtype of x before its transform.
       v: float32 [Hf, Wf, cout], even: v(w) = v(-w).
-      geometry: see `Geometry`.
+      geometry: see `bilinear.Geometry`.
       precision: of the products over the channels; the transforms are exact, float32 inputs in true float32.
 
     Returns:
@@ -251,7 +115,7 @@ def filtered(x, filters, scale, geometry, precision=None):
     Returns:
       [B, len(kept rows), len(kept columns), cout], the dtype of x.
     """
-    plan = _plan(geometry)
+    plan = bilinear.plan(geometry)
     response = _channels('rbi,rio->rbo', _analyze(x, plan.analysis), filters.astype(x.dtype), precision) * scale
     return _synthesize(response.astype(x.dtype), plan.synthesis, _size(geometry.kept))
 
@@ -273,7 +137,7 @@ def _backward(geometry, precision, saved, cotangent):
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def _gradients(x, kernel, v, cotangent, geometry, precision, wanted):
     """By x and, if it is wanted, by the kernel, else None for it."""
-    (kernel, v, size), plan = _sized(kernel, v), _plan(geometry)
+    (kernel, v, size), plan = _sized(kernel, v), bilinear.plan(geometry)
     # Only once the cotangent is there: XLA would take the transform of the forward pass, and keep it until now.
     x, cotangent = jax.lax.optimization_barrier((x, cotangent))
     spectrum = _analyze(computed_once(x, cotangent[:, :1, :1, :1]), plan.analysis)

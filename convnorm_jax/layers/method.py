@@ -1,6 +1,6 @@
 """By which of two methods ConvNorm computes its normalized convolution: measured, then chosen by size."""
 
-from convnorm_jax.layers import frequency
+from convnorm_jax.layers import bilinear
 
 METHODS = ('frequency', 'spatial')
 
@@ -25,11 +25,11 @@ def choose_method(geometry, batch, features_in, features):
     """'frequency' or 'spatial', the one that is expected to be faster.
 
     Args:
-      geometry: see `frequency.Geometry`.
+      geometry: see `bilinear.Geometry`.
       batch: pictures.
       features_in, features: channels.
     """
-    filters = frequency.products(geometry) * features_in * features
+    filters = bilinear.products(geometry) * features_in * features
     height, width = geometry.grid
     small = features_in + features <= FEW_CHANNELS and height * width >= LARGE_GRID
     return 'frequency' if batch >= LEAST_BATCH and filters <= MOST_FILTERS and not small else 'spatial'

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
-from convnorm_jax.layers import frequency, spectral
+from convnorm_jax.layers import bilinear, spectral
 from convnorm_jax.layers.convnorm import NormalizedConvolution, padding_pairs, pair_of_ints
 from convnorm_jax.layers.initializers import torch_bias_init, torch_transposed_kernel_init
 
@@ -164,7 +164,7 @@ class ConvNormTranspose(NormalizedConvolution):
 
     def _geometry(self, image_size, kernel_size, strides, padding):
         grid = transposed_grid_size(image_size, kernel_size, strides)
-        return frequency.Geometry(
+        return bilinear.Geometry(
             grid,
             inputs=tuple(tuple(range(0, n * s, s)) for n, s in zip(image_size, strides)),
             taps=tuple(tuple(range(k)) for k in kernel_size),

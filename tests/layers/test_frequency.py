@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convnorm_jax.layers import frequency, spectral
+from convnorm_jax.layers import bilinear, frequency, spectral
 from convnorm_jax.layers.convnorm import ConvNorm
 from convnorm_jax.layers.transposed import ConvNormTranspose
 
@@ -149,13 +149,13 @@ def test_power_spectrum_where_it_is_small(size):
 
 def test_number_of_products():
     # Three for each pair of frequencies w, -w, one for those that are their own mirror.
-    assert frequency.products(convolution((8, 8))) == 4 + 3 * (100 - 4) // 2
-    assert frequency.products(convolution((5, 5))) == 1 + 3 * (49 - 1) // 2
+    assert bilinear.products(convolution((8, 8))) == 4 + 3 * (100 - 4) // 2
+    assert bilinear.products(convolution((5, 5))) == 1 + 3 * (49 - 1) // 2
     # Separable: three for each of the half plane.
-    assert frequency.products(convolution((32, 32))) == 3 * 34 * 18
+    assert bilinear.products(convolution((32, 32))) == 3 * 34 * 18
     for geometry in GEOMETRIES.values():
         kernel = jnp.zeros((*map(len, geometry.taps), 1, 1))
-        assert len(frequency.kernel_filters(kernel, geometry)) == frequency.products(geometry)
+        assert len(frequency.kernel_filters(kernel, geometry)) == bilinear.products(geometry)
 
 
 @pytest.mark.parametrize('size', [(6, 6), (12, 11)])
