@@ -134,8 +134,8 @@ def _gradients(x, scale, mean, var, arguments, cotangents, function, epsilon, wa
 
 
 def _like(gradient, scale):
-    """A gradient for each channel as one for a scale that may be a single number."""
-    return gradient.reshape(scale.shape) if scale.ndim else gradient.sum()
+    """A gradient for each channel, float32, as one by a scale of any dtype that may be a single number."""
+    return (gradient if scale.ndim else gradient.sum()).astype(scale.dtype)
 
 
 _recomputed.defvjp(_recomputed_forward, _recomputed_backward, symbolic_zeros=True)

@@ -202,6 +202,13 @@ def test_second_derivatives_after_a_function(arguments):
     assert_close(found, penalty(by_definition)(arguments), 1e-4)
 
 
+def test_gradients_have_the_dtypes_of_the_parameters(arguments):
+    x, *others = arguments
+    others = [a.astype(jnp.bfloat16) for a in others]
+    by_others = jax.grad(lambda others: with_before(scaled, x, *others)[0].sum())(others)
+    assert [g.dtype for g in by_others] == [jnp.bfloat16] * 3
+
+
 def test_gradient_by_the_input_alone(arguments):
     # As an attack takes it: the same, and the function's arguments are not differentiated for it.
     layer = functools.partial(with_before, scaled)
