@@ -11,6 +11,7 @@ in a process of its own, as its users run it, in turn with ours.
 """
 
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -24,20 +25,25 @@ NETS = ('resnet18', 'simple_cnn')
 _LAYER_TYPES = {'convnorm': ('prec_conv', 'no'), 'batchnorm': ('conv', 'bn')}
 
 
+def check(checkout):
+    """Raises SystemExit if torch is not there, or the checkout is not one; loads neither."""
+    if not os.path.isfile(os.path.join(checkout, 'models', 'prec_conv.py')):
+        raise SystemExit(f'error: --torch={checkout}: not a checkout of https://github.com/shengliu66/ConvNorm')
+    if importlib.util.find_spec('torch') is None:
+        raise SystemExit(f'error: --torch={checkout}: torch is not installed (pip install torch)')
+
+
 class Published:
     """A checkout, loaded.
 
     Raises:
-      SystemExit: torch is not there, or the checkout is not one.
+      SystemExit: see `check`.
     """
 
     def __init__(self, checkout):
-        if not os.path.isfile(os.path.join(checkout, 'models', 'prec_conv.py')):
-            raise SystemExit(f'error: --torch={checkout}: not a checkout of https://github.com/shengliu66/ConvNorm')
-        try:
-            import torch
-        except ImportError:
-            raise SystemExit(f'error: --torch={checkout}: torch is not installed (pip install torch)') from None
+        check(checkout)
+        import torch
+
         torch.set_num_threads(machine.cores())
         self.torch, self._device = torch, 'cuda' if torch.cuda.is_available() else 'cpu'
         _restore_transforms(torch)

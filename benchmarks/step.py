@@ -68,6 +68,8 @@ def main():
     if options.child:
         print(json.dumps(_compile(Case(*json.loads(options.child)))))
         return
+    if options.torch:  # now, not after all that comes first
+        published.check(options.torch)
     groups = [
         [Case(net, layer, batch_size, dtype, options.algorithm) for layer in options.layers]
         for net in options.nets
