@@ -41,7 +41,8 @@ class BatchNorm(nn.Module):
           x: [..., C].
           use_running_average: see above.
           before: (function, arguments): function(x, *arguments) is normalized, [..., C]. In training only x is kept for
-            the backward pass, and the function is applied anew there; it must be pure and close over no arrays.
+            the backward pass, and the function is applied anew there; it must be pure and close over no arrays. One
+            of a module, not a lambda of each call, is traced once for all layers of a shape.
         """
         use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
         channels = x.shape[-1]

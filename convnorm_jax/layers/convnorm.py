@@ -173,6 +173,7 @@ class NormalizedConvolution(nn.Module):
         # Only where it is asked for by name: `init`, and mutable=True, ask for everything.
         if self.is_mutable_collection(COLLECTION) and not self.is_mutable_collection('params'):
             self._fold(kernel, v, geometry, method)
+        # What a backward pass needs of it (a ReLU's mask) is then read, not made anew by a channel-wise convolution.
         return computed_once(y, kernel[0, 0, 0, 0])
 
     def _fold(self, kernel, v, geometry, method):

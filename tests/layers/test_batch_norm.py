@@ -151,14 +151,14 @@ def scaled(x, factor):
     return jnp.tanh(x) * factor
 
 
-def with_before(function, x, scale, bias, factor):
-    """(normalized, mean, variance) of function(x, factor), by the layer."""
+def with_before(x, scale, bias, factor):
+    """(normalized, mean, variance) of scaled(x, factor), by the layer."""
     variables = {
         'params': {'scale': scale, 'bias': bias},
         'batch_stats': {'mean': np.zeros(3, np.float32), 'var': np.ones(3, np.float32)},
     }
     layer = BatchNorm(momentum=0)
-    y, after = layer.apply(variables, x, False, before=(function, (factor,)), mutable=['batch_stats'])
+    y, after = layer.apply(variables, x, False, before=(scaled, (factor,)), mutable=['batch_stats'])
     return y, after['batch_stats']['mean'], after['batch_stats']['var']
 
 
@@ -188,9 +188,8 @@ def assert_close(found, expected, tolerance):
 
 
 def test_gradients_after_a_function(arguments):
-    layer = functools.partial(with_before, scaled)
-    assert_close(layer(*arguments), by_definition(*arguments), 1e-6)
-    found = jax.jit(jax.grad(lambda a: loss(layer, a)))(arguments)
+    assert_close(with_before(*arguments), by_definition(*arguments), 1e-6)
+    found = jax.jit(jax.grad(lambda a: loss(with_before, a)))(arguments)
     assert_close(found, jax.jit(jax.grad(lambda a: loss(by_definition, a)))(arguments), 1e-5)
 
 
@@ -198,19 +197,18 @@ def test_second_derivatives_after_a_function(arguments):
     def penalty(layer):
         return jax.jit(jax.grad(lambda a: sum(jnp.square(g).sum() for g in jax.grad(lambda b: loss(layer, b))(a))))
 
-    found = penalty(functools.partial(with_before, scaled))(arguments)
+    found = penalty(with_before)(arguments)
     assert_close(found, penalty(by_definition)(arguments), 1e-4)
 
 
 def test_gradients_have_the_dtypes_of_the_parameters(arguments):
     x, *others = arguments
     others = [a.astype(jnp.bfloat16) for a in others]
-    by_others = jax.grad(lambda others: with_before(scaled, x, *others)[0].sum())(others)
+    by_others = jax.grad(lambda others: with_before(x, *others)[0].sum())(others)
     assert [g.dtype for g in by_others] == [jnp.bfloat16] * 3
 
 
 def test_gradient_by_the_input_alone(arguments):
     # As an attack takes it: the same, and the function's arguments are not differentiated for it.
-    layer = functools.partial(with_before, scaled)
     by_input = lambda layer: jax.grad(lambda x: loss(layer, (x, *arguments[1:])))
-    assert_close(jax.jit(by_input(layer))(arguments[0]), by_input(by_definition)(arguments[0]), 1e-5)
+    assert_close(jax.jit(by_input(with_before))(arguments[0]), by_input(by_definition)(arguments[0]), 1e-5)
