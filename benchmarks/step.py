@@ -102,12 +102,19 @@ def _options():
     return parser.parse_args()
 
 
-class _Step:
-    """A training step with its state and batch; a call makes a step and returns its metrics."""
+class Step:
+    """A training step with its state and batch; once compiled, a call makes a step and returns its metrics.
 
-    def __init__(self, case):
-        model = create_model(case.net, num_classes=10, layer=case.layer, dtype=case.dtype)
-        tx = make_optimizer('sgd', 0.1, momentum=0.9, weight_decay=1e-4)
+    Attributes:
+      model: the net.
+      lowered, compiled: the program, traced and (see `compile`) compiled.
+      compile_seconds: of both.
+    """
+
+    def __init__(self, case, **layer_options):
+        """`layer_options`: see `layers.factory.LAYER_OPTIONS`."""
+        model = create_model(case.net, num_classes=10, layer=case.layer, dtype=case.dtype, **layer_options)
+        self.model, tx = model, make_optimizer('sgd', 0.1, momentum=0.9, weight_decay=1e-4)
         settings = {
             'mean': (0.4914, 0.4822, 0.4465),
             'std': (0.2023, 0.1994, 0.2010),
@@ -126,8 +133,26 @@ class _Step:
         jax.block_until_ready((self._state, self._batch))
         start = time.perf_counter()
         self.lowered = jax.jit(step, donate_argnums=0).lower(self._state, self._batch)
-        self.compiled = self.lowered.compile(mesh.compiler_options())
         self.compile_seconds = time.perf_counter() - start
+        self.compiled = None
+
+    def compile(self):
+        """Compiles the program; returns the step."""
+        start = time.perf_counter()
+        self.compiled = self.lowered.compile(mesh.compiler_options())
+        self.compile_seconds += time.perf_counter() - start
+        return self
+
+    @property
+    def memory_bytes(self):
+        """By the compiler: arguments, temporaries and output, less what of the output lies in donated arguments."""
+        memory = self.compiled.memory_analysis()
+        size = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+        return size - memory.alias_size_in_bytes
+
+    def eval_variables(self):
+        """A copy of the variables that the step would be evaluated with: its next call leaves it alone."""
+        return jax.tree.map(jnp.copy, self._state.eval_variables)
 
     def __call__(self):
         self._state, metrics = self.compiled(self._state, self._batch)
@@ -155,12 +180,11 @@ def _in_processes(case, cache):
 
 def _compile(case):
     """Of a case's program: seconds, bytes, instructions, operations."""
-    step = _Step(case)
+    step = Step(case).compile()
     memory, text = step.compiled.memory_analysis(), step.compiled.as_text()
-    size = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     found = {
         'compile_seconds': step.compile_seconds,
-        'memory_bytes': size - memory.alias_size_in_bytes,
+        'memory_bytes': step.memory_bytes,
         'argument_bytes': memory.argument_size_in_bytes,
         'temporary_bytes': memory.temp_size_in_bytes,
         # Of the program as written: a GPU's compiled one holds calls of libraries, whose operations XLA may not know.
@@ -200,7 +224,7 @@ def instructions(text):
 def _measure(options, group, programs, rates):
     """Rows of the cases that differ in their layers only."""
     first = group[0]
-    steps = {case.layer: _Step(case) for case in group}
+    steps = {case.layer: Step(case).compile() for case in group}
     others = {}
     if options.torch and (first.dtype, first.algorithm) == ('float32', 'clean') and first.net in published.NETS:
         others = {

@@ -92,11 +92,14 @@ def say_rates(rates):
 
 
 def print_table(rows):
-    """Markdown, of rows {column: text, number or None} with the same columns; precision suits a number's size."""
-    print('| ' + ' | '.join(rows[0]) + ' |')
-    print('|---' + '|---:' * (len(rows[0]) - 1) + '|')
-    for row in rows:
-        print('| ' + ' | '.join(map(_cell, row.values())) + ' |', flush=True)
+    """Prints a `table`."""
+    print(*table(rows), sep='\n', flush=True)
+
+
+def table(rows):
+    """Lines of Markdown, of rows {column: text, number or None} with the same columns; precision suits a number's size."""
+    head = ['| ' + ' | '.join(rows[0]) + ' |', '|---' + '|---:' * (len(rows[0]) - 1) + '|']
+    return head + ['| ' + ' | '.join(map(_cell, row.values())) + ' |' for row in rows]
 
 
 def _cell(value):
