@@ -33,7 +33,7 @@ def main():
     options = _options()
     programs, first = {}, {}
     for layer in options.layers:
-        for name, run in _programs(options, layer).items():
+        for name, run in make_programs(options, layer).items():
             start = time.perf_counter()
             run()
             programs[layer, name], first[layer, name] = run, time.perf_counter() - start
@@ -57,8 +57,13 @@ def _options():
     return parser.parse_args()
 
 
-def _programs(options, layer):
-    """{name: function of nothing} of `PROGRAMS`, which wait for what they compute."""
+def make_programs(options, layer):
+    """{name: function of nothing} of `PROGRAMS`, which wait for what they compute.
+
+    Args:
+      options: `net`, `dtype`, `batch_size`, `steps`.
+      layer: of the net.
+    """
     model = create_model(options.net, num_classes=10, layer=layer, dtype=options.dtype)
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (options.batch_size, *PICTURE), np.uint8)

@@ -1,8 +1,8 @@
 """Steps of a GAN with one discriminator layer and with another, timed in turn.
 
     python -m benchmarks.gan_step [--layers=convnorm,spectralnorm,batchnorm,none]
-        [--config=configs/cifar10_gan_convnorm.py] [--size=32] [--batch_size=16] [--width=0] [--n_dis=1]
-        [--repeats=5] [--output=FILE.json]
+        [--config=configs/cifar10_gan_convnorm.py] [--dtype=float32] [--size=32] [--batch_size=16] [--width=0]
+        [--n_dis=1] [--repeats=5] [--output=FILE.json]
 
 Random pictures of `size` x `size` x 3; nets and optimizers of the config, `width` in place of both
 widths (0: the config's). A step is n_dis updates of the discriminator and one of the generator, as the
@@ -32,7 +32,7 @@ def main():
     """Prints one table, and writes it where --output says."""
     options = _options()
     layers = options.layers.split(',')
-    programs = {(layer, n): _program(options, layer, n) for layer in layers for n in (options.n_dis, options.n_dis + 1)}
+    programs = {(layer, n): Program(options, layer, n) for layer in layers for n in (options.n_dis, options.n_dis + 1)}
     seconds = {key: [] for key in programs}
     for _ in range(options.repeats):
         for key, run in programs.items():
@@ -58,18 +58,20 @@ def _options():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--layers', default='convnorm,spectralnorm,batchnorm,none')
     parser.add_argument('--config', default=os.path.join('configs', 'cifar10_gan_convnorm.py'))
+    parser.add_argument('--dtype', default='float32')
     for name, value in (('size', 32), ('batch_size', 16), ('width', 0), ('n_dis', 1), ('repeats', 5)):
         parser.add_argument(f'--{name}', type=int, default=value)
     parser.add_argument('--output')
     return parser.parse_args()
 
 
-class _program:
+class Program:
     """A compiled step and its state; calling it takes one step and gives its seconds."""
 
     def __init__(self, options, layer, n_dis):
         widths = [f'--config.{key}={options.width}' for key in ('model.width', 'gan.generator_width') if options.width]
-        config = read_config([f'--config={options.config}', f'--config.model.layer={layer}', *widths])
+        given = [f'--config.model.layer={layer}', f'--config.model.dtype={options.dtype}', *widths]
+        config = read_config([f'--config={options.config}', *given])
         shape, section = (options.size, options.size, 3), config.optimizer
         nets = build_gan(config, shape, num_classes=10)
         tx = [make_optimizer(section.name, section.learning_rate, momentum=section.momentum, beta2=section.beta2)] * 2
@@ -97,7 +99,8 @@ class _program:
 
 
 def _print(rows, options):
-    print(f'{options.size}x{options.size}, batch {options.batch_size}, n_dis {options.n_dis}; {machine.description()}')
+    sizes = f'{options.size}x{options.size}, batch {options.batch_size}, {options.dtype}, n_dis {options.n_dis}'
+    print(f'{sizes}; {machine.description()}')
     first = rows[0]
     print('| layer | step ms | steps/s | discriminator update ms | ratio of the updates | compile s |')
     print('|---|---:|---:|---:|---:|---:|')

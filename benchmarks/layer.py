@@ -92,7 +92,7 @@ def _shapes(text):
 
 def _measure(options, shape, batch_size, dtype, rates, published):
     """One row: the layers at one shape."""
-    layers, chosen = _layers(options.methods, shape, batch_size, dtype)
+    layers, chosen = build_layers(options.methods, shape, batch_size, dtype)
     training = {name: layer.training for name, layer in layers.items()}
     inference = {name: layer.inference for name, layer in layers.items()}
     if published:
@@ -115,8 +115,8 @@ def _measure(options, shape, batch_size, dtype, rates, published):
     }
 
 
-def _layers(methods, shape, batch_size, dtype):
-    """({name: `_Layer`}, the name of the ConvNorm that is chosen)."""
+def build_layers(methods, shape, batch_size, dtype):
+    """({name: a layer with functions of nothing, `training` and `inference`}, the name of the ConvNorm that is chosen)."""
     build = functools.partial(_Layer, shape, batch_size, dtype)
     settings = {'strides': (shape.stride,) * 2, 'padding': (shape.kernel - 1) // 2}
     dtype = jnp.dtype(dtype)

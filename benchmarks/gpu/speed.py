@@ -5,9 +5,11 @@ compiles a program on one core, and a lent machine has many. The seconds to comp
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import functools
+import os
 import traceback
 
 import jax
@@ -151,6 +153,96 @@ def _cells(row):
         'inference images/s': row.get('inference_images_per_second'),
         'ratio of it': row.get('inference_ratio'),
     }
+
+
+# --- layers, attack, GAN -------------------------------------------------------------------------
+
+
+def layer_table(report, dtype, batch_size, shapes=None, repeats=7):
+    """Every convolution shape of ResNet-18, forward and backward, and at inference."""
+    shapes = [layer.Shape(*shape) for shape in shapes or layer.RESNET18]
+    found, failed = in_threads({shape: functools.partial(_layers, shape, batch_size, dtype) for shape in shapes})
+    sums = collections.Counter()
+    for shape, (layers, chosen) in found.items():
+        ms = {
+            part: timing.medians_ms(timing.interleaved({n: getattr(one, part) for n, one in layers.items()}, repeats))
+            for part in ('training', 'inference')
+        }
+        row = {'training_ms': ms['training'], 'inference_ms': ms['inference'], 'chosen': chosen}
+        report.row(shape=shape._asdict(), batch_size=batch_size, dtype=dtype, **row)
+        cells = _layer_cells(shape, ms, chosen)
+        report.show(cells)
+        sums.update({key: layer.RESNET18.get(shape, 1) * v for key, v in cells.items() if isinstance(v, float)})
+    if found:
+        ratios = {f'ratio{of}': sums[f'chosen{of}'] / sums[f'conv + BN{of}'] for of in ('', ', inference')}
+        report.show({**dict.fromkeys(cells), 'shape': 'the net', **sums, **ratios})
+    _say_failed(report, failed)
+
+
+def _layers(shape, batch_size, dtype):
+    layers, chosen = layer.build_layers(METHODS, shape, batch_size, dtype)
+    for one in layers.values():
+        jax.block_until_ready(one.inference())
+    return layers, chosen
+
+
+def _layer_cells(shape, ms, chosen):
+    training, inference = ms['training'], ms['inference']
+    return {
+        'shape': '-'.join(map(str, shape)),
+        'times': layer.RESNET18.get(shape, 1),
+        'conv': training['conv'],
+        'conv + BN': training['batchnorm'],
+        **{method: training.get(method) for method in METHODS},
+        'chosen': training[chosen],
+        'by': chosen,
+        'ratio': training[chosen] / training['batchnorm'],
+        'conv + BN, inference': inference['batchnorm'],
+        'chosen, inference': inference[chosen],
+        'ratio, inference': inference[chosen] / inference['batchnorm'],
+    }
+
+
+def pgd(report, net, dtype, batch_size, steps, layers=('batchnorm', 'convnorm'), repeats=3):
+    """An attack by PGD on a batch, and the clean prediction of it."""
+    options = argparse.Namespace(net=net, dtype=dtype, batch_size=batch_size, steps=steps)
+    build = lambda name: _called(attack.make_programs(options, name))
+    found, failed = in_threads({name: functools.partial(build, name) for name in layers})
+    programs = {(name, part): run for name, parts in found.items() for part, run in parts.items()}
+    ms = timing.medians_ms(timing.interleaved(programs, repeats))
+    for name in found:
+        row = {'net': net, 'layer': name, 'batch_size': batch_size, 'dtype': dtype, 'steps': steps}
+        for part in attack.PROGRAMS:
+            row[f'{part}_ms'], row[f'{part}_images_per_second'] = ms[name, part], 1e3 * batch_size / ms[name, part]
+            row[f'{part}_ratio'] = timing.ratio(ms[name, part], ms.get(('batchnorm', part)))
+        report.row(**row)
+        report.show({f'{net}, PGD-{steps}': name, **{k: v for k, v in row.items() if k not in ('net', 'layer', 'steps')}})
+    _say_failed(report, failed)
+
+
+def _called(programs):
+    for run in programs.values():
+        run()
+    return programs
+
+
+def gan(report, dtype, batch_size, layers=('spectralnorm', 'convnorm'), width=0, repeats=7):
+    """Steps of a GAN with one update of the discriminator each, and that update alone."""
+    config = os.path.join('configs', 'cifar10_gan_convnorm.py')
+    options = argparse.Namespace(config=config, dtype=dtype, size=32, batch_size=batch_size, width=width)
+    jobs = {(name, n): functools.partial(gan_step.Program, options, name, n) for name in layers for n in (1, 2)}
+    found, failed = in_threads(jobs)
+    seconds = {key: [] for key in found}
+    for _ in range(repeats):
+        for key, run in found.items():
+            seconds[key].append(run())
+    ms = timing.medians_ms(seconds)
+    for name in layers:
+        if {(name, 1), (name, 2)} <= set(ms):
+            row = {'step_ms': ms[name, 1], 'discriminator_update_ms': ms[name, 2] - ms[name, 1]}
+            report.row(gan='sngan', layer=name, batch_size=batch_size, dtype=dtype, **row)
+            report.show({'GAN, discriminator of': name, 'dtype': dtype, 'batch': batch_size, **row})
+    _say_failed(report, failed)
 
 
 def _say_failed(report, failed):

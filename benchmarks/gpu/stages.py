@@ -26,19 +26,27 @@ def _all(options):
     yield Stage('machine', 'the device and its rates', 'start', 25, f'{_SPEED}:machine_facts')
     files = {'files': ['layer_a', 'layer_b']} if tiny else {}
     yield Stage('layers', 'golden layers', 'golden', 45, f'{_GOLDEN}:layers', files)
+    yield _steps(net, tiny, 'bfloat16', 128)
     yield Stage('nets', 'golden nets', 'golden', 40, f'{_GOLDEN}:nets', {'files': ['simplecnn_attack']} if tiny else {})
-    yield from _steps(net, tiny, ('bfloat16', 128), ('float32', 128))
     sizes = {'size': 64, 'channels': 8} if tiny else {}
     yield Stage('products', 'the precision of products', 'products', 15, f'{_GOLDEN}:products', sizes)
-    yield from _steps(net, tiny, ('bfloat16', 512))
-    few = {'shapes': [[4, 8, 8, 2, 3]], 'batch_size': 4} if tiny else {}
-    yield Stage('methods', 'methods against the most exact one', 'golden', 30, f'{_GOLDEN}:methods', few)
-    yield from _steps(net, tiny, ('float32', 512))
+    few_shapes = {'shapes': [[4, 8, 8, 2, 3], [4, 4, 8, 1, 3]]} if tiny else {}
+    given = {**few_shapes, 'batch_size': 4 if tiny else 32}
+    yield Stage('methods', 'methods against the most exact one', 'golden', 30, f'{_GOLDEN}:methods', given)
+    for case in (('float32', 128), ('bfloat16', 512), ('float32', 512)):
+        yield _steps(net, tiny, *case)
+    for dtype in ('bfloat16', 'float32'):
+        given = {'net': net, 'dtype': dtype, 'batch_size': 4 if tiny else 512, 'steps': 2 if tiny else 20}
+        yield Stage(f'pgd_{dtype}', f'attack by PGD, {dtype}', 'step', 60, f'{_SPEED}:pgd', given)
+    for dtype in ('float32', 'bfloat16'):
+        given = {'dtype': dtype, 'batch_size': 2 if tiny else 64, 'width': 8 if tiny else 0}
+        yield Stage(f'gan_{dtype}', f'step of a GAN, {dtype}', 'step', 60, f'{_SPEED}:gan', given)
+    given = {'dtype': 'bfloat16', 'batch_size': 4 if tiny else 128}
+    yield Stage('layer_table', 'layers, one by one', 'layers', 60, f'{_SPEED}:layer_table', {**given, **few_shapes})
 
 
-def _steps(net, tiny, *cases):
-    for dtype, batch_size in cases:
-        batch, repeats = (batch_size // 64, 2) if tiny else (batch_size, 9)
-        given = {'net': net, 'dtype': dtype, 'batch_size': batch, 'repeats': repeats}
-        title = f'training step and inference of {net}, {dtype}, batch {batch}'
-        yield Stage(f'step_{dtype}_{batch_size}', title, 'step', 80, f'{_SPEED}:steps', given)
+def _steps(net, tiny, dtype, batch_size):
+    batch, repeats = (batch_size // 64, 2) if tiny else (batch_size, 9)
+    given = {'net': net, 'dtype': dtype, 'batch_size': batch, 'repeats': repeats}
+    title = f'training step and inference of {net}, {dtype}, batch {batch}'
+    return Stage(f'step_{dtype}_{batch_size}', title, 'step', 80, f'{_SPEED}:steps', given)
