@@ -2,6 +2,16 @@
 
 from benchmarks.gpu.plan import Stage
 
+_TINY_RUN = {
+    'model.name': 'simple_cnn',
+    'data.subset_fraction': 0.02,
+    'train.steps': 12,
+    'eval.examples': 16,
+    'eval.batch_size': 16,
+    'eval.autoattack.steps': 2,
+    'eval.autoattack.queries': 10,
+    'eval.autoattack.targets': 2,
+}
 _SPEED, _GOLDEN = 'benchmarks.gpu.speed', 'benchmarks.gpu.golden'
 
 
@@ -43,6 +53,10 @@ def _all(options):
         yield Stage(f'gan_{dtype}', f'step of a GAN, {dtype}', 'step', 60, f'{_SPEED}:gan', given)
     given = {'dtype': 'bfloat16', 'batch_size': 4 if tiny else 128}
     yield Stage('layer_table', 'layers, one by one', 'layers', 60, f'{_SPEED}:layer_table', {**given, **few_shapes})
+    given = {'data': options.data, 'output': options.output, 'resume': options.resume}
+    given.update({'overrides': _TINY_RUN, 'saving': 20.0} if tiny else {})
+    title = 'the Free protocol on CIFAR-10: training in pieces, then FGSM, PGD-20, AutoAttack'
+    yield Stage('free', title, 'free', 120, 'benchmarks.gpu.free:run', given, takes_what_is_left=True)
 
 
 def _steps(net, tiny, dtype, batch_size):
