@@ -116,7 +116,7 @@ def _measure(options, shape, batch_size, dtype, rates, published):
 
 
 def build_layers(methods, shape, batch_size, dtype):
-    """({name: a layer with functions of nothing, `training` and `inference`}, the name of the ConvNorm that is chosen)."""
+    """({name: a layer, functions of nothing `training` and `inference`}, the name of the chosen ConvNorm)."""
     build = functools.partial(_Layer, shape, batch_size, dtype)
     settings = {'strides': (shape.stride,) * 2, 'padding': (shape.kernel - 1) // 2}
     dtype = jnp.dtype(dtype)

@@ -2,10 +2,11 @@
 
     python -m benchmarks.pack_gpu [--data=../shared/data/tfds] [--folder=.gpu] [--resume=DIR] [--minutes=9]
 
-Makes a folder that git must ignore (echo /.gpu/ >>.git/info/exclude): the wheels of packages that the machine lacks, and
-CIFAR-10, as JPEG without the head that all its images share, a third of their bytes. It is unpacked there as the official
-archive's folder, so that neither TFDS nor array_record travels. --resume adds the checkpoint that an earlier run of the plan
-left in DIR. Prints the sizes and the command, for a machine whose working tree may have 64 MiB and a command 2000 characters.
+Makes a folder that git must ignore (echo /.gpu/ >>.git/info/exclude): the wheels of packages that the machine lacks,
+and CIFAR-10, as JPEG without the head that all its images share, a third of their bytes. It is unpacked there as the
+official archive's folder, so that neither TFDS nor array_record travels. --resume adds the checkpoint that an earlier
+run of the plan left in DIR. Prints the sizes and the command, for a machine whose working tree may have 64 MiB and a
+command 2000 characters.
 """
 
 import argparse
@@ -35,18 +36,20 @@ def main():
     total = _print_sizes(folder)
     if total > MOST_BYTES:
         raise SystemExit(f'error: {total / 1e6:.1f} MB: expected at most {MOST_BYTES / 1e6:.1f} with the tracked files')
-    command = _command(options)
+    command = make_command(options)
     if len(command) > MOST_CHARACTERS:
         raise SystemExit(f'error: the command has {len(command)} characters: expected at most {MOST_CHARACTERS}')
     ignored = subprocess.run(['git', 'check-ignore', '-q', folder], check=False).returncode == 0
     if not ignored:
         print(f'\nnot ignored by git yet: echo /{folder}/ >>"$(git rev-parse --git-common-dir)/info/exclude"')
-    print(f'\ncarry: ["{folder}"]\ntimeout_s: {_timeout(options.minutes)}\ncommand:\n{command}')
+    print(f'\ncarry: ["{folder}"]\ntimeout_s: {timeout(options.minutes)}\ncommand:\n{command}')
 
 
 def _options():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--data', default=os.path.join('..', 'shared', 'data', 'tfds'), help='holds cifar10 as TFDS does')
+    parser.add_argument(
+        '--data', default=os.path.join('..', 'shared', 'data', 'tfds'), help='holds cifar10 as TFDS does'
+    )
     parser.add_argument('--folder', default='.gpu', help='of this checkout; made again')
     parser.add_argument('--resume', default='', metavar='DIR', help='the --output of an earlier run of the plan')
     parser.add_argument('--minutes', type=float, default=9.0)
@@ -77,8 +80,8 @@ def _print_sizes(folder):
     return total
 
 
-def _command(options):
-    """What the machine runs, in the root of the working tree; $OUT is where its results come back from."""
+def make_command(options):
+    """The command line: what the machine runs in the root of the working tree; its results come back from $OUT."""
     resume = f' --resume={options.folder}/resume' if options.resume else ''
     stages = f' --stages={options.stages}' if options.stages else ''
     return (
@@ -89,8 +92,8 @@ def _command(options):
     )
 
 
-def _timeout(minutes):
-    """Seconds: the plan's, and a minute for what comes before and after it, of at most 10 minutes."""
+def timeout(minutes):
+    """Seconds for the command: the plan's, and a minute for what comes before and after it, of at most 10 minutes."""
     return min(600, round(60 * minutes + 50))
 
 

@@ -97,7 +97,7 @@ def print_table(rows):
 
 
 def table(rows):
-    """Lines of Markdown, of rows {column: text, number or None} with the same columns; precision suits a number's size."""
+    """Lines of Markdown, of rows {column: text, number or None} of the same columns; precision by a number's size."""
     head = ['| ' + ' | '.join(rows[0]) + ' |', '|---' + '|---:' * (len(rows[0]) - 1) + '|']
     return head + ['| ' + ' | '.join(map(_cell, row.values())) + ' |' for row in rows]
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu --minutes=9 --output=DIR [--stages=NAME,...] [--resume=DIR] [--data=FILE] [--rehearsal]
 
-Stages in order of value; each is saved when it ends, and what it had found when it is stopped. Those that do not fit into
-the time that is left are left out, and named. DIR holds results.json, table.txt and log.txt, and the parts of the
-checkpoint of the run that the last stage trains, for --resume the next time. benchmarks/pack_gpu.py makes what a bare
-machine needs: FILE is CIFAR-10 as it packs it. --rehearsal is for a CPU: all of it with tiny nets and few steps.
+Stages in order of value; each is saved when it ends, and what it had found when it is stopped. Those that do not fit
+into the time that is left are left out, and named. DIR holds results.json, table.txt and log.txt, and the parts of
+the checkpoint of the run that the last stage trains, for --resume the next time. benchmarks/pack_gpu.py makes what a
+bare machine needs: FILE is CIFAR-10 as it packs it. --rehearsal is for a CPU: all of it with tiny nets and few steps.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """The last stage of the GPU plan: the published Free protocol, in pieces of the minutes that there are.
 
-ResNet-18 on CIFAR-10 as in configs/cifar10_free_adversarial.py, in bfloat16, with one layer and then with the next; when a
-run has ended FGSM, PGD-20 and AutoAttack on 1000 test images. Stopped at any time it leaves parts of its checkpoint (see
-`packed_state`), from which it goes on the next time. The net that is attacked is the one that was packed.
+ResNet-18 on CIFAR-10 as in configs/cifar10_free_adversarial.py, in bfloat16, with one layer and then with the next;
+when a run has ended FGSM, PGD-20 and AutoAttack on 1000 test images. Stopped at any time it leaves parts of its
+checkpoint (see `packed_state`), from which it goes on the next time. The net that is attacked is the one that was
+packed.
 """
 
 import contextlib

@@ -222,7 +222,7 @@ def _convolved(x, k):
 
 
 def methods(report, shapes=SHAPES, batch_size=32):
-    """Layers of ResNet-18 on random images: ConvNorm, and for scale conv + BatchNorm, each against its most exact form."""
+    """Layers of ResNet-18 on random images: ConvNorm, and for scale conv + BatchNorm, each against its most exact."""
     shapes = [Shape(*shape) for shape in shapes]
     cases = [(shape, layer, setting) for shape in shapes for layer in ('convnorm', 'batchnorm') for setting in SETTINGS]
     exact = [(shape, layer, None) for shape in shapes for layer in ('convnorm', 'batchnorm')]

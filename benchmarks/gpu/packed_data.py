@@ -33,7 +33,7 @@ def pack(data_dir, path):
         heads, scans = zip(*(_split(row['image']) for row in rows))
         arrays.setdefault('head', np.frombuffer(heads[0], np.uint8))
         if set(heads) != {arrays['head'].tobytes()}:
-            raise ValueError(f'{folder}: expected images of one head, as of one JPEG encoder and quality')
+            raise ValueError(f'{folder}: expected JPEG images of one head, all of one encoder and one quality')
         arrays[f'{part}_scans'] = np.frombuffer(b''.join(scans), np.uint8)
         arrays[f'{part}_lengths'] = np.array([len(scan) for scan in scans], np.uint16)
         arrays[f'{part}_labels'] = np.array([row['label'] for row in rows], np.uint8)
@@ -60,8 +60,10 @@ def unpack(path, data_dir):
 
 
 def _split(jpeg):
-    """(head, scan): of one JPEG, up to its coefficients, and those with what ends it."""
-    start = jpeg.index(_START_OF_SCAN)
+    """(head, scan): of one JPEG, up to its coefficients, and these; all of another format is head."""
+    start = jpeg.find(_START_OF_SCAN)
+    if start < 0:
+        return jpeg, b''
     start += 2 + int.from_bytes(jpeg[start + 2 : start + 4], 'big')
     end = jpeg.rindex(_END)
     return jpeg[:start], jpeg[start:end]

@@ -1,9 +1,10 @@
 """The runs of the last stage, small enough to travel: their files, and the checkpoint of the one that is going on.
 
-A checkpoint of ResNet-18 is 90 MB, parameters and momentum in float32; what may travel with all else is less than half of
-it. So large arrays are rounded, parameters to 13 bits behind the leading one, momentum to 5, and written as entropy codes
-of their bytes: exponents, which are much alike, then the bits of the mantissas, then signs. A run that goes on from there
-goes on from parameters that differ by 6e-5 of each at most. Parts of 15 MiB: larger files do not come back.
+A checkpoint of ResNet-18 is 90 MB, parameters and momentum in float32; what may travel with all else is less than
+half of it. So large arrays are rounded, parameters to 13 bits behind the leading one, momentum to 5, and written as
+entropy codes of their bytes: exponents, which are much alike, then the bits of the mantissas, then signs. A run that
+goes on from there goes on from parameters that differ by 6e-5 of each at most. Parts of 15 MiB: larger files do not
+come back.
 """
 
 import concurrent.futures
@@ -66,8 +67,10 @@ def load(folder, runs):
     content = b''.join(open(path, 'rb').read() for path in _found(folder))  # noqa: SIM115
     try:
         archive = zipfile.ZipFile(io.BytesIO(content))
-    except zipfile.BadZipFile as error:
-        raise ValueError(f'--resume={folder}: expected all parts {_PART.format(0)}, ... of a run ({error})') from error
+    except zipfile.BadZipFile as error:  # the last part is missing, or one is of another run
+        raise ValueError(
+            f'--resume={folder}: expected all parts {_PART.format(0)}, ... of one run ({error})'
+        ) from error
     os.makedirs(runs, exist_ok=True)
     names = archive.namelist()
     for name in names:
@@ -102,6 +105,9 @@ def _found(folder):
     found = _parts(folder)
     if not found:
         raise ValueError(f'--resume={folder}: expected {_PART.format(0)} in it, as an earlier run leaves it')
+    for i, path in enumerate(found):
+        if os.path.basename(path) != _PART.format(i):
+            raise ValueError(f'--resume={folder}: expected all parts of one run, but {_PART.format(i)} is missing')
     return found
 
 

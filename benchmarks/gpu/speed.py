@@ -1,7 +1,8 @@
 """Stages of the GPU plan that time something: training steps, inference, layers, an attack, a GAN's step.
 
-A stage compiles all its programs at once, in threads, and only then measures, one program after the other in turn: XLA
-compiles a program on one core, and a lent machine has many. The seconds to compile are therefore those of a busy machine.
+A stage compiles all its programs at once, in threads, and only then measures, one program after the other in turn:
+XLA compiles a program on one core, and a lent machine has many. The seconds to compile are therefore those of a busy
+machine.
 """
 
 import argparse
@@ -216,7 +217,9 @@ def pgd(report, net, dtype, batch_size, steps, layers=('batchnorm', 'convnorm'),
             row[f'{part}_ms'], row[f'{part}_images_per_second'] = ms[name, part], 1e3 * batch_size / ms[name, part]
             row[f'{part}_ratio'] = timing.ratio(ms[name, part], ms.get(('batchnorm', part)))
         report.row(**row)
-        report.show({f'{net}, PGD-{steps}': name, **{k: v for k, v in row.items() if k not in ('net', 'layer', 'steps')}})
+        report.show(
+            {f'{net}, PGD-{steps}': name, **{k: v for k, v in row.items() if k not in ('net', 'layer', 'steps')}}
+        )
     _say_failed(report, failed)
 
 

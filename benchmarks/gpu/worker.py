@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu.worker FILE_DESCRIPTOR
 
-reads a line of JSON for each stage on its standard input, {'run': 'module:function', 'options': {...}}, and writes lines
-of JSON to the descriptor: {'row': {...}} to be saved, {'line': text} to be shown, {'done': error or ''} at the end. So
-what was measured before a stage was killed is known to `Worker`, its other end, and one process at a time holds memory of
-the device. Whatever else is printed goes to the log.
+reads a line of JSON for each stage on its standard input, {'run': 'module:function', 'options': {...}}, and writes
+lines of JSON to the descriptor: {'row': {...}} to be saved, {'line': text} to be shown, {'done': error or ''} at the
+end. So what was measured before a stage was killed is known to `Worker`, its other end, and one process at a time
+holds memory of the device. Whatever else is printed goes to the log.
 """
 
 import importlib
