@@ -125,14 +125,13 @@ class Step:
         else:
             ball = {'epsilon': 8 / 255, 'step_size': 8 / 255}
             step = adversarial.make_free_step(model, tx, replays=REPLAYS, **ball, **settings)
-        self._state = jax.jit(lambda: create_state(model, tx, PICTURE, seed=0))()
+        self._create, self._state = lambda: create_state(model, tx, PICTURE, seed=0), None
         random = np.random.default_rng(0)
         images = random.integers(0, 256, (case.batch_size, *PICTURE), np.uint8)
         labels = random.integers(0, 10, case.batch_size).astype(np.int32)
         self._batch = jax.device_put({'images': images, 'labels': labels})
-        jax.block_until_ready((self._state, self._batch))
         start = time.perf_counter()
-        self.lowered = jax.jit(step, donate_argnums=0).lower(self._state, self._batch)
+        self.lowered = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(self._create), self._batch)
         self.compile_seconds = time.perf_counter() - start
         self.compiled = None
 
@@ -143,6 +142,11 @@ class Step:
         self.compile_seconds += time.perf_counter() - start
         return self
 
+    def start(self):
+        """Makes the state; returns the step. Without it the first call does."""
+        self._state = jax.block_until_ready(jax.jit(self._create)())
+        return self
+
     @property
     def memory_bytes(self):
         """By the compiler: arguments, temporaries and output, less what of the output lies in donated arguments."""
@@ -150,11 +154,19 @@ class Step:
         size = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
         return size - memory.alias_size_in_bytes
 
+    @property
     def eval_variables(self):
-        """A copy of the variables that the step would be evaluated with: its next call leaves it alone."""
+        """A copy of the variables that the net is evaluated with: the next call leaves it alone."""
         return jax.tree.map(jnp.copy, self._state.eval_variables)
 
+    @property
+    def abstract_variables(self):
+        """Shapes and dtypes of `eval_variables`, without a state."""
+        return jax.eval_shape(self._create).eval_variables
+
     def __call__(self):
+        if self._state is None:
+            self.start()
         self._state, metrics = self.compiled(self._state, self._batch)
         return metrics
 

@@ -56,54 +56,50 @@ def machine_facts(report):
 
 
 class _Programs:
-    """The step of a net, and the net at inference."""
+    """The step of a net, and the net at inference: traced, not compiled."""
 
     def __init__(self, case, options, precision):
-        self._precision = precision
-        with self._with_precision():
+        with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
             self.step = Step(case, **options)
-            self.variables, logits_fn = self.step.eval_variables(), make_logits_fn(self.step.model, MEAN, STD)
-            pixels = np.random.default_rng(1).random((case.batch_size, *PICTURE), np.float32)
-            self.pixels = jax.device_put(pixels)
-            self.lowered = jax.jit(logits_fn).lower(self.variables, self.pixels)
-        self.text = self.step.lowered.as_text(), self.lowered.as_text()
-
-    def _with_precision(self):
-        return jax.default_matmul_precision(self._precision) if self._precision else contextlib.nullcontext()
-
-    def compile_training(self):
-        """Compiles the step."""
-        return self.step.compile()
+            logits_fn = make_logits_fn(self.step.model, MEAN, STD)
+            self._pixels = np.random.default_rng(1).random((case.batch_size, *PICTURE), np.float32)
+            self._lowered = jax.jit(logits_fn).lower(self.step.abstract_variables, self._pixels)
+        self.text = self.step.lowered.as_text(), self._lowered.as_text()
+        self._inference = None
 
     def compile_inference(self):
-        """The compiled inference, a function of nothing."""
-        return functools.partial(self.lowered.compile(mesh.compiler_options()), self.variables, self.pixels)
+        """Compiles the net at inference."""
+        self._inference = self._lowered.compile(mesh.compiler_options())
+
+    def inference(self):
+        """That, as a function of nothing."""
+        return functools.partial(self._inference, self.step.eval_variables, jax.device_put(self._pixels))
 
 
-def steps(report, net, dtype, batch_size, algorithm='clean', precision=None, layers=None, repeats=9):
-    """Training steps and inference of a net with each layer and each method, in turn.
+def steps(report, net, dtype, batch_size, methods=False, algorithm='clean', precision=None, repeats=9):
+    """Training steps and inference of a net with ConvNorm, convolution and BatchNorm, and spectral norm, in turn.
 
     Args:
+      methods: ConvNorm by each of its methods too.
       precision: of the products (`jax_default_matmul_precision`), None for JAX's default.
-      layers: [[name, options], ...]; None for convolution with BatchNorm, ConvNorm by each method, and spectral norm.
     """
-    layers = layers or [
-        ['batchnorm', {}],
-        ['convnorm', {}],
-        *(['convnorm', {'method': method}] for method in METHODS),
-        ['spectralnorm', {}],
-    ]
+    forced = [('convnorm', {'method': method}) for method in METHODS if methods]
+    layers = [('convnorm', {}), *forced, ('batchnorm', {}), ('spectralnorm', {})]
     build = lambda name, options: _Programs(Case(net, name, batch_size, dtype, algorithm), options, precision)
     found, failed = in_threads({_title(*one): functools.partial(build, *one) for one in layers})
     found, same = _without_copies(found)
-    jobs = {(name, 'training'): programs.compile_training for name, programs in found.items()}
-    jobs.update({(name, 'inference'): programs.compile_inference for name, programs in found.items()})
-    compiled, not_compiled = in_threads(jobs)
-    failed.update({' '.join(name): reason for name, reason in not_compiled.items()})
-    seconds = {}
-    for part in ('training', 'inference'):
-        programs = {name: program for (name, what), program in compiled.items() if what == part}
-        seconds[part] = timing.medians_ms(timing.interleaved(programs, repeats))
+    jobs = {}
+    for name, programs in found.items():
+        jobs[name, 'training'], jobs[name, 'state'] = programs.step.compile, programs.step.start
+        jobs[name, 'inference'] = programs.compile_inference
+    done, not_done = in_threads(jobs)
+    failed.update({' '.join(name): reason for name, reason in not_done.items()})
+    compiled = lambda part: [name for name in found if {(name, part), (name, 'state')} <= set(done)]
+    parts = {
+        'training': {name: found[name].step for name in compiled('training')},
+        'inference': {name: found[name].inference() for name in compiled('inference')},
+    }
+    seconds = {part: timing.medians_ms(timing.interleaved(programs, repeats)) for part, programs in parts.items()}
     for name in found:
         row = {'net': net, 'layer': name, 'batch_size': batch_size, 'dtype': dtype, 'algorithm': algorithm}
         row.update(precision=precision, same_program_as=same[name], **_figures(name, batch_size, seconds))

@@ -1,5 +1,7 @@
 """The stages of the GPU plan, in order of value."""
 
+import dataclasses
+
 from benchmarks.gpu.plan import Stage
 
 _TINY_RUN = {
@@ -45,6 +47,9 @@ def _all(options):
     yield Stage('methods', 'methods against the most exact one', 'golden', 30, f'{_GOLDEN}:methods', given)
     for case in (('float32', 128), ('bfloat16', 512), ('float32', 512)):
         yield _steps(net, tiny, *case)
+    exact = _steps(net, tiny, 'float32', 512)
+    given = {**exact.options, 'precision': 'highest'}
+    yield dataclasses.replace(exact, name='step_highest_512', title=f'{exact.title}, highest precision', options=given)
     for dtype in ('bfloat16', 'float32'):
         given = {'net': net, 'dtype': dtype, 'batch_size': 4 if tiny else 512, 'steps': 2 if tiny else 20}
         yield Stage(f'pgd_{dtype}', f'attack by PGD, {dtype}', 'step', 60, f'{_SPEED}:pgd', given)
@@ -61,6 +66,6 @@ def _all(options):
 
 def _steps(net, tiny, dtype, batch_size):
     batch, repeats = (batch_size // 64, 2) if tiny else (batch_size, 9)
-    given = {'net': net, 'dtype': dtype, 'batch_size': batch, 'repeats': repeats}
+    given = {'net': net, 'dtype': dtype, 'batch_size': batch, 'methods': batch_size == 128, 'repeats': repeats}
     title = f'training step and inference of {net}, {dtype}, batch {batch}'
-    return Stage(f'step_{dtype}_{batch_size}', title, 'step', 80, f'{_SPEED}:steps', given)
+    return Stage(f'step_{dtype}_{batch_size}', title, 'step', 80 if batch_size == 128 else 60, f'{_SPEED}:steps', given)
