@@ -251,7 +251,7 @@ def test_a_checkpoint_travels_in_parts(tmp_path, monkeypatch):
         'state': {
             'params': {'kernel': values, 'bias': values[0]},
             'opt_state': {'trace': 1e-3 * jax.random.normal(keys[1], (300, 300))},
-            'batch_stats': {'mean': jax.random.normal(keys[2], (80, 80))},
+            'totals': jax.random.normal(keys[2], (80, 80)),
             'rng': jnp.array([1, 2], jnp.uint32),
             'step': jnp.int32(5),
         }
@@ -266,11 +266,11 @@ def test_a_checkpoint_travels_in_parts(tmp_path, monkeypatch):
         'convnorm/metrics.csv'
     ]
     found, expected = decode(arrays)['state'], arrays['state']
-    for name in ('batch_stats', 'rng', 'step'):
+    for name in ('totals', 'rng', 'step'):
         jax.tree.map(np.testing.assert_array_equal, found[name], expected[name])
     np.testing.assert_array_equal(found['params']['bias'], expected['params']['bias'])  # small: as it is
-    np.testing.assert_allclose(found['params']['kernel'], values, rtol=2.0**-14)
-    np.testing.assert_allclose(found['opt_state']['trace'], expected['opt_state']['trace'], rtol=2.0**-6)
+    np.testing.assert_allclose(found['params']['kernel'], values, rtol=2.0**-13)
+    np.testing.assert_allclose(found['opt_state']['trace'], expected['opt_state']['trace'], rtol=2.0**-5)
     assert np.any(found['params']['kernel'] != values)
     # What was rounded once stays as it is: an evaluation that goes on is of the same net.
     packed_state.save(out, runs, 'convnorm', jax.device_get({'state': found}), {'step': 5})
