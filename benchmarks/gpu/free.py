@@ -8,6 +8,7 @@ packed.
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -57,12 +58,12 @@ def run(report, data, output, seconds, resume='', layers=('convnorm', 'batchnorm
         raise ValueError('--data is missing: give CIFAR-10 as benchmarks/pack_gpu.py packs it')
     shutil.rmtree(_ROOT, ignore_errors=True)
     runs, data_dir = os.path.join(_ROOT, 'runs'), os.path.join(_ROOT, 'data')
-    with _alarm(seconds - saving):
+    with _alarm(seconds - saving), _no_time_left(report):
         packed_data.unpack(data, data_dir)
         held = packed_state.load(resume, runs) if resume else None
         for layer in layers:
             workdir = os.path.join(runs, layer)
-            if os.path.exists(os.path.join(workdir, 'result.json')):
+            if is_done(workdir):
                 continue
             experiment = setup.build(_config(layer, data_dir, overrides or {}))
             if held and held[0] == layer:
@@ -99,6 +100,15 @@ def _alarm(seconds):
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def _no_time_left(report):
+    """Within it, `OutOfTime` is said and no error: nothing new was trained."""
+    try:
+        yield
+    except OutOfTime:
+        report.say('no time was left for the next run; what was packed before holds')
+
+
 def _no_alarm():
     signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -121,16 +131,22 @@ def _go_on(report, experiment, layer, runs, output):
             _attack(report, experiment, layer, workdir)
     except OutOfTime:
         stopped = True
-    _no_alarm_if(stopped)
-    done = os.path.exists(os.path.join(workdir, 'result.json'))
+    if stopped:
+        _no_alarm()
+    done = is_done(workdir)
     _pack(report, experiment, layer, runs, output, done)
     report.say(f'{layer}: {"done" if done else "goes on the next time, with --resume"}')
     return done
 
 
-def _no_alarm_if(stopped):
-    if stopped:
-        _no_alarm()
+def is_done(workdir):
+    """Whether a run was trained and attacked to its end: its result may be of an evaluation that was interrupted."""
+    try:
+        with open(os.path.join(workdir, 'result.json')) as file:
+            result = json.load(file)
+    except FileNotFoundError:
+        return False
+    return 'autoattack_accuracy' in result and 'incomplete' not in result
 
 
 def _steps_done(experiment, workdir):

@@ -23,6 +23,7 @@ PART_BYTES = 15 << 20
 _PART = 'runs.part{:02d}'
 _KEPT_BITS = {'opt_state': 4, 'params': 12, 'batch_stats': 12}
 _LEAST_SIZE = 4096  # of an array that is rounded
+_MOST_FILE_BYTES = 24 << 20
 _MANTISSA, _STATE = 23, 'state.json'
 
 
@@ -31,7 +32,8 @@ def save(folder, runs, layer=None, arrays=None, progress=None):
 
     Args:
       folder: of the plan's results.
-      runs: holds a folder for each run; their checkpoints are left out.
+      runs: holds a folder for each run; left out are their checkpoints, and files too large to travel, such as the
+        state in the middle of some attacks, which then begin again.
       layer: the run that `arrays` and `progress` are of, see `training.checkpoint.Checkpointer.save`; None for none.
     """
     buffer = io.BytesIO()
@@ -40,6 +42,8 @@ def save(folder, runs, layer=None, arrays=None, progress=None):
             folders[:] = [name for name in folders if name not in ('checkpoints', 'damaged')]
             for name in names:
                 path = os.path.join(where, name)
+                if os.path.getsize(path) > _MOST_FILE_BYTES:
+                    continue
                 archive.write(path, os.path.join('runs', os.path.relpath(path, runs)), zipfile.ZIP_DEFLATED)
         if layer is not None:
             facts, planes = _encode(arrays)

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import pack_gpu
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import golden, packed_data, packed_state, plan, speed, stages
+from benchmarks.gpu import free, golden, packed_data, packed_state, plan, speed, stages
 from convnorm_jax.data import stores
 from convnorm_jax.data.sources import load_source
 
@@ -202,6 +202,18 @@ def test_the_layer_table_sums_the_net():
     speed.layer_table(report, 'float32', 2, [[2, 2, 4, 1, 3]], repeats=1)
     row, total = report.cells
     assert not report.lines and row['conv + BN'] == total['conv + BN'] > 0
+
+
+def test_an_interrupted_evaluation_is_not_the_end(tmp_path):
+    assert not free.is_done(tmp_path)
+    for result, done in (
+        ({'autoattack_accuracy': 0.4, 'incomplete': 'stopped'}, False),
+        ({'test_accuracy': 0.8}, False),
+    ):
+        (tmp_path / 'result.json').write_text(json.dumps(result))
+        assert free.is_done(tmp_path) == done
+    (tmp_path / 'result.json').write_text(json.dumps({'autoattack_accuracy': 0.4}))
+    assert free.is_done(tmp_path)
 
 
 # --- packing -------------------------------------------------------------------------------------
