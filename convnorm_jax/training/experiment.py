@@ -113,7 +113,7 @@ class Experiment:
         )
 
     def abstract_states(self):
-        """What the state in a checkpoint may look like, as `abstract_state`: today's, then those of earlier versions."""
+        """What the state in a checkpoint may look like, see `abstract_state`: today's, then earlier versions'."""
         return [self.abstract_state()]
 
     def completed(self, state):
