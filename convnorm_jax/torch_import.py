@@ -1,6 +1,12 @@
 """The published PyTorch weights, as variables of these nets. NumPy in, variables out."""
 
+import argparse
+import collections
+import contextlib
+import pathlib
 import re
+import types
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -35,16 +41,22 @@ _BLOCK_NAMES = {
 _OPTIONAL = re.compile(r'running_mean$|running_var$|running_V$|\.conv\.weight_[uv]$')
 _IGNORED = re.compile(r'num_batches_tracked$')
 
+# Where checkpoints keep the state dict, next to epochs and arguments.
+_CONTAINERS = ('state_dict', 'model_state_dict', 'model', 'net')
+# What DataParallel and torch.compile put before every name.
+_WRAPPERS = re.compile(r'(module\.|_orig_mod\.)+')
+
 
 def import_state_dict(model, state_dict, input_shape):
     """Variables of a net from the published implementation's state dict.
 
     Args:
       model: a net made by `create_model` with the layer the weights were trained with.
-      state_dict: mapping of published names to NumPy arrays in PyTorch's layout. Running
-        statistics may be absent: BatchNorm's then start at 0 and 1, ConvNorm's spectrum is
-        that of the given kernel. BatchNorm's counters are ignored; ConvNorm's update count
-        starts at 0, which is what the published code does at a restart.
+      state_dict: mapping of published names to arrays in PyTorch's layout: NumPy's, torch tensors or parameters. Or a
+        checkpoint that holds one under 'state_dict', 'model_state_dict', 'model' or 'net'; what is no array is passed
+        over. The prefixes of DataParallel and torch.compile are dropped. Running statistics may be absent: BatchNorm's
+        then start at 0 and 1, ConvNorm's spectrum is that of the given kernel. BatchNorm's counters are ignored;
+        ConvNorm's update count starts at 0, which is what the published code does at a restart.
       input_shape: NHWC shape of a batch of images, or HWC of one: the running spectra
         belong to that picture size.
 
@@ -52,12 +64,15 @@ def import_state_dict(model, state_dict, input_shape):
       {'params': ..., 'batch_stats': ...}, float32.
 
     Raises:
-      ValueError: names left over or missing, listed; an array of another shape.
+      ValueError: no arrays; names left over or missing, listed; an array of another shape.
     """
+    found = find_state_dict(state_dict)
+    if found is None:
+        raise ValueError(f'state_dict: {_no_state_dict(state_dict)}')
     shape = tuple(input_shape) if len(input_shape) == 4 else (1, *input_shape)
     images = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
     template = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    state_dict = {k.removeprefix('module.'): np.asarray(v) for k, v in state_dict.items() if not _IGNORED.search(k)}
+    state_dict = {k: _to_numpy(v) for k, v in _unwrapped(found).items() if not _IGNORED.search(k)}
     wanted = {
         path: (published_name(model, path[1:], state_dict), leaf)
         for path, leaf in traverse_util.flatten_dict(template).items()
@@ -182,23 +197,101 @@ def _full_spectrum(half, width):
     return np.concatenate([half, mirrored], axis=1)
 
 
+def find_state_dict(content):
+    """{name: array} in a checkpoint: under one of `_CONTAINERS`, or by itself; None if there is none."""
+    if not isinstance(content, Mapping):
+        return None
+    nested = (find_state_dict(content.get(key)) for key in _CONTAINERS)
+    arrays = {name: value for name, value in content.items() if isinstance(name, str) and _is_array(value)}
+    return next(filter(None, nested), None) or arrays or None
+
+
+def _is_array(value):
+    """Whether a value is an array or a tensor of numbers; NumPy's scalars are not."""
+    if isinstance(value, np.generic) or not hasattr(value, 'shape'):
+        return False
+    return not isinstance(value, np.ndarray) or value.dtype.kind in 'biufc'
+
+
+def _to_numpy(value):
+    # A torch tensor may need a gradient, lie on a GPU, or have a dtype that NumPy lacks.
+    return value.detach().cpu().float().numpy() if hasattr(value, 'detach') else np.asarray(value)
+
+
+def _unwrapped(state_dict):
+    """The names without the prefixes of wrappers."""
+    names = {name: _WRAPPERS.sub('', name, count=1) if _WRAPPERS.match(name) else name for name in state_dict}
+    for plain, count in collections.Counter(names.values()).items():
+        if count > 1:
+            given = sorted(name for name in names if names[name] == plain)
+            raise ValueError(f'state_dict: {" and ".join(given)} are both {plain!r}; give the weights of one net')
+    return {names[name]: value for name, value in state_dict.items()}
+
+
+def _no_state_dict(content):
+    held = f'keys {sorted(map(str, content))}' if isinstance(content, Mapping) else f'a {type(content).__name__}'
+    where = ', '.join(map(repr, _CONTAINERS))
+    return f'expected a state dict of tensors, by itself or under one of {where}, got {held}'
+
+
 def load_pth(path):
-    """The state dict in a `.pth` file of the published code, as NumPy arrays.
+    """The state dict in a `.pth` file, as NumPy arrays: one by itself, or in a checkpoint, see `import_state_dict`.
+
+    Nothing in the file is executed: beside tensors only plain values, NumPy's and `argparse.Namespace` are read. Other
+    classes must be allowed around the call, with `torch.serialization.safe_globals([...])`.
 
     Raises:
-      ValueError: torch is not installed, or the file holds no state dict.
+      ValueError: torch is not installed, or the file cannot be read so, or holds no state dict.
     """
     try:
         import torch  # only here: nothing else needs it
     except ImportError as error:
         raise ValueError(f'{path}: reading a .pth file needs torch (pip install torch), or save it as .npz') from error
+    with _harmless_allowed(torch):
+        try:
+            content = torch.load(path, map_location='cpu', weights_only=True)
+        except OSError as error:
+            raise ValueError(f'{path}: cannot be read ({error.strerror or error})') from error
+        except Exception as error:
+            raise ValueError(f'{path}: {_why_refused(torch, path, error)}') from error
+    state = find_state_dict(content)
+    if state is None:
+        raise ValueError(f'{path}: {_no_state_dict(content)}')
+    return {name: _to_numpy(tensor) for name, tensor in state.items()}
+
+
+def _harmless_allowed(torch):
+    """Context in which torch reads what often lies next to weights and cannot do anything."""
+    # Before torch 2.6 a name of NumPy 1, which moved since, cannot be allowed.
+    if not hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint'):
+        return contextlib.nullcontext()
+    multiarray = getattr(np, '_core', None) or np.core
+    moved = [
+        (getattr(multiarray.multiarray, name), f'{package}.multiarray.{name}')
+        for name in ('scalar', '_reconstruct')
+        for package in ('numpy.core', 'numpy._core')
+    ]
+    plain = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in np.typecodes['All'] if kind != 'O'}]
+    classes = [argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, collections.defaultdict, list, dict]
+    # Not those that the user has allowed: they would be forgotten at the end of the context.
+    allowed = torch.serialization.get_safe_globals()
+    return torch.serialization.safe_globals([each for each in (*moved, *plain, *classes) if each not in allowed])
+
+
+def _why_refused(torch, path, error):
+    """Why `torch.load` does not read a file, in one sentence without colours."""
+    said = ' '.join(re.sub(r'\x1b\[[0-9;]*m', '', str(error)).split())
     try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f'{path}: torch can not read it as plain tensors ({type(error).__name__}: {error})'.split('\n')[0]
-        ) from error
-    state = content.get('state_dict', content) if isinstance(content, dict) else None
-    if not state or not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{path}: holds no state dict of tensors, neither by itself nor under 'state_dict'")
-    return {name: tensor.float().numpy() for name, tensor in state.items()}
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # torch before 2.6, or a file in its format of before 1.6
+        names = re.findall(r'Unsupported (?:global: GLOBAL|class) (\S+)', said)
+    if names:
+        named = ', '.join(sorted(names))
+        return (
+            f'the file holds more than plain tensors: {named}, which could run any code when it is loaded; if you '
+            'trust whoever made it, save the weights alone with the program that it comes from, torch.save('
+            f'model.state_dict(), PATH), or allow it: with torch.serialization.safe_globals([{named}]): load_pth(PATH)'
+        )
+    detail = said.split('WeightsUnpickler error: ')[-1].split(' Check the documentation')[0].split('. ')[0].rstrip('.')
+    detail = type(error).__name__ + (f': {detail}' if detail else '')
+    return f'torch cannot read it ({detail}); expected a file written by torch.save, whole'

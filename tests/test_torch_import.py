@@ -1,6 +1,4 @@
-"""Published weights: the golden nets, every name accounted for, statistics, .pth files."""
-
-import builtins
+"""Published weights: the golden nets, every name accounted for, statistics."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,7 @@ from flax import traverse_util
 
 from convnorm_jax import torch_import
 from convnorm_jax.models import create_model
-from convnorm_jax.torch_import import import_state_dict, load_pth, published_name
+from convnorm_jax.torch_import import import_state_dict, published_name
 
 # 3e-6 of the largest value is the worst that is seen; the golden README asks for 1e-4.
 TOLERANCE = 2e-5
@@ -303,45 +301,3 @@ def test_published_names(name, activation, layer, expected):
     names = [published_name(model, path) for path in traverse_util.flatten_dict(variables['params'])]
     assert len(names) == len(set(names))
     assert set(expected) <= set(names)
-
-
-# --- files ---------------------------------------------------------------------------------
-
-
-def test_load_pth_without_torch(monkeypatch):
-    real_import = builtins.__import__
-
-    def no_torch(name, *args, **kwargs):
-        if name == 'torch':
-            raise ImportError('no torch')
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, '__import__', no_torch)
-    with pytest.raises(ValueError, match='model.pth.*pip install torch'):
-        load_pth('model.pth')
-
-
-@pytest.mark.parametrize('wrap', [lambda s: s, lambda s: {'epoch': 3, 'state_dict': s}], ids=['plain', 'checkpoint'])
-def test_load_pth(tmp_path, wrap):
-    torch = pytest.importorskip('torch')
-    state = {'a.weight': torch.arange(6.0).reshape(2, 3), 'a.num_batches_tracked': torch.tensor(4)}
-    torch.save(wrap(state), tmp_path / 'model.pth')
-    loaded = load_pth(tmp_path / 'model.pth')
-    assert set(loaded) == set(state)
-    assert all(isinstance(array, np.ndarray) for array in loaded.values())
-    np.testing.assert_array_equal(loaded['a.weight'], np.arange(6.0).reshape(2, 3))
-
-
-@pytest.mark.parametrize('content', [3, {}, {'epoch': 3}, {'state_dict': [1, 2]}])
-def test_load_pth_without_a_state_dict(tmp_path, content):
-    torch = pytest.importorskip('torch')
-    torch.save(content, tmp_path / 'model.pth')
-    with pytest.raises(ValueError, match='model.pth'):
-        load_pth(tmp_path / 'model.pth')
-
-
-def test_load_pth_of_what_is_no_checkpoint(tmp_path):
-    pytest.importorskip('torch')
-    (tmp_path / 'model.pth').write_text('no checkpoint')
-    with pytest.raises(ValueError, match='model.pth'):
-        load_pth(tmp_path / 'model.pth')

@@ -43,7 +43,10 @@ def decode(data, name):
 def _cut_short(data):
     """Whether the end of a JPEG or PNG is missing, where decoders fill up with grey and say nothing."""
     if data.startswith(b'\x89PNG\r\n\x1a\n'):
-        return b'IEND' not in data[-64:]
+        position = 8
+        while data[position + 4 : position + 8] not in (b'IEND', b''):  # chunks; what follows the last does not matter
+            position += 12 + int.from_bytes(data[position : position + 4], 'big')
+        return not data[position + 4 : position + 8]
     if not data.startswith(b'\xff\xd8'):
         return False
     position = 2

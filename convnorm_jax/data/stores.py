@@ -94,7 +94,7 @@ class RecordStore:
 
 
 def list_folders(root):
-    """The pictures of DIR/train/CLASS/* and DIR/val/CLASS/*; a label is its class's place in alphabetical order.
+    """The pictures of DIR/train/CLASS/** and DIR/val/CLASS/**; a label is its class's place in alphabetical order.
 
     Args:
         root: DIR.
@@ -138,14 +138,27 @@ def _subfolders(path):
 
 
 def _pictures(path):
-    files = sorted(
-        entry.name
-        for entry in os.scandir(path)
-        if not entry.name.startswith('.') and entry.name.lower().endswith(SUFFIXES)
-    )
-    if not files:
+    """The images in a folder and its sub-folders, as paths below it, in torchvision's order.
+
+    What is hidden is left out. A link is followed, but for one to a folder that it lies in.
+    """
+    found = []
+    for folder, inside, names in os.walk(path, followlinks=True, onerror=_refuse):
+        inside[:] = [name for name in inside if not name.startswith('.') and not _leads_back(folder, name)]
+        chosen = (name for name in names if not name.startswith('.') and name.lower().endswith(SUFFIXES))
+        found += [(folder, name) for name in chosen]
+    if not found:
         raise ValueError(f'{path}: expected pictures ({" ".join(SUFFIXES)}), found none; add some, or remove the class')
-    return files
+    return [os.path.relpath(os.path.join(*place), path) for place in sorted(found)]
+
+
+def _refuse(error):
+    raise ValueError(f'{error.filename}: the folder cannot be read ({error.strerror}); allow it') from error
+
+
+def _leads_back(folder, name):
+    target = os.path.join(folder, name)
+    return os.path.islink(target) and Path(folder).resolve().is_relative_to(Path(target).resolve())
 
 
 def list_records(path, name, files):

@@ -4,14 +4,18 @@ What a batch holds is a pure function of (seed, step): the number of workers, pr
 nothing, and a run goes on in mid-epoch by its step alone.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import traceback
 
+import jax
 import numpy as np
 
 from convnorm_jax.data import pictures as pictures_lib
@@ -190,16 +194,41 @@ def read(load, stop, *, start=0, workers=0, place=None, ahead=2):
     if workers:
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
         data = data.mp_prefetch(options, worker_init_fn=_prepare_worker)
+        # The workers' arrays lie in shared memory, and must not be held by whoever holds a batch when the process ends.
+        data = data.map(_copied)
     if place:
         data = grain.experimental.ThreadPrefetchIterDataset(data.map(place), prefetch_buffer_size=ahead)
-    batches = iter(data)
+    batches, failure = iter(data), None
     try:
         yield from batches
+    except Exception as error:
+        failure = error
+        raise
     finally:
         batches.close()
         if workers:
             del batches
-            gc.collect()  # grain's iterators are cycles, which would keep their shared memory for long
+            _give_shared_memory_back(failure)
+            del failure  # or it and this frame would keep each other alive
+
+
+def _copied(batch):
+    return jax.tree.map(np.array, batch)
+
+
+def _give_shared_memory_back(failure):
+    """Frees grain's arrays that nobody asked for; at the end of the process it would be too late, with a warning."""
+    # The frames of a traceback, and those that called them, hold batches: grain cuts its own out of the traceback only.
+    for frame, _ in traceback.walk_tb(failure and failure.__traceback__):
+        for caller, _ in traceback.walk_stack(frame):
+            with contextlib.suppress(RuntimeError):  # one that is still running
+                caller.clear()
+    gc.collect()  # grain's iterators are cycles
+    # grain unlinks in a thread, which the end of the process would not wait for.
+    arrays = sys.modules.get('grain._src.python.ipc.shared_memory_array')
+    unlinking = getattr(getattr(arrays, 'SharedMemoryArray', None), '_del_thread_pool', None)
+    if unlinking is not None:
+        unlinking.apply(int)  # behind all that it was given
 
 
 def _prepare_worker(index, count):

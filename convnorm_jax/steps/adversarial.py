@@ -55,12 +55,13 @@ def make_free_step(
 
     gradient_fn = jax.value_and_grad(perturbed_loss, argnums=(0, 1), has_aux=True)
 
-    def replay(state, perturbation, pixels, labels):
+    def replay(state, perturbation, pixels, labels, updates):
         (loss, (logits, model_state)), (grads, by_pixel) = gradient_fn(
             state.params, perturbation, state.model_state, pixels, labels
         )
+        statistics_fn = lambda params, given: perturbed_loss(params, perturbation, given, pixels, labels)[1][1]
+        updated = classify.apply_gradients(state, grads, model_state, tx, ema_decay, statistics_fn, updates)
         perturbation = jnp.clip(perturbation + step_size * jnp.sign(by_pixel), -epsilon, epsilon)
-        updated = classify.apply_gradients(state, grads, model_state, tx, ema_decay)
         return updated, perturbation, classify.step_metrics(loss, logits, labels, grads)
 
     def train_step(state, batch):
@@ -68,8 +69,8 @@ def make_free_step(
         pixels = to_float(augment_fn(jax.random.fold_in(state.rng, step), batch['images']))
         perturbation = state.perturbation if carry_over else jnp.zeros_like(pixels)
         totals = None
-        for _ in range(replays):  # not a loop of XLA's, in which a convolution is slow on the CPU
-            state, perturbation, metrics = replay(state, perturbation, pixels, labels)
+        for i in range(replays):  # not a loop of XLA's, in which a convolution is slow on the CPU
+            state, perturbation, metrics = replay(state, perturbation, pixels, labels, replays * step + i)
             totals = metrics if totals is None else jax.tree.map(jnp.add, totals, metrics)
         carried = perturbation if carry_over else state.perturbation
         return state.replace(step=step + 1, perturbation=carried), totals

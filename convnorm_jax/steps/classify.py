@@ -6,7 +6,7 @@ import optax
 
 from convnorm_jax.attacks.parts import repeat
 from convnorm_jax.data.augment import normalize, to_float
-from convnorm_jax.steps.state import global_norm
+from convnorm_jax.steps.state import average, global_norm, without_counts
 
 
 def make_logits_fn(model, mean, std):
@@ -62,7 +62,8 @@ def make_train_step(
       mean, std: per channel, of pixels in [0, 1].
       augment_fn: (key, uint8 images) -> uint8 images.
       label_smoothing, penalty_fn: see `make_loss_fn`.
-      ema_decay: share of the old average that an update keeps; unused if the state has none.
+      ema_decay: share of the old average that an update keeps, see `state.average`; unused if the state has none.
+        Where it has one, a step takes one more forward pass, of the averaged parameters: for their statistics.
       microbatches: parts that the batch is taken in, one after another, for less memory. The gradients
         are averaged; batch statistics are those of each part, and move the running averages in turn.
 
@@ -88,10 +89,11 @@ def _update_in_parts(state, loss_fn, tx, ema_decay, microbatches, pixels, labels
     # Every so many-th example: so each part lies on all devices, as the batch does.
     parts = [a.reshape(-1, microbatches, *a.shape[1:]) for a in (pixels, labels)]
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    part = lambda number: [jax.lax.dynamic_index_in_dim(a, number, 1, keepdims=False) for a in parts]
 
     def body(number, carry):
         model_state, grads, metrics = carry
-        images, classes = (jax.lax.dynamic_index_in_dim(a, number, 1, keepdims=False) for a in parts)
+        images, classes = part(number)
         (loss, (logits, model_state)), new = value_and_grad(state.params, model_state, images, classes)
         grads = jax.tree.map(lambda total, g: total + g / microbatches, grads, new)
         found = step_metrics(loss, logits, classes, new)
@@ -105,7 +107,15 @@ def _update_in_parts(state, loss_fn, tx, ema_decay, microbatches, pixels, labels
     )
     model_state, grads, metrics = repeat(microbatches, body, start)
     metrics['gradient_norm'] = (global_norm(grads), jnp.float32(1))
-    return apply_gradients(state, grads, model_state, tx, ema_decay), metrics
+
+    def statistics_fn(params, model_state):
+        def body(number, model_state):
+            images, classes = part(number)
+            return loss_fn(params, model_state, images, classes)[1][1]
+
+        return repeat(microbatches, body, model_state)
+
+    return apply_gradients(state, grads, model_state, tx, ema_decay, statistics_fn), metrics
 
 
 def update(state, loss_fn, tx, ema_decay, *inputs):
@@ -122,7 +132,8 @@ def update(state, loss_fn, tx, ema_decay, *inputs):
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (logits, model_state)), grads = value_and_grad(state.params, state.model_state, *inputs)
-    state = apply_gradients(state, grads, model_state, tx, ema_decay)
+    statistics_fn = lambda params, model_state: loss_fn(params, model_state, *inputs)[1][1]
+    state = apply_gradients(state, grads, model_state, tx, ema_decay, statistics_fn)
     return state, step_metrics(loss, logits, inputs[-1], grads)
 
 
@@ -144,12 +155,40 @@ def classification_loss(logits, labels, label_smoothing=0.0):
     return optax.softmax_cross_entropy(logits, targets)
 
 
-def apply_gradients(state, grads, model_state, tx, ema_decay):
-    """The state after one update of the optimizer."""
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
-    return state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, ema=ema)
+def apply_gradients(state, grads, model_state, tx, ema_decay, statistics_fn, updates=None):
+    """The state after one update of the optimizer.
+
+    Args:
+      state, grads, tx, ema_decay: see `make_train_step`.
+      model_state: the new one.
+      statistics_fn: (params, model_state) -> the new model_state of a training pass over this batch.
+      updates: of the optimizer before this one; None is one a step.
+    """
+    changes, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, changes)
+    updated = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
+    if state.ema is None:
+        return updated
+    ema = average(state.ema, params, ema_decay, state.step if updates is None else updates)
+    return updated.replace(ema=ema, ema_state=statistics_fn(ema, without_counts(state.ema_state)))
+
+
+def make_statistics_step(model, *, mean, std, augment_fn):
+    """Estimates the statistics of parameters that were not trained with them, as `torch.optim.swa_utils.update_bn`.
+
+    Args:
+      model, mean, std, augment_fn: see `make_train_step`.
+
+    Returns:
+      A pure function (params, model_state, key, images uint8 [B, H, W, C]) -> model_state. Called with a hundred
+      batches in turn, each with the model_state of the one before, it forgets the first.
+    """
+
+    def statistics_step(params, model_state, key, images):
+        images = normalize(to_float(augment_fn(key, images)), mean, std)
+        return train_logits(model, params, without_counts(model_state), images)[1]
+
+    return statistics_step
 
 
 def make_eval_step(logits_fn):

@@ -11,7 +11,7 @@ from convnorm_jax.attacks import parts
 from convnorm_jax.data.augment import to_float
 from convnorm_jax.data.diffaugment import diffaugment
 from convnorm_jax.steps import gan_losses
-from convnorm_jax.steps.state import global_norm
+from convnorm_jax.steps.state import average, global_norm, unshared, without_counts
 
 METRICS = (
     'discriminator_loss',
@@ -58,7 +58,8 @@ class GANState:
       step: int32 scalar, generator updates done.
       generator, discriminator: each a `NetState`.
       rng: key data of the run; randomness is `fold_in(rng, step)`, so it never changes.
-      ema: exponential moving average of the generator's variables, statistics included, or None.
+      ema: the generator's variables with the exponential moving average of its parameters, see `state.average`, and
+        the statistics that these make (not an average of the generator's), or None.
     """
 
     step: jax.Array
@@ -95,13 +96,14 @@ def create_gan_state(generator, discriminator, generator_tx, discriminator_tx, *
     made = generator.init(generator_key, jnp.zeros((1, latent)), labels, train=False)
     judged = discriminator.init(discriminator_key, jnp.zeros((1, *input_shape)), labels, train=False)
     generator_state, discriminator_state = _net_state(made, generator_tx), _net_state(judged, discriminator_tx)
-    return GANState(
+    state = GANState(
         step=jnp.zeros((), jnp.int32),
         generator=generator_state,
         discriminator=discriminator_state,
         rng=rng,
         ema=generator_state.variables if use_ema else None,
     )
+    return unshared(state)
 
 
 def _net_state(variables, tx):
@@ -141,8 +143,8 @@ def make_gan_step(
       num_classes: of the labels that generated pictures are drawn for; 0 for no labels.
       gradient_penalty: its weight (arXiv 1704.00028); 0 for none.
       policy: differentiable augmentation of all that the discriminator sees, see `data.diffaugment`.
-      ema_decay: share of the old average that an update keeps, in the long run; unused if the
-        state has none.
+      ema_decay: share of the old average that an update keeps, see `state.average`; unused if the state has none.
+        Where it has one, the averaged generator draws the latents of the generator's update too: for its statistics.
       penalty_fn: the discriminator's parameters -> scalar added to its loss, or None.
       shard_fn: cuts the first axis of every array over the devices.
 
@@ -201,7 +203,17 @@ def make_gan_step(
 
         (value, model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(net.params)
         state = state.replace(generator=net.updated(grads, model_state, generator_tx))
+        state = state.replace(ema=averaged(state, batch, fake_key))
         return state, {'generator_loss': value, 'generator_gradient_norm': global_norm(grads)}
+
+    def averaged(state, batch, key):
+        """The average after an update of the generator, with statistics of generated pictures."""
+        if state.ema is None:
+            return None
+        params = average(state.ema['params'], state.generator.params, ema_decay, state.step)
+        statistics = without_counts({name: tree for name, tree in state.ema.items() if name != 'params'})
+        (_, statistics), _ = generate({'params': params, **statistics}, key, batch)
+        return {'params': params, **statistics}
 
     def gan_step(state, batch):
         key = jax.random.fold_in(state.rng, state.step)
@@ -222,19 +234,9 @@ def make_gan_step(
         state, more = generator_update(state, shares[0].shape[1], jax.random.fold_in(key, n_dis))
         metrics = {name: (total, jnp.float32(n_dis)) for name, total in totals.items()}
         metrics |= {name: (value, jnp.float32(1)) for name, value in more.items()}
-        return state.replace(step=state.step + 1, ema=_averaged(state, ema_decay)), metrics
+        return state.replace(step=state.step + 1), metrics
 
     return gan_step
-
-
-def _averaged(state, decay):
-    """The average after an update; at first it keeps less, so that the initial values are soon forgotten."""
-    if state.ema is None:
-        return None
-    step = state.step.astype(jnp.float32)
-    return optax.incremental_update(
-        state.generator.variables, state.ema, 1 - jnp.minimum(decay, (1 + step) / (10 + step))
-    )
 
 
 def make_sampler(generator):

@@ -34,6 +34,10 @@ class Damaged(ValueError):
         self.reason = reason
 
 
+class OtherNet(ValueError):
+    """A checkpoint holds other arrays than those asked for."""
+
+
 @dataclasses.dataclass
 class _LatestAndBest(checkpoint_managers.PreservationPolicy):
     keep: int
@@ -115,7 +119,8 @@ class Checkpointer:
 
         Raises:
           Damaged: it is not what was saved.
-          ValueError: it holds other arrays, those of another net, or can not be read for now.
+          OtherNet: it holds other arrays, those of another net.
+          ValueError: it can not be read for now.
         """
         stored = self._stored(step)
         expected = stored.get('structure')
@@ -260,7 +265,7 @@ class Checkpointer:
         return Damaged(f'{self.folder}/{step}', reason)
 
     def _of_another_net(self, step):
-        return ValueError(
+        return OtherNet(
             f'{self.folder}/{step}: the checkpoint is of another net or optimizer (its arrays differ from those of '
             'this config in name, shape or dtype); give the config and the version it was trained with, '
             'or another --workdir'
@@ -288,6 +293,25 @@ class Checkpointer:
             self._ratings.pop(step, None)
         wait_for_all('damaged checkpoints are put aside')
         self._open()
+
+
+def first_fitting(restore, likes):
+    """What `restore` gives for the first of several structures that the checkpoint has.
+
+    Args:
+      restore: function of a `like`, see `Checkpointer.restore`.
+      likes: structures, today's first.
+
+    Raises:
+      OtherNet: it has none of them. Others: as `restore`.
+    """
+    mismatch = None
+    for like in likes:
+        try:
+            return restore(like)
+        except OtherNet as error:
+            mismatch = mismatch or error
+    raise mismatch
 
 
 def _attempt(read, step):

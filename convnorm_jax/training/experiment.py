@@ -112,6 +112,14 @@ class Experiment:
             jax.eval_shape(self.create_state),
         )
 
+    def abstract_states(self):
+        """What the state in a checkpoint may look like, see `abstract_state`: today's, then earlier versions'."""
+        return [self.abstract_state()]
+
+    def completed(self, state):
+        """A restored state with what an earlier version did not keep."""
+        return state
+
     def epoch_order(self, epoch):
         """The examples of an epoch, int32 [steps_per_epoch, batch_examples]; jittable."""
         examples = len(self.prepared.train.labels)

@@ -12,7 +12,7 @@ import optax
 
 from convnorm_jax import mesh as mesh_lib
 from convnorm_jax.training import metrics as metrics_lib
-from convnorm_jax.training.checkpoint import Checkpointer
+from convnorm_jax.training.checkpoint import Checkpointer, first_fitting
 from convnorm_jax.training.disk import explained
 from convnorm_jax.training.feed import Waiting
 from convnorm_jax.training.interrupt import StopRequest
@@ -114,15 +114,19 @@ def restore_state(experiment, workdir, which):
         raise ValueError(f'--workdir={workdir}: no checkpoint there yet; train first')
     checkpointer = Checkpointer(workdir, read_only=True)
     try:
-        like = _arrays(experiment.abstract_state(), _no_totals(experiment))
-        arrays, progress, final = checkpointer.restore_one(which, like)
+        likes = _expected(experiment, _no_totals(experiment))
+        arrays, progress, final = first_fitting(lambda like: checkpointer.restore_one(which, like), likes)
     finally:
         checkpointer.close()
-    return arrays['state'], Progress(**progress), Progress(**final)
+    return experiment.completed(arrays['state']), Progress(**progress), Progress(**final)
 
 
 def _arrays(state, totals):
     return {'state': state, 'totals': totals}
+
+
+def _expected(experiment, totals):
+    return [_arrays(state, totals) for state in experiment.abstract_states()]
 
 
 def _no_totals(experiment):
@@ -136,12 +140,13 @@ class _Run:
         self.experiment, self.config = experiment, experiment.config
         self.checkpointer, self.workdir = checkpointer, workdir
         self.totals, self.progress = _no_totals(experiment), Progress()
-        found, latest = checkpointer.resume(_arrays(experiment.abstract_state(), self.totals)), None
+        found, latest = first_fitting(checkpointer.resume, _expected(experiment, self.totals)), None
         if found is None:
             self.state = experiment.initial_state()
         else:
             latest, arrays, saved = found
-            self.state, self.totals, self.progress = arrays['state'], arrays['totals'], Progress(**saved)
+            self.state, self.totals = experiment.completed(arrays['state']), arrays['totals']
+            self.progress = Progress(**saved)
         if self.progress.step > experiment.total_steps:
             raise ValueError(
                 f'{workdir} is at step {latest}, past the end of this config at {experiment.total_steps}; '

@@ -62,10 +62,17 @@ def with_a_preview(data):
 def test_cut_short(file_format, preview):
     data = encoded(smooth(), 'RGB', file_format)
     data = with_a_preview(data) if preview and file_format == 'JPEG' else data
-    assert pictures.decode(data + b'trailing bytes', 'x').shape == (48, 64, 3)
+    for trailing in (b'trailing bytes', bytes(100), data):
+        np.testing.assert_array_equal(pictures.decode(data + trailing, 'x'), pictures.decode(data, 'x'))
     for length in (0, 3, len(data) // 2, len(data) - 100, len(data) - 20):
         with pytest.raises(ValueError, match=r'^some/file.jpg: expected a picture.*replace or remove the file$'):
             pictures.decode(data[:length], 'some/file.jpg')
+
+
+def test_a_cut_png_with_bytes_behind_it():
+    data = encoded(smooth(), 'RGB', 'PNG')
+    with pytest.raises(ValueError, match='can not be decoded'):
+        pictures.decode(data[: len(data) // 2] + bytes(20), 'x')
 
 
 def test_no_picture():

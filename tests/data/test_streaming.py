@@ -1,8 +1,13 @@
 """Streamed pictures: what lies where, which batch holds what, and that nothing depends on who reads it."""
 
 import dataclasses
+import errno
 import functools
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -43,6 +48,40 @@ def test_a_folder(source, folder):
     again = sources.load_source('imagenet', folder, image_size=8, workers=1)
     assert again.description == 'ImageNet (3 classes) at 8x8'
     np.testing.assert_array_equal(again.test.images.rows, source.test.images.rows)
+
+
+def test_pictures_in_sub_folders_are_found_as_by_torchvision(make_picture_folder, tmp_path):
+    root = make_picture_folder(tmp_path / 'x', train=6, val=1)
+    ant = root / 'train' / 'ant'
+    for number, place in enumerate(['b/c', 'b-c', 'b/x.jpg', 'elsewhere']):
+        (ant / place).mkdir(parents=True)
+        (ant / f'00{number}.jpg').rename(ant / place / f'{number}.jpg')
+    (ant / 'elsewhere').rename(tmp_path / 'elsewhere')
+    (ant / 'link').symlink_to(tmp_path / 'elsewhere')
+    (ant / 'b' / 'back').symlink_to(ant)
+    (ant / 'b' / '.hidden').mkdir()
+    (ant / 'b' / '.hidden' / '9.jpg').write_bytes((ant / '004.jpg').read_bytes())
+    source = sources.load_source('folder', root, image_size=8, workers=0)
+    store = source.train.images.store
+    expected = ['004.jpg', '005.jpg', 'b-c/1.jpg', 'b/c/0.jpg', 'b/x.jpg/2.jpg', 'link/3.jpg']
+    assert [name.decode() for name in store.names[:6]] == [f'train/ant/{name}' for name in expected]
+    assert list(places(source.train.images)[:6]) == [4, 5, 1, 0, 2, 3]
+    np.testing.assert_array_equal(source.train.labels, np.repeat([0, 1, 2], 6))
+
+
+def test_a_sub_folder_that_cannot_be_read_is_said(make_picture_folder, tmp_path, monkeypatch):
+    root = make_picture_folder(tmp_path / 'x', train=2, val=1)
+    (root / 'train' / 'bee' / 'closed').mkdir()
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith('closed'):
+            raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refused)
+    with pytest.raises(ValueError, match=r'bee/closed: the folder cannot be read \(Permission denied\)'):
+        sources.load_source('folder', root, image_size=8, workers=0)
 
 
 def test_the_test_set_is_mixed_and_every_picture_has_its_label(source):
@@ -275,6 +314,36 @@ def test_a_broken_picture_is_named(make_picture_folder, tmp_path, workers):
     if not workers:
         with pytest.raises(ValueError, match=f'^{path}: can not be read .No such file'):
             list(streaming.read(training(source, batch_size=2), 3))
+
+
+_READS = """
+import sys
+from convnorm_jax.data import sources, streaming
+if __name__ == '__main__':
+    source = sources.load_source('folder', sys.argv[1], image_size=16, workers=2)
+    load = streaming.TrainingBatches(source.train.images, source.train.labels, 4, 'none', 0)
+    place = {'placed': lambda batch: batch, 'plain': None}[sys.argv[2]]
+    try:
+        for batch in streaming.read(load, 30, workers=2, place=place):
+            pass
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize('damage', ['damaged', 'whole'])
+@pytest.mark.parametrize('place', ['plain', 'placed'])
+def test_shared_memory_is_given_back(make_picture_folder, tmp_path, damage, place):
+    """Whoever holds a batch, or an error, when the process ends."""
+    root = make_picture_folder(tmp_path / 'x')
+    if damage == 'damaged':
+        (root / 'train' / 'bee' / '007.jpg').write_bytes(b'no picture')
+    (tmp_path / 'reads.py').write_text(_READS)
+    environment = {**os.environ, 'PYTHONPATH': str(pathlib.Path(streaming.__file__).parents[2])}
+    command = [sys.executable, str(tmp_path / 'reads.py'), str(root), place]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and ('007.jpg: expected a picture' in done.stdout) == (damage == 'damaged')
+    assert 'shared_memory' not in done.stderr and 'Exception ignored' not in done.stderr, done.stderr
 
 
 def test_reading_in_another_thread_keeps_the_order():

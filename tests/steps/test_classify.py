@@ -5,10 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.special
 
 from convnorm_jax.data.augment import augment, normalize, to_float
+from convnorm_jax.data.sources import load_source
 from convnorm_jax.models import create_model
 from convnorm_jax.steps import classify
 from convnorm_jax.steps.state import create_state, make_optimizer
@@ -131,13 +133,77 @@ def test_label_smoothing_reaches_the_step(convnorm, batch):
 
 
 def test_moving_average(batch):
-    step, state = make(net('batchnorm'), ema_decay=0.75)
+    step, state = make(net('batchnorm'), ema_decay=0.2)
     step, expected = jax.jit(step), jax.tree.map(np.float64, state.params)
-    for _ in range(4):
+    for keep in (0.1, 2 / 11, 0.2, 0.2):  # see `average`
         state, _ = step(state, batch)
-        expected = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * np.float64(p), expected, state.params)
+        expected = jax.tree.map(lambda a, p, k=keep: k * a + (1 - k) * np.float64(p), expected, state.params)
     close(state.ema, expected, atol=1e-6)
     assert not np.allclose(state.ema['linear']['kernel'], state.params['linear']['kernel'], atol=1e-4)
+
+
+@pytest.mark.parametrize('microbatches', [1, 2])
+@pytest.mark.parametrize('layer', ['batchnorm', 'convnorm'])
+def test_statistics_of_the_average_are_estimated_with_it(layer, microbatches, batch):
+    model = net(layer)
+    step, state = make(model, kind='none', ema_decay=0.9, microbatches=microbatches)
+    images, step = normalize(to_float(batch['images']), MEAN, STD), jax.jit(step)
+    for _ in range(3):
+        before = state.ema_state
+        state, _ = step(state, batch)
+    for part in range(microbatches):
+        given = {'params': state.ema, **before}
+        _, before = model.apply(given, images[part::microbatches], train=True, mutable=['batch_stats'])
+    expected, found = before['batch_stats']['conv1_1'], state.ema_state['batch_stats']['conv1_1']
+    name = 'norm' if layer == 'batchnorm' else 'batch_norm'
+    close(found[name], expected[name])
+    assert not np.allclose(found[name]['var'], state.model_state['batch_stats']['conv1_1'][name]['var'], rtol=1e-3)
+    if layer == 'convnorm':
+        kernel = np.asarray(state.ema['conv1_1']['kernel'], np.float64)
+        power = np.square(np.abs(np.fft.fft2(kernel, found['preconditioner'].shape[:2], axes=(0, 1)))).sum(2)
+        np.testing.assert_allclose(found['preconditioner'], power**-0.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('layer', ['batchnorm', 'convnorm'])
+def test_the_average_is_no_worse_than_the_raw_net(layer):
+    """On the digits, at a decay that suits the length and at one much too long for it."""
+    source = load_source('digits')
+    model = create_model('simple_cnn', num_classes=10, layer=layer, width=8)
+    tx = make_optimizer('sgd', optax.cosine_decay_schedule(0.1, 60), weight_decay=1e-4)
+    logits_fn = classify.make_logits_fn(model, source.mean, source.std)
+    evaluate = jax.jit(classify.make_eval_step(logits_fn))
+    test = {'images': source.test.images, 'labels': source.test.labels, 'mask': np.ones(len(source.test.labels))}
+    for decay in (0.9, 0.9999):
+        options = {'mean': source.mean, 'std': source.std, 'augment_fn': lambda key, images: images}
+        step = jax.jit(classify.make_train_step(model, tx, ema_decay=decay, **options), donate_argnums=0)
+        state, random = create_state(model, tx, SHAPE, 0, use_ema=True), np.random.default_rng(0)
+        for _ in range(60):
+            rows = random.permutation(len(source.train.labels))[:64]
+            state, _ = step(state, {'images': source.train.images[rows], 'labels': source.train.labels[rows]})
+        raw, averaged = (
+            {name: float(total) / float(count) for name, (total, count) in evaluate(variables, test).items()}
+            for variables in ({'params': state.params, **state.model_state}, state.eval_variables)
+        )
+        assert raw['accuracy'] > 0.85
+        assert averaged['accuracy'] > raw['accuracy'] - 0.02 and averaged['loss'] < raw['loss'] + 0.05
+
+
+def test_statistics_of_parameters_that_were_not_trained_with_them(batch):
+    """Estimated from batches, as PyTorch's update_bn does."""
+    model = net('convnorm')
+    state = create_state(model, make_optimizer('sgd', 0.1), SHAPE, 0)
+    params = jax.tree.map(lambda a: 1.5 * a, state.params)
+    options = {'mean': MEAN, 'std': STD, 'augment_fn': lambda key, images: images}
+    step, statistics = jax.jit(classify.make_statistics_step(model, **options)), state.model_state
+    for number in range(100):
+        statistics = step(params, statistics, jax.random.key(number), batch['images'])
+    images = normalize(to_float(batch['images']), MEAN, STD)
+    variables = {'params': params, **statistics}
+    close(model.apply(variables, images, train=False), train_output(model, variables, images), atol=2e-3)
+
+
+def train_output(model, variables, images):
+    return model.apply(variables, images, train=True, mutable=['batch_stats'])[0]
 
 
 def test_a_net_without_state(batch):

@@ -163,6 +163,20 @@ def test_the_discriminators_updates_leave_the_generators_statistics():
     assert largest_difference(expected, after.generator.model_state) < 1e-5
 
 
+def test_statistics_of_the_averaged_generator_are_estimated_with_it():
+    state, step = real_step('spectralnorm', n_dis=1, ema_decay=0.9)
+    step = jax.jit(step)
+    for number in range(3):
+        before = state.ema
+        state, _ = step(state, images_and_labels(4, (8, 8, 1), seed=number))
+    key = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.rng, 2), 1))[0]
+    z = jax.random.normal(jax.random.split(key)[0], (4, 4))
+    given = {**before, 'params': state.ema['params']}
+    _, expected = real_nets('spectralnorm')[0].apply(given, z, None, train=True, mutable=['batch_stats'])
+    assert largest_difference(expected['batch_stats'], state.ema['batch_stats']) < 1e-5
+    assert jax.tree.structure(state.ema) == jax.tree.structure(state.generator.variables)
+
+
 def test_a_loop_equals_what_is_written_out(monkeypatch):
     batch = images_and_labels(12)
     state, step = linear(loss='hinge', n_dis=3)

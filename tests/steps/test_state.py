@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from convnorm_jax.models import create_model
-from convnorm_jax.steps.state import TrainState, create_state, global_norm, make_optimizer
+from convnorm_jax.models import create_gan, create_model
+from convnorm_jax.steps.gan import create_gan_state
+from convnorm_jax.steps.state import TrainState, average, create_state, global_norm, make_optimizer, without_counts
 
 STEPS = 5
 
@@ -110,14 +111,67 @@ def test_a_fresh_state(quick_compilation):
     jax.tree.map(np.testing.assert_array_equal, state, same)
     kernels = [s.params['conv1_1']['kernel'] for s in (state, other)]
     assert not np.array_equal(*kernels) and not np.array_equal(state.rng, other.rng)
-    jax.tree.map(np.testing.assert_array_equal, state.ema, state.params)
-    assert create_state(model, tx, (8, 8, 1), 3).ema is None
+    jax.tree.map(np.testing.assert_array_equal, (state.ema, state.ema_state), (state.params, state.model_state))
+    without = create_state(model, tx, (8, 8, 1), 3)
+    assert without.ema is None and without.ema_state is None
 
 
-def test_evaluation_takes_the_average_where_there_is_one():
+def test_evaluation_takes_the_average_with_its_own_statistics():
     state = TrainState(step=0, params={'a': 1}, model_state={'batch_stats': {'b': 2}}, opt_state=(), rng=None)
     assert state.eval_variables == {'params': {'a': 1}, 'batch_stats': {'b': 2}}
-    assert state.replace(ema={'a': 5}).eval_variables == {'params': {'a': 5}, 'batch_stats': {'b': 2}}
+    averaged = state.replace(ema={'a': 5}, ema_state={'batch_stats': {'b': 6}})
+    assert averaged.eval_variables == {'params': {'a': 5}, 'batch_stats': {'b': 6}}
+    with pytest.raises(ValueError, match='ema without ema_state'):
+        _ = state.replace(ema={'a': 5}).eval_variables
+
+
+def fresh_states(tx):
+    model = create_model('simple_cnn', num_classes=10, layer='convnorm', width=4, depth=(1,))
+    yield create_state(model, tx, (8, 8, 1), 0, use_ema=True, carried_batch=2)
+    nets = create_gan('sngan', picture_shape=(8, 8, 1), latent=4, generator_width=4, discriminator_width=4)
+    yield create_gan_state(*nets, tx, tx, input_shape=(8, 8, 1), latent=4, seed=0, use_ema=True)
+
+
+# The second keeps the parameters themselves in its state.
+@pytest.mark.parametrize('tx', [optax.adam(0.1), optax.contrib.schedule_free_sgd(0.1)], ids=['adam', 'schedule_free'])
+def test_a_fresh_state_can_be_donated(tx, quick_compilation):
+    for state in fresh_states(tx):
+        shapes = jax.tree.map(jnp.shape, state)
+        moved = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(state)
+        assert jax.tree.map(jnp.shape, moved) == shapes
+
+
+@pytest.mark.parametrize('decay', [0.0, 0.5, 0.9999])
+def test_the_average_by_its_weights(decay):
+    values = np.random.default_rng(0).normal(size=30)
+    found, expected = {'a': jnp.float32(7)}, 7.0
+    for n, value in enumerate(values):
+        found = average(found, {'a': jnp.float32(value)}, decay, jnp.int32(n))
+        keep = min(decay, (1 + n) / (10 + n))
+        expected = keep * expected + (1 - keep) * value
+    np.testing.assert_allclose(found['a'], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('updates', [1, 10, 100, 3000])
+def test_the_average_reaches_back_no_further_than_a_tenth_of_the_run(updates):
+    """Of a parameter that moves evenly it lags by a tenth of the way, whatever the decay and the length."""
+    body = lambda n, ema: average(ema, (n + 1.0).astype(jnp.float32), 0.99999, n)
+    lag = updates - float(jax.lax.fori_loop(0, updates, body, jnp.float32(0)))
+    assert lag <= 0.1 * updates + 1e-3 * updates
+
+
+def test_the_average_keeps_its_dtype():
+    for dtype in jnp.bfloat16, jnp.float32:
+        assert average({'a': jnp.ones(2, dtype)}, {'a': jnp.zeros(2, dtype)}, 0.9, jnp.int32(4))['a'].dtype == dtype
+
+
+def test_counts_of_spectra_only_are_reset():
+    ones = jnp.ones(3)
+    state = {'batch_stats': {'conv': {'preconditioner': ones, 'count': ones[0]}, 'mine': {'count': ones[0]}}}
+    found = without_counts(state)['batch_stats']
+    assert (float(found['conv']['count']), float(found['mine']['count'])) == (0, 1)
+    np.testing.assert_array_equal(found['conv']['preconditioner'], ones)
+    assert without_counts({}) == {}
 
 
 def test_global_norm():
