@@ -10,12 +10,13 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.linen.module import merge_param
 
-from convnorm_jax.layers import bilinear, frequency, spectral
+from convnorm_jax.layers import bilinear, convolution, folding, frequency, spectral
 from convnorm_jax.layers.batch_norm import BatchNorm
-from convnorm_jax.layers.folding import COLLECTION, folded_values
+from convnorm_jax.layers.channelwise import channelwise_convolution, over_channels
 from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init
-from convnorm_jax.layers.method import METHODS, choose_method
-from convnorm_jax.layers.once import computed_once
+from convnorm_jax.layers.materialize import materialized_output
+from convnorm_jax.layers.method import METHODS
+from convnorm_jax.layers.operation import normalized_convolution, preconditioner
 
 SPECTRUM_MODES = ('running', 'exact')
 
@@ -91,6 +92,16 @@ def pair_of_ints(value, name):
     return tuple(int(v) for v in pair)
 
 
+def _refuse_explicit_axes():
+    """A mesh with explicit axes would need a sharding for every intermediate array, which flax has no way to say."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
+        raise ValueError(
+            f'the mesh in use has explicit axes ({mesh.axis_names}): make it with '
+            f'jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)})'
+        )
+
+
 class NormalizedConvolution(nn.Module):
     """What `ConvNorm` and `ConvNormTranspose` share: all but the geometry.
 
@@ -137,6 +148,7 @@ class NormalizedConvolution(nn.Module):
         use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
         if x.ndim != 4:
             raise ValueError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
+        _refuse_explicit_axes()
         if self.spectrum not in SPECTRUM_MODES:
             raise ValueError(f'spectrum={self.spectrum!r}: expected one of {SPECTRUM_MODES}')
         if self.method is not None and self.method not in METHODS:
@@ -151,16 +163,12 @@ class NormalizedConvolution(nn.Module):
         strides = pair_of_ints(self.strides, 'strides')
         padding = self._canonical_padding(x.shape[1:3], kernel_size, strides)
         geometry = self._geometry(x.shape[1:3], kernel_size, strides, padding)
-        method = self.method or choose_method(geometry, x.shape[0], x.shape[-1], self.features)
-        if use_running_average and self.has_variable(COLLECTION, 'bias'):
+        if use_running_average and self.has_variable(folding.COLLECTION, 'bias'):
             return self._folded(x, geometry)
         kernel = self.param('kernel', self.kernel_init, (*kernel_size, x.shape[-1], self.features), self.param_dtype)
-        v = self._preconditioner(kernel, geometry, method, use_running_average)
-        y = self._normalized_convolution(x, kernel, v, geometry, method)
+        v = self._preconditioner(kernel, geometry, use_running_average)
+        y = self._normalized_convolution(x, kernel, v, geometry)
         affine = self._affine(kernel_size, y.dtype) if self.use_affine else None
-        if affine and not self.use_batch_norm:
-            function, arguments = affine
-            y = function(y, *arguments)
         if self.use_batch_norm:
             y = BatchNorm(
                 use_running_average=use_running_average,
@@ -169,55 +177,55 @@ class NormalizedConvolution(nn.Module):
                 use_affine=self.use_affine,
                 param_dtype=self.param_dtype,
                 name='batch_norm',
-            )(y, before=affine)
-        # Only where it is asked for by name: `init`, and mutable=True, ask for everything.
-        if self.is_mutable_collection(COLLECTION) and not self.is_mutable_collection('params'):
-            self._fold(kernel, v, geometry, method)
-        # What a backward pass needs of it (a ReLU's mask) is then read, not made anew by a channel-wise convolution.
-        return computed_once(y, kernel[0, 0, 0, 0])
+            )(y, channelwise=affine)
+        elif affine is not None:
+            kernel_of_channels, bias = affine
+            y = channelwise_convolution(y, kernel_of_channels) + over_channels(bias, y)
+        if folding.is_asked_for():
+            self._fold(kernel, v, geometry, self.method or folding.method(geometry, x, kernel))
+        return materialized_output(y, kernel[0, 0, 0, 0])
 
     def _fold(self, kernel, v, geometry, method):
         """Writes what `fold_for_inference` wants."""
         params, statistics = (self.variables.get(name, {}) for name in ('params', 'batch_stats'))
-        values = folded_values(kernel, v, params, statistics, self.batch_norm_epsilon, geometry, method)
+        values = folding.folded_values(kernel, v, params, statistics, self.batch_norm_epsilon, geometry, method)
         for name, value in values.items():
-            self.put_variable(COLLECTION, name, value)
+            self.put_variable(folding.COLLECTION, name, value)
 
     def _folded(self, x, geometry):
         """The layer at inference by its folded values."""
-        values = {name: jnp.asarray(value) for name, value in self.variables[COLLECTION].items()}
+        values = {name: jnp.asarray(value) for name, value in self.variables[folding.COLLECTION].items()}
         (x,) = promote_dtype(x, dtype=self.dtype)
-        rows = {'filters': bilinear.products(geometry), 'v': geometry.grid[0]}
-        if any(len(values[name]) != expected for name, expected in rows.items() if name in values):
+        if values['grid'].shape != geometry.grid:
+            kernel_size = tuple(map(len, geometry.taps))
+            sizes = [self._image_size(grid, kernel_size) for grid in (values['grid'].shape, geometry.grid)]
             raise ValueError(
-                f'{"/".join(self.path) or type(self).__name__}: folded for pictures of another size than '
-                f'{x.shape[1]}x{x.shape[2]}; call fold_for_inference with pictures of this size'
+                f'{"/".join(self.path) or type(self).__name__}: folded for images of {sizes[0][0]}x{sizes[0][1]}, got '
+                f'{sizes[1][0]}x{sizes[1][1]}; call fold_for_inference with images of this size'
             )
         if 'filters' in values:
             y = frequency.filtered(x, values['filters'], 1, geometry, self.precision)
         elif 'v' in values:
-            y = self._full_convolution(x, values['kernel'].astype(x.dtype))
-            y = spectral.filter_and_crop(y, values['v'], geometry.kept)
+            y = normalized_convolution(x, values['kernel'], values['v'], geometry, 'spatial', self.precision)
         else:
             y = self._pointwise(x, values['kernel'].astype(x.dtype))
         if 'affine_kernel' in values:
-            y = spectral.channelwise_convolution(y, values['affine_kernel'].astype(x.dtype))
-        return y + values['bias'].astype(x.dtype)
+            y = channelwise_convolution(y, values['affine_kernel'].astype(x.dtype))
+        return y + over_channels(values['bias'].astype(x.dtype), y)
 
-    def _normalized_convolution(self, x, kernel, v, geometry, method):
+    def _normalized_convolution(self, x, kernel, v, geometry):
         """Steps 1 to 4: convolution, division by the root of the power spectrum, crop and stride."""
         x, rounded = promote_dtype(x, kernel, dtype=self.dtype)
         if kernel.shape[:2] == (1, 1):
             # A flat spectrum scales the kernel itself, and nothing is computed that a stride drops.
-            return self._pointwise(x, (rounded * v).astype(x.dtype))
-        if method == 'spatial':
-            return spectral.filter_and_crop(self._full_convolution(x, rounded), v, geometry.kept)
-        return frequency.normalized_convolution(x, kernel, v, geometry, self.precision)
+            return self._pointwise(x, (rounded.astype(v.dtype) * v[None]).astype(x.dtype))
+        # By the method 'frequency' the kernel is rounded only after its transform.
+        return normalized_convolution(x, kernel, v, geometry, self.method, self.precision)
 
-    def _preconditioner(self, kernel, geometry, method, use_running_average):
-        """V of this pass, float32 [Hf, Wf, features]; updates the running average in training."""
+    def _preconditioner(self, kernel, geometry, use_running_average):
+        """V of this pass, [Hf, Wf, features]; updates the running average in training."""
         grid = geometry.grid
-        current = functools.partial(_current_preconditioner, kernel, geometry, method)
+        current = functools.partial(preconditioner, kernel, geometry, self.method)
         # At initialization the state is made in every mode, so that it never changes its shape.
         if self.spectrum == 'exact' and use_running_average and not self.is_initializing():
             return current()
@@ -250,23 +258,11 @@ class NormalizedConvolution(nn.Module):
         )
 
     def _affine(self, kernel_size, dtype):
-        """The channel-wise convolution with bias, as (function, arguments)."""
+        """The channel-wise convolution as (kernel, bias)."""
         fan_in = kernel_size[0] * kernel_size[1]
         kernel = self.param('affine_kernel', torch_kernel_init, (*kernel_size, 1, self.features), self.param_dtype)
         bias = self.param('affine_bias', torch_bias_init(fan_in), (self.features,), self.param_dtype)
-        return _channelwise_affine, promote_dtype(kernel[:, :, 0], bias, dtype=self.dtype or dtype)
-
-
-# `jit`: JAX traces and lowers it once for all layers of a shape.
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _current_preconditioner(kernel, geometry, method):
-    if method == 'spatial':
-        return spectral.preconditioner(kernel, geometry.grid)
-    return spectral.preconditioner(kernel, geometry.grid, lambda k, _: frequency.power_spectrum(k, geometry))
-
-
-def _channelwise_affine(y, kernel, bias):
-    return spectral.channelwise_convolution(y, kernel) + bias
+        return promote_dtype(kernel[:, :, 0], bias, dtype=self.dtype or dtype)
 
 
 class ConvNorm(NormalizedConvolution):
@@ -293,8 +289,9 @@ class ConvNorm(NormalizedConvolution):
         published schedule, see `update_weight`.
       spectrum: at inference, 'running' takes the running average, 'exact' recomputes the
         spectrum from the kernel: for pictures of another size than those trained on.
-      method: 'frequency', wholly in the frequency domain, or 'spatial', a direct convolution and
-        then the filter: the same up to rounding. None takes the faster one, see `layers.method`.
+      method: 'spatial', a direct convolution and then the filter; 'frequency', wholly in the frequency domain;
+        'reference', by FFT as the paper writes it: the same up to rounding. None takes the fastest one for the
+        platform that the program is compiled for, see `layers.operation`.
       batch_norm_momentum, batch_norm_epsilon: BatchNorm's.
       dtype: of the computation and the output, as in `flax.linen.Conv`; statistics are
         float32 always.
@@ -318,8 +315,4 @@ class ConvNorm(NormalizedConvolution):
         return tuple(n - k + 1 for n, k in zip(grid, kernel_size))
 
     def _pointwise(self, x, kernel):
-        rows, columns = pair_of_ints(self.strides, 'strides')
-        return jnp.matmul(x[:, ::rows, ::columns], kernel[0, 0], precision=self.precision)
-
-    def _full_convolution(self, x, kernel):
-        return spectral.full_convolution(x, kernel, self.precision)
+        return convolution.pointwise(x, kernel, pair_of_ints(self.strides, 'strides'), self.precision)

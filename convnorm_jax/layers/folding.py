@@ -1,9 +1,14 @@
 """A trained net's ConvNorm layers, folded for inference: equal up to rounding, with fewer operations."""
 
+import contextlib
+import threading
+
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
-from convnorm_jax.layers import frequency
+from convnorm_jax.layers import bilinear, frequency
+from convnorm_jax.layers.method import choose_method
 
 # The collection that `ConvNorm` takes its folded values from, where a net's variables have one.
 COLLECTION = 'folded'
@@ -24,18 +29,66 @@ def fold_for_inference(model, variables, images):
 
     Returns:
       The variables with one collection more, 'folded', for `model.apply(folded, images, train=False)`. About 1.5 values
-      a grid point and pair of channels: 0.7 GB for ResNet-18 on 32x32 pictures. They do not follow
-      the parameters: fold anew after training on.
+      a grid point and pair of channels: 0.7 GB for ResNet-18 on 32x32 images. They do not follow
+      the parameters: fold again after further training.
 
     Raises:
-      ValueError: a net without ConvNorm; pictures of another size than those trained on.
+      ValueError: a net without ConvNorm; images of another size than those trained on; layers inside `nn.scan` or
+        another lifted transformation that does not carry the collection.
     """
     variables = {name: tree for name, tree in variables.items() if name != COLLECTION}
-    fold = lambda variables, images: model.apply(variables, images, train=False, mutable=[COLLECTION])[1]
-    folded = jax.jit(fold)(variables, jnp.zeros(images.shape, images.dtype))
-    if not jax.tree.leaves(folded):
+    with _asked_for() as met:
+        fold = lambda variables, images: model.apply(variables, images, train=False, mutable=[COLLECTION])[1]
+        folded = jax.jit(fold)(variables, jnp.zeros(images.shape, images.dtype))
+    if not met:
         raise ValueError('fold_for_inference: there is no ConvNorm in this net, nothing to fold')
+    missing = sorted('/'.join(path) for path in met if not _holds(folded.get(COLLECTION, {}), path))
+    if missing:
+        raise ValueError(
+            f'fold_for_inference: {len(missing)} of {len(met)} layers are inside a transformation that does not carry '
+            f'the collection {COLLECTION!r}, the first is {missing[0]!r}; add it there, as in '
+            f"nn.scan(..., variable_axes={{'params': 0, 'batch_stats': 0, {COLLECTION!r}: 0}})"
+        )
     return {**variables, **folded}
+
+
+class _Asked(threading.local):
+    layers = None  # the paths of the layers that were met, while a net is folded
+
+
+_ASKED = _Asked()
+
+
+@contextlib.contextmanager
+def _asked_for():
+    _ASKED.layers = met = set()
+    try:
+        with nn.intercept_methods(_note):
+            yield met
+    finally:
+        _ASKED.layers = None
+
+
+def _note(call, arguments, settings, context):
+    if hasattr(context.module, '_fold') and context.method_name == '__call__':
+        _ASKED.layers.add(context.module.path)
+    return call(*arguments, **settings)
+
+
+def _holds(tree, path):
+    for name in path:
+        tree = tree.get(name, {})
+    return 'bias' in tree
+
+
+def is_asked_for() -> bool:
+    """Whether a net is being folded in this thread: nothing else writes folded values."""
+    return _ASKED.layers is not None
+
+
+def method(geometry: bilinear.Geometry, x: jax.Array, kernel: jax.Array) -> str:
+    """The method to fold for: that of the device at hand."""
+    return choose_method(geometry, x.shape[0], *kernel.shape[2:]) if jax.default_backend() == 'cpu' else 'spatial'
 
 
 def folded_values(kernel, v, params, statistics, epsilon, geometry, method):
@@ -48,13 +101,14 @@ def folded_values(kernel, v, params, statistics, epsilon, geometry, method):
       geometry, method: see `bilinear.Geometry` and `layers.method`.
 
     Returns:
-      A dict of float32 arrays: 'filters' [R, cin, cout] (method 'frequency'), or 'kernel' (and 'v', unless it is 1x1);
+      A dict of float32 arrays: 'grid' [Hf, Wf], zeros, of which the shape counts;
+      'filters' [R, cin, cout] (method 'frequency'), or 'kernel' (and 'v', unless it is 1x1);
       'affine_kernel' [kh, kw, cout] where there is one, unless it is 1x1; 'bias' [cout].
     """
     scale, shift = 1.0, jnp.zeros(kernel.shape[-1:])
     if 'batch_norm' in statistics:
         scale, shift = _batch_norm_factors(statistics['batch_norm'], params.get('batch_norm', {}), epsilon)
-    folded, pointwise = {}, kernel.shape[:2] == (1, 1)
+    folded, pointwise = {'grid': jnp.zeros(geometry.grid, bool)}, kernel.shape[:2] == (1, 1)
     if 'affine_kernel' in params:
         affine = params['affine_kernel'][:, :, 0] * scale
         shift = params['affine_bias'] * scale + shift
@@ -67,7 +121,7 @@ def folded_values(kernel, v, params, statistics, epsilon, geometry, method):
     folded['bias'] = shift
     if pointwise:
         return folded | {'kernel': kernel * v}
-    if method == 'spatial':
+    if method != 'frequency':
         return folded | {'kernel': kernel, 'v': v}
     return folded | {'filters': frequency.kernel_filters(kernel, geometry) * frequency.on_rows(v, geometry)}
 

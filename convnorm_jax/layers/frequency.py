@@ -1,4 +1,4 @@
-"""ConvNorm wholly in the frequency domain: the fast form of `spectral`'s full convolution and filter.
+"""ConvNorm wholly in the frequency domain: the fast form for XLA:CPU.
 
 A full convolution followed by the filter is, at every frequency w of the grid, a product of numbers:
 
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from convnorm_jax.layers import bilinear, spectral
-from convnorm_jax.layers.once import computed_once
+from convnorm_jax.layers.materialize import materialize
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -34,11 +34,12 @@ def kernel_filters(kernel, geometry):
     """The kernel's side of the products, A k.
 
     Args:
-      kernel: [kh, kw, cin, cout], float32 or float64.
+      kernel: [kh, kw, cin, cout], any float dtype.
 
     Returns:
-      [R, cin, cout], the dtype of the kernel.
+      [R, cin, cout], float32 at least.
     """
+    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     matrix = jnp.asarray(bilinear.plan(geometry).kernel, kernel.dtype)
     flat = jnp.dot(matrix, kernel.reshape(matrix.shape[1], -1), precision=_EXACT)
     return flat.reshape(-1, *kernel.shape[2:])
@@ -55,10 +56,10 @@ def power_spectrum(kernel, geometry):
       kernel: [kh, kw, cin, cout], any float dtype.
 
     Returns:
-      float32 [Hf, Wf, cout].
+      [Hf, Wf, cout], float32 at least.
     """
     # The barrier keeps the filters' reshape out of the sum, which XLA:CPU then takes three times as long for.
-    filters = jax.lax.optimization_barrier(kernel_filters(kernel.astype(jnp.float32), geometry))
+    filters = jax.lax.optimization_barrier(kernel_filters(kernel, geometry))
     energy = jnp.square(filters).sum(axis=1)
     first, second = bilinear.plan(geometry).power.T
     return (0.5 * (energy[first] + energy[second])).reshape(*geometry.grid, -1)
@@ -69,42 +70,60 @@ def on_rows(v, geometry):
     return v.reshape(-1, 1, v.shape[-1])[bilinear.plan(geometry).frequency]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalized_convolution(x, kernel, v, geometry, precision=None):
     """Full convolution, irfft2(V * rfft2(.)) and crop: steps 1 to 4 of the layer.
-
-    Its gradient is written by hand: the picture's transform is computed anew for it instead of kept (it is
-    1.5 to 3 times the picture), and the kernel's side is made in the layout that the product wants. V is a
-    constant. Reverse mode only, to any order.
 
     Args:
       x: [B, H, W, cin], float.
       kernel: [kh, kw, cin, cout], float; not rounded to the dtype of x before its transform.
-      v: float32 [Hf, Wf, cout], even: v(w) = v(-w).
+      v: float32 or float64 [Hf, Wf, cout], even: v(w) = v(-w).
       geometry: see `bilinear.Geometry`.
       precision: of the products over the channels; the transforms are exact, float32 inputs in true float32.
 
     Returns:
       [B, len(kept rows), len(kept columns), cout], the dtype of x. Products accumulate in float32 at least.
     """
-    return _normalized_convolution(x, kernel, v, geometry, precision)
+    kernel, v, _ = _sized(kernel, v)
+    x = materialize(x, kernel[0, 0, 0, 0])
+    return filtered(x, kernel_filters(kernel, geometry), on_rows(v, geometry), geometry, precision)
+
+
+def gradients(x, kernel, v, cotangent, wanted, geometry, precision=None):
+    """Gradients of `normalized_convolution` with respect to x (0) and the kernel (1), those whose index is in `wanted`.
+
+    The transform of the image is computed again instead of kept (it is 1.5 to 3 times the image), and the kernel's
+    side is made in the layout that the product wants.
+    """
+    (kernel, v, size), plan = _sized(kernel, v), bilinear.plan(geometry)
+    # Only once the cotangent is there: XLA would take the transform of the forward pass, and keep it until now.
+    x, cotangent = jax.lax.optimization_barrier((x, cotangent))
+    spectrum = _analyze(materialize(x, cotangent[:, :1, :1, :1]), plan.analysis)
+    response = (_analyze(cotangent, _transposed(plan.synthesis)) * on_rows(v, geometry)).astype(x.dtype)
+    found = {}
+    if 1 in wanted:
+        by_kernel = _kernel_gradient(spectrum, response, plan, precision).reshape(kernel.shape)
+        # Only after it: XLA:CPU may put off the gradients of all kernels, and keep all responses until then.
+        kernel = materialize(kernel, by_kernel[0, 0, 0, 0])
+        found[1] = (by_kernel / size).astype(kernel.dtype)
+    if 0 in wanted:
+        filters = kernel_filters(kernel.swapaxes(2, 3), geometry).astype(x.dtype)
+        by_spectrum = _channels('rbo,roi->rbi', response, filters, precision).astype(x.dtype)
+        found[0] = _synthesize(by_spectrum, _transposed(plan.analysis), _size(geometry.inputs))
+    return tuple(found[i] for i in wanted)
 
 
 def _sized(kernel, v):
     """Kernel and V with filters of size 1, as `spectral.preconditioner` has them, and their sizes."""
     size = jax.lax.stop_gradient(spectral.filter_sizes(kernel)[0])
-    return kernel / size, v * size, size
+    return kernel / _as_last(size, 4), v * _as_last(size, 3).astype(v.dtype), _as_last(size, 4)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _normalized_convolution(x, kernel, v, geometry, precision):
-    kernel, v, _ = _sized(kernel, v)
-    x = computed_once(x, kernel[0, 0, 0, 0])
-    return filtered(x, kernel_filters(kernel, geometry), on_rows(v, geometry), geometry, precision)
+def _as_last(a, rank):
+    return a.reshape((1,) * (rank - 1) + a.shape)
 
 
 def filtered(x, filters, scale, geometry, precision=None):
-    """Transform of the picture, products over the channels, scale, transform back.
+    """Transform of the image, products over the channels, scale, transform back.
 
     Args:
       x: [B, H, W, cin], float.
@@ -118,42 +137,6 @@ def filtered(x, filters, scale, geometry, precision=None):
     plan = bilinear.plan(geometry)
     response = _channels('rbi,rio->rbo', _analyze(x, plan.analysis), filters.astype(x.dtype), precision) * scale
     return _synthesize(response.astype(x.dtype), plan.synthesis, _size(geometry.kept))
-
-
-def _forward(x, kernel, v, geometry, precision):
-    wanted = kernel.perturbed
-    x, kernel, v = (argument.value for argument in (x, kernel, v))
-    # What is wanted is told by the structure of what is kept, for it must be known when the program is made.
-    return _normalized_convolution(x, kernel, v, geometry, precision), (x, kernel, v, () if wanted else None)
-
-
-def _backward(geometry, precision, saved, cotangent):
-    *arrays, wanted = saved
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return None, None, None
-    return *_gradients(*arrays, cotangent, geometry, precision, wanted is not None), None
-
-
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _gradients(x, kernel, v, cotangent, geometry, precision, wanted):
-    """By x and, if it is wanted, by the kernel, else None for it."""
-    (kernel, v, size), plan = _sized(kernel, v), bilinear.plan(geometry)
-    # Only once the cotangent is there: XLA would take the transform of the forward pass, and keep it until now.
-    x, cotangent = jax.lax.optimization_barrier((x, cotangent))
-    spectrum = _analyze(computed_once(x, cotangent[:, :1, :1, :1]), plan.analysis)
-    response = (_analyze(cotangent, _transposed(plan.synthesis)) * on_rows(v, geometry)).astype(x.dtype)
-    by_kernel = None
-    if wanted:
-        by_kernel = _kernel_gradient(spectrum, response, plan, precision).reshape(kernel.shape)
-        # Only after it: XLA:CPU may put off the gradients by all kernels, and keep all responses until then.
-        kernel = computed_once(kernel, by_kernel[0, 0, 0, 0])
-        by_kernel = (by_kernel / size).astype(kernel.dtype)
-    filters = kernel_filters(kernel.swapaxes(2, 3), geometry).astype(x.dtype)
-    by_spectrum = _channels('rbo,roi->rbi', response, filters, precision).astype(x.dtype)
-    return _synthesize(by_spectrum, _transposed(plan.analysis), _size(geometry.inputs)), by_kernel
-
-
-normalized_convolution.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _kernel_gradient(spectrum, response, plan, precision):
@@ -170,12 +153,11 @@ def _kernel_gradient(spectrum, response, plan, precision):
 
 
 def _batch_shards(batch):
-    """Over how many devices the batch is cut, as far as the mesh in use says (`jax.set_mesh`)."""
+    """Over how many devices the batch is cut: the mesh in use (`jax.set_mesh`) has an axis 'data' of that size."""
     mesh = jax.sharding.get_abstract_mesh()
-    shards = 1
-    for size, kind in zip(mesh.axis_sizes, mesh.axis_types):
-        shards *= size if kind == jax.sharding.AxisType.Auto else 1
-    return shards if batch % shards == 0 else 1
+    automatic = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types) if kind == jax.sharding.AxisType.Auto]
+    shards = mesh.shape['data'] if 'data' in automatic else 1
+    return shards if isinstance(batch, int) and batch % shards == 0 else 1
 
 
 def _channels(equation, a, b, precision):

@@ -1,8 +1,8 @@
-"""By which of two methods ConvNorm computes its normalized convolution: measured, then chosen by size."""
+"""Chooses the algorithm of ConvNorm's normalized convolution on a CPU by problem size, from measurements."""
 
 from convnorm_jax.layers import bilinear
 
-METHODS = ('frequency', 'spatial')
+METHODS = ('frequency', 'spatial', 'reference')
 
 # From this batch on the products over the channels outweigh the kernel's filters, which do not depend on it.
 LEAST_BATCH = 8
@@ -26,10 +26,11 @@ def choose_method(geometry, batch, features_in, features):
 
     Args:
       geometry: see `bilinear.Geometry`.
-      batch: pictures.
+      batch: images; a symbolic dimension (`jax.export`) counts as a large batch.
       features_in, features: channels.
     """
     filters = bilinear.products(geometry) * features_in * features
     height, width = geometry.grid
     small = features_in + features <= FEW_CHANNELS and height * width >= LARGE_GRID
-    return 'frequency' if batch >= LEAST_BATCH and filters <= MOST_FILTERS and not small else 'spatial'
+    large = not isinstance(batch, int) or batch >= LEAST_BATCH
+    return 'frequency' if large and filters <= MOST_FILTERS and not small else 'spatial'

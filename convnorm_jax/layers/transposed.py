@@ -8,48 +8,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
-from convnorm_jax.layers import bilinear, spectral
+from convnorm_jax.layers import bilinear
 from convnorm_jax.layers.convnorm import NormalizedConvolution, padding_pairs, pair_of_ints
+from convnorm_jax.layers.convolution import full_transposed_convolution, transposed_grid_size
 from convnorm_jax.layers.initializers import torch_bias_init, torch_transposed_kernel_init
-
-
-def full_transposed_convolution(x, kernel, strides=(1, 1), precision=None):
-    """Every pixel paints the kernel, `strides` apart: the adjoint of a strided convolution, uncropped.
-
-    It is the full convolution of the picture with zeros put between its pixels. Computed
-    without them: the kernel's taps fall into sh*sw groups, each making the rows and columns of
-    one phase by an ordinary convolution. (XLA:CPU's own, by lhs_dilation, has a backward
-    pass 10 times slower; 16x16 to 34x34, 64 channels, batch 32, forward and both gradients,
-    ms: 1293 against 101, and 238 with the zeros.)
-
-    Args:
-      x: [B, H, W, cin].
-      kernel: [kh, kw, cin, cout]; tap (a, b) of pixel (i, j) falls on (i*sh + a, j*sw + b),
-        as those of `torch.nn.functional.conv_transpose2d`: its weight [cin, cout, kh, kw],
-        transposed (2, 3, 0, 1).
-      strides: (sh, sw).
-      precision: of the products (`jax.lax.Precision`).
-
-    Returns:
-      [B, (H-1)*sh + kh, (W-1)*sw + kw, cout].
-    """
-    (kh, kw, cin, cout), (batch, height, width, _), (sh, sw) = kernel.shape, x.shape, strides
-    th, tw = -(-kh // sh), -(-kw // sw)
-    phases = jnp.pad(kernel, ((0, th * sh - kh), (0, tw * sw - kw), (0, 0), (0, 0))).reshape(th, sh, tw, sw, cin, cout)
-    # A convolution, where lax has cross-correlations: mirrored.
-    phases = phases[::-1, :, ::-1].transpose(0, 2, 4, 1, 3, 5).reshape(th, tw, cin, sh * sw * cout)
-    y = spectral.full_convolution(x, phases, precision)
-    rows, columns = y.shape[1:3]
-    y = y.reshape(batch, rows, columns, sh, sw, cout).transpose(0, 1, 3, 2, 4, 5)
-    y = y.reshape(batch, rows * sh, columns * sw, cout)
-    full = transposed_grid_size((height, width), (kh, kw), strides)
-    # A stride above the kernel's size leaves gaps, also behind the last pixel's taps.
-    return y[:, : full[0], : full[1]]
-
-
-def transposed_grid_size(image_size, kernel_size, strides):
-    """Size of the full transposed convolution: (n - 1) * stride + kernel on each axis."""
-    return tuple((n - 1) * s + k for n, k, s in zip(image_size, kernel_size, strides))
 
 
 def canonical_transposed_padding(padding, image_size, kernel_size, strides):
@@ -177,7 +139,3 @@ class ConvNormTranspose(NormalizedConvolution):
 
     def _pointwise(self, x, kernel):
         return transposed_convolution(x, kernel, pair_of_ints(self.strides, 'strides'), precision=self.precision)
-
-    def _full_convolution(self, x, kernel):
-        strides = pair_of_ints(self.strides, 'strides')
-        return full_transposed_convolution(x, kernel, strides, self.precision)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import scipy.signal
 
-from convnorm_jax.layers import spectral
+from convnorm_jax.layers import convolution, filters, spectral
+from convnorm_jax.layers.channelwise import channelwise_convolution
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -137,7 +138,7 @@ def test_finite_values_and_gradients(kernel):
 
     def output(kernel, x):
         v = spectral.preconditioner(kernel, grid)
-        return spectral.filter_and_crop(spectral.full_convolution(x, kernel), v, kept)
+        return filters.filter_and_crop(convolution.full_convolution(x, kernel), v, kept)
 
     assert np.all(np.isfinite(spectral.preconditioner(kernel, grid)))
     y, back = jax.vjp(output, kernel, x)
@@ -179,7 +180,7 @@ def test_filter_and_crop(monkeypatch, path, strides, size, kernel_size, padding)
     v = spectral.preconditioner(jnp.asarray(random(8, *kernel_size, 2, 3)), grid)
     y = random(9, 2, *grid, 3)
     kept = spectral.crop_indices(grid, kernel_size, PADDINGS[kernel_size][padding], strides)
-    out = jax.jit(lambda y, v: spectral.filter_and_crop(y, v, kept))(y, v)
+    out = jax.jit(lambda y, v: filters.filter_and_crop(y, v, kept))(y, v)
     expected = numpy_filter(y, v, kept)
     assert out.shape == expected.shape and out.dtype == jnp.float32
     # Two transforms in float32: about 10 eps = 1e-6 of the largest value before the crop, which V sets.
@@ -195,7 +196,7 @@ def test_filter_and_crop_default_path(size):
     kept = spectral.crop_indices(grid, (3, 3), ((1, 1), (1, 1)), (1, 1))
     expected = numpy_filter(y, v, kept)
     np.testing.assert_allclose(
-        spectral.filter_and_crop(y, v, kept), expected, rtol=0, atol=3e-6 * np.abs(expected).max()
+        filters.filter_and_crop(y, v, kept), expected, rtol=0, atol=3e-6 * np.abs(expected).max()
     )
 
 
@@ -206,7 +207,7 @@ def test_gradient_of_filter_and_crop(monkeypatch, path):
     v = spectral.preconditioner(jnp.asarray(random(12, 3, 3, 2, 2)), grid)
     kept = spectral.crop_indices(grid, (3, 3), ((1, 0), (1, 1)), (2, 1))
     y, cotangent = random(13, 1, *grid, 2), random(14, 1, len(kept[0]), len(kept[1]), 2)
-    gradient = jax.grad(lambda y: (spectral.filter_and_crop(y, v, kept) * cotangent).sum())(jnp.asarray(y))
+    gradient = jax.grad(lambda y: (filters.filter_and_crop(y, v, kept) * cotangent).sum())(jnp.asarray(y))
     # The filter is symmetric (V is even): its transpose is itself, on the cotangent at the kept places.
     scattered = np.zeros_like(y)
     scattered[np.ix_([0], kept[0], kept[1], [0, 1])] = cotangent
@@ -224,7 +225,7 @@ def test_filter_and_crop_in_bfloat16(monkeypatch, path):
     v = spectral.preconditioner(jnp.asarray(random(15, 3, 3, 16, 8)), grid)
     y = jnp.asarray(random(16, 4, *grid, 8), jnp.bfloat16)
     kept = spectral.crop_indices(grid, (3, 3), ((1, 1), (1, 1)), (1, 1))
-    out = spectral.filter_and_crop(y, v, kept)
+    out = filters.filter_and_crop(y, v, kept)
     expected = numpy_filter(y, v, kept)
     assert out.dtype == jnp.bfloat16
     error = np.sqrt(np.square(np.asarray(out, np.float64) - expected).mean() / np.square(expected).mean())
@@ -236,7 +237,7 @@ def test_filter_and_crop_in_bfloat16(monkeypatch, path):
 @pytest.mark.parametrize('padding', [((0, 0), (0, 0)), ((1, 0), (0, 1)), ((1, 1), (1, 1))])
 def test_full_convolution_cropped_is_the_convolution(kernel_size, strides, padding):
     x, kernel = random(17, 2, 6, 7, 3), random(18, *kernel_size, 3, 4)
-    full = np.asarray(spectral.full_convolution(jnp.asarray(x), jnp.asarray(kernel)))
+    full = np.asarray(convolution.full_convolution(jnp.asarray(x), jnp.asarray(kernel)))
     grid = spectral.grid_size((6, 7), kernel_size)
     assert full.shape == (2, *grid, 4)
     rows, columns = spectral.crop_indices(grid, kernel_size, padding, strides)
@@ -248,7 +249,7 @@ def test_full_convolution_cropped_is_the_convolution(kernel_size, strides, paddi
 @pytest.mark.parametrize('kernel_size', [(1, 1), (3, 3), (5, 5), (2, 2), (1, 3), (4, 1)])
 def test_channelwise_convolution(kernel_size):
     x, kernel = random(19, 2, 6, 5, 3), random(20, *kernel_size, 3)
-    out = spectral.channelwise_convolution(jnp.asarray(x), jnp.asarray(kernel))
+    out = channelwise_convolution(jnp.asarray(x), jnp.asarray(kernel))
     (kh, kw), expected = kernel_size, np.empty(x.shape)
     padded = np.pad(x.astype(np.float64), ((0, 0), ((kh - 1) // 2, kh // 2), ((kw - 1) // 2, kw // 2), (0, 0)))
     for b in range(2):
@@ -260,8 +261,8 @@ def test_channelwise_convolution(kernel_size):
 
 def test_channelwise_convolution_in_bfloat16():
     x, kernel = jnp.asarray(random(21, 2, 8, 8, 4), jnp.bfloat16), jnp.asarray(random(22, 3, 3, 4), jnp.bfloat16)
-    out = spectral.channelwise_convolution(x, kernel)
-    exact = np.asarray(spectral.channelwise_convolution(x.astype(jnp.float32), kernel.astype(jnp.float32)))
+    out = channelwise_convolution(x, kernel)
+    exact = np.asarray(channelwise_convolution(x.astype(jnp.float32), kernel.astype(jnp.float32)))
     assert out.dtype == jnp.bfloat16
     # Nine products and their partial sums, each rounded by at most 2^-9: 2 % of the largest is safe.
     assert np.abs(np.asarray(out, np.float32) - exact).max() < 0.02 * np.abs(exact).max()
@@ -292,14 +293,14 @@ def test_gradients_of_the_channelwise_convolution(kernel_size):
 
     for order in (first, second):
         expected = order(lax_channelwise)(x, kernel)
-        found = order(spectral.channelwise_convolution)(x, kernel)
+        found = order(channelwise_convolution)(x, kernel)
         for a, b in zip(found, expected):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
 def test_channelwise_convolution_under_vmap():
     x, kernel = jnp.asarray(random(27, 4, 2, 6, 5, 3)), jnp.asarray(random(28, 3, 3, 3))
-    grad = jax.grad(lambda x, kernel: (spectral.channelwise_convolution(x, kernel) ** 2).sum(), (0, 1))
+    grad = jax.grad(lambda x, kernel: (channelwise_convolution(x, kernel) ** 2).sum(), (0, 1))
     for i, parts in enumerate(zip(*jax.vmap(grad, (0, None))(x, kernel))):
         for a, b in zip(parts, grad(x[i], kernel)):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
@@ -311,7 +312,7 @@ def test_jit_equals_eager(grid):
     kept = spectral.crop_indices(grid, (3, 3), ((1, 1), (1, 1)), (2, 2))
 
     def run(kernel, y):
-        return spectral.filter_and_crop(y, spectral.preconditioner(kernel, grid), kept)
+        return filters.filter_and_crop(y, spectral.preconditioner(kernel, grid), kept)
 
     eager, jitted = run(kernel, y), jax.jit(run)(kernel, y)
     # Fusion may change the order of float32 sums, nothing else.

@@ -1,0 +1,95 @@
+"""The channel-wise convolution: every channel with its own filter, the layer's learned affine part."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from convnorm_jax.layers import derivatives
+from convnorm_jax.layers.platforms import by_platform
+
+
+def channelwise_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Every channel convolved with its own filter at stride 1, output as large as x.
+
+    Zero padding ((k-1)//2, k//2). k*k shifted multiply-adds, which XLA fuses into one pass; on the CPU
+    `feature_group_count` was slower.
+
+    Args:
+      x: [B, H, W, C]. kernel: [kh, kw, C].
+
+    Returns:
+      [B, H, W, C], the dtype of x.
+    """
+    return derivatives.call(_RULE, x, kernel)[0]
+
+
+def weighted_sum(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`channelwise_convolution` by JAX's own derivatives, not rounded to the dtype of x: float32 at least."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)  # k*k terms would each be rounded
+    taps = kernel.astype(wide).reshape(-1, kernel.shape[-1])
+    # `jax.lax`, here and below: jax.numpy's operators take five times as long to trace.
+    products = [
+        jax.lax.mul(jax.lax.convert_element_type(part, wide), over_channels(tap, part))
+        for part, tap in zip(shifted(x, kernel.shape[:2]), taps)
+    ]
+    return functools.reduce(jax.lax.add, products)
+
+
+def over_channels(a: jax.Array, x: jax.Array) -> jax.Array:
+    """a, [C], with the rank and the channels of x: [1, ..., C]."""
+    return a.reshape((1,) * (x.ndim - 1) + a.shape)
+
+
+def shifted(x: jax.Array, kernel_size: tuple[int, int]) -> list[jax.Array]:
+    """The k*k views of x that the taps of a channel-wise convolution multiply, in their order."""
+    (kh, kw), (_, height, width, _) = kernel_size, x.shape
+    edges = [(0, 0, 0), ((kh - 1) // 2, kh // 2, 0), ((kw - 1) // 2, kw // 2, 0), (0, 0, 0)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
+    cut = lambda x, start, size, axis: jax.lax.slice_in_dim(x, start, start + size, axis=axis)
+    return [cut(cut(x, a, height, 1), b, width, 2) for a in range(kh) for b in range(kw)]
+
+
+def transpose(y: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The adjoint of x -> weighted_sum(x, kernel): the same with the flipped filter."""
+    # An even filter reaches further right than left, its flipped one must reach further left.
+    even = [(0, 1 - k % 2) for k in kernel.shape[:2]]
+    return weighted_sum(y, jnp.pad(kernel[::-1, ::-1], (*even, (0, 0))))
+
+
+def tap_products(x: jax.Array, y: jax.Array, kernel_size: tuple[int, int]) -> jax.Array:
+    """Sums over batch and image of y times each shifted x, [kh, kw, C]: the gradient with respect to the kernel."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    y = y.astype(wide)
+    products = [jax.lax.mul(jax.lax.convert_element_type(part, wide), y) for part in shifted(x, kernel_size)]
+    sums = by_platform(*products, cpu=_sums_in_one_pass, accelerator=lambda *a: jnp.stack(a).sum((1, 2, 3)))
+    return sums.reshape(*kernel_size, -1)
+
+
+def _sums_in_one_pass(*products):
+    # One pass for all taps; first over the rows only, which keeps float32's sums short. Not over the batch:
+    # a batch that is cut over devices would be gathered for it (XLA has no all-reduce of nine sums at once).
+    zeros = [jnp.zeros((), products[0].dtype)] * len(products)
+    sums = jax.lax.reduce(list(products), zeros, lambda a, b: [jax.lax.add(p, q) for p, q in zip(a, b)], (2,))
+    return jnp.stack(jax.lax.optimization_barrier(sums)).sum((1, 2))
+
+
+@jax.jit
+def _function(x, kernel):
+    return (weighted_sum(x, kernel).astype(x.dtype),)
+
+
+@functools.partial(jax.jit, static_argnums=(3,))
+def _gradient(arguments, _, cotangents, wanted):
+    x, kernel = arguments
+    # Barriers: or XLA:CPU recomputes the cotangent for each tap that reads it.
+    cotangent = jax.lax.optimization_barrier(cotangents[0])
+    found = {}
+    if 0 in wanted:
+        found[0] = jax.lax.optimization_barrier(transpose(cotangent, kernel).astype(x.dtype))
+    if 1 in wanted:
+        found[1] = tap_products(x, cotangent, kernel.shape[:2]).astype(kernel.dtype)
+    return tuple(found[i] for i in wanted)
+
+
+_RULE = derivatives.Rule(_function, _gradient, _function)

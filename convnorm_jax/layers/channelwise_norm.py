@@ -1,0 +1,148 @@
+"""The channel-wise convolution and the normalization by batch statistics that follows it, as one operation.
+
+    u = channelwise(z, kernel) + bias
+    y = (u - mean(u)) / sqrt(var(u) + epsilon) * scale + shift
+
+As one, because u need not exist in memory: each pass computes it from z again, and only z, mean and variance are kept
+for the backward pass. Gradients: Ioffe and Szegedy (arXiv 1502.03167), section 3, with both sums taken before
+anything is written.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from convnorm_jax.layers import channelwise, derivatives
+from convnorm_jax.layers.channelwise import over_channels
+from convnorm_jax.layers.materialize import materialize
+from convnorm_jax.layers.platforms import by_platform
+
+
+def normalize_by_batch(
+    z: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    epsilon: float,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(y, mean, var) of the equations above.
+
+    Args:
+      z: [B, H, W, C], float.
+      kernel: [kh, kw, C]. bias: [C]. Both the channel-wise convolution's.
+      scale, shift: [C], BatchNorm's.
+      epsilon: added to the variance.
+      dtype: of y.
+
+    Returns:
+      y, [B, H, W, C]; mean and (biased) variance of u over all axes but the last, [C], float32 at least.
+    """
+    return derivatives.call(_rule(epsilon, jnp.dtype(dtype).name), z, kernel, bias, scale, shift)
+
+
+@functools.lru_cache(maxsize=64)
+def _rule(epsilon, dtype):
+    def ordinary(z, kernel, bias, scale, shift):
+        u = channelwise.weighted_sum(z, kernel) + over_channels(bias.astype(_wide(z)), z)
+        mean = u.mean(_axes(z))
+        var = jnp.square(u - over_channels(mean, z)).mean(_axes(z))
+        return _normalized(u, mean, var, scale, shift, epsilon).astype(dtype), mean, var
+
+    def accelerated(z, kernel, bias, scale, shift):
+        """Three passes that read z: mean, variance, y."""
+        offset = over_channels(bias.astype(_wide(z)), z)
+        mean = (channelwise.weighted_sum(z, kernel) + offset).mean(_axes(z))
+        var = jnp.square(_deviation_after(mean, z, kernel, offset, mean)).mean(_axes(z))
+        deviation = _deviation_after(var, z, kernel, offset, mean)
+        return _normalized(deviation, jnp.zeros_like(mean), var, scale, shift, epsilon).astype(dtype), mean, var
+
+    @jax.jit  # traced once for all layers of a shape
+    def function(*arguments):
+        return by_platform(*arguments, cpu=ordinary, accelerator=accelerated)
+
+    @functools.partial(jax.jit, static_argnums=(3,))
+    def gradient(arguments, moments, cotangents, wanted):
+        given = (*arguments, *moments, *cotangents)
+        cpu, accelerator = (functools.partial(form, wanted, epsilon) for form in (_gradients_cpu, _gradients))
+        return by_platform(*given, cpu=cpu, accelerator=accelerator)
+
+    return derivatives.Rule(function, gradient, ordinary, kept=(1, 2))
+
+
+def _wide(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _axes(x):
+    return tuple(range(x.ndim - 1))
+
+
+def _normalized(u, mean, var, scale, shift, epsilon):
+    mean, inverse, scale, shift = (over_channels(a, u) for a in (mean, jax.lax.rsqrt(var + epsilon), scale, shift))
+    return (u - mean) * inverse * scale + shift
+
+
+def _deviation_after(other, z, kernel, offset, mean):
+    """u less its mean, computed again from z, once `other` is there: or XLA keeps u of an earlier pass, in float32."""
+    z, _ = jax.lax.optimization_barrier((z, other))
+    return channelwise.weighted_sum(z, kernel) + (offset - over_channels(mean, z))
+
+
+def _cotangent_of_u(deviation, cotangent, scale, inverse, by_scale, by_shift, by_mean, by_var):
+    """The cotangent of u, from its deviation from the mean and that of y. by_scale, by_shift: the two sums."""
+    count = deviation.size // deviation.shape[-1]
+    slope = (2 * by_var - scale * inverse**2 * by_scale) / count
+    offset = (by_mean - scale * inverse * by_shift) / count
+    factor, slope, offset = (over_channels(a, deviation) for a in (scale * inverse, slope, offset))
+    return factor * cotangent + (slope * deviation + offset)
+
+
+def _sums(deviation, cotangent, inverse):
+    """Gradients with respect to scale and shift, float32 at least."""
+    return inverse * (cotangent * deviation).sum(_axes(deviation)), cotangent.sum(_axes(deviation))
+
+
+def _gradients(wanted, epsilon, z, kernel, bias, scale, shift, mean, var, cotangent, by_mean, by_var):
+    """On an accelerator: four passes, each of which reads arrays of the dtype of z."""
+    wide, inverse = _wide(z), jax.lax.rsqrt(var + epsilon)
+    offset = over_channels(bias.astype(wide), z)
+    cotangent = cotangent.astype(wide)
+    deviation = _deviation_after(cotangent[0, 0, 0], z, kernel, offset, mean)
+    by_scale, by_shift = _sums(deviation, cotangent, inverse)
+    deviation = _deviation_after(by_shift, z, kernel, offset, mean)
+    of_u = _cotangent_of_u(deviation, cotangent, scale, inverse, by_scale, by_shift, by_mean, by_var)
+    # As an array: each of its k*k shifts would compute it again.
+    of_u = jax.lax.optimization_barrier(of_u.astype(z.dtype))
+    found = {}
+    if 0 in wanted:
+        found[0] = channelwise.transpose(of_u, kernel).astype(z.dtype)
+    if 1 in wanted:
+        found[1] = channelwise.tap_products(z, of_u, kernel.shape[:2]).astype(kernel.dtype)
+    found |= {2: by_mean.astype(bias.dtype), 3: by_scale.astype(scale.dtype), 4: by_shift.astype(shift.dtype)}
+    return tuple(found[i] for i in wanted)
+
+
+def _gradients_cpu(wanted, epsilon, z, kernel, bias, scale, shift, mean, var, cotangent, by_mean, by_var):
+    """The same for XLA:CPU, in an order that keeps its memory low."""
+    wide, inverse = _wide(z), jax.lax.rsqrt(var + epsilon)
+    cotangent = cotangent.astype(wide)
+    z, cotangent = jax.lax.optimization_barrier((z, cotangent))
+    z = materialize(z, cotangent[:, :1, :1, :1])
+    u = channelwise.weighted_sum(z, kernel) + over_channels(bias.astype(wide), z)
+    deviation = u - over_channels(mean, u)
+    by_scale, by_shift = _sums(deviation, cotangent, inverse)
+    of_u = _cotangent_of_u(deviation, cotangent, scale, inverse, by_scale, by_shift, by_mean, by_var)
+    of_u = jax.lax.optimization_barrier(of_u.astype(z.dtype))
+    found = {2: by_mean.astype(bias.dtype), 3: by_scale.astype(scale.dtype), 4: by_shift.astype(shift.dtype)}
+    if 1 in wanted:
+        found[1] = channelwise.tap_products(z, of_u, kernel.shape[:2]).astype(kernel.dtype)
+    if 0 in wanted:
+        by_z = jax.lax.optimization_barrier(channelwise.transpose(of_u, kernel).astype(z.dtype))
+        if 1 in wanted:
+            # Only after it: XLA:CPU may put it off to the end of the backward pass, and keep what it is made of.
+            by_z = materialize(by_z, found[1].ravel()[0])
+        found[0] = by_z
+    return tuple(found[i] for i in wanted)

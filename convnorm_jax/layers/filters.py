@@ -1,0 +1,140 @@
+"""The normalization filter as products with constant matrices: crop(irfft2(V * rfft2(y))) for GPUs and TPUs.
+
+V is real and even, so no complex number is needed, and crop and stride drop rows of the last matrix: what is thrown
+away is never computed. The channels stay the last axis and the batch the first one throughout, so that nothing is
+transposed.
+
+- A small grid takes two matrices over its flattened points: with the discrete Hartley transform, whose matrix
+  C[w, n] = (cos + sin)(2 pi w n / N) / sqrt(N) is real, symmetric and its own inverse, the filter is C diag(V) C.
+- A larger one takes four: rows to the half of their frequencies (real and imaginary parts), columns, and back.
+
+Products are in the dtype of y and accumulate in float32 at least. The gradient is JAX's own: the filter's transpose has
+the same form.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Up to this many points one matrix transforms the whole grid: it moves half of the bytes that two matrices move, and
+# takes more operations. benchmarks/README.md has the measurements.
+DENSE_POINTS = 400
+DENSE_POINTS_FLOAT32 = 100
+
+# float32 stays true float32: the default of a GPU is TF32, of a TPU bfloat16.
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+def filter_and_crop(y: jax.Array, v: jax.Array, kept: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
+    """irfft2(V * rfft2(y)) at the kept rows and columns.
+
+    Args:
+      y: [B, Hf, Wf, C], periodic on its own grid, any float dtype.
+      v: [Hf, Wf, C], float32 or float64, even: v(w) = v(-w).
+      kept: (rows, columns), tuples of int, see `spectral.crop_indices`.
+
+    Returns:
+      [B, len(rows), len(columns), C], the dtype of y.
+    """
+    _, height, width, channels = y.shape
+    limit = DENSE_POINTS if y.dtype.itemsize < 4 else DENSE_POINTS_FLOAT32
+    form = _dense if height * width <= limit else _separable
+    return form(y, v, kept, (height, width, channels))
+
+
+def _dense(y, v, kept, size):
+    height, width, channels = size
+    rows, columns = kept
+    transform = hartley_columns((height, width), points(height, width))
+    inverse = transform[np.add.outer(np.array(rows) * width, columns).reshape(-1)]
+    spectrum = _product(transform, y.reshape(-1, height * width, channels))
+    spectrum = spectrum * v.reshape(1, -1, channels).astype(y.dtype)
+    return _product(inverse, spectrum).reshape(-1, len(rows), len(columns), channels)
+
+
+def _separable(y, v, kept, size):
+    height, width, channels = size
+    rows, columns = kept
+    by_row, by_column, back_column, back_row = _separable_matrices(height, width, rows, columns)
+    half = height // 2 + 1
+    spectrum = _product(by_row, y.reshape(-1, height, width * channels))
+    spectrum = _product(by_column, spectrum.reshape(-1, half, 2 * width, channels))
+    factor = jnp.concatenate([v[:half], v[:half]], axis=1)  # of the real and of the imaginary part
+    spectrum = spectrum * factor[None].astype(y.dtype)
+    out = _product(back_column, spectrum).reshape(-1, 2 * half, len(columns) * channels)
+    return _product(back_row, out).reshape(-1, len(rows), len(columns), channels)
+
+
+def _product(matrix, x):
+    """matrix @ x over the last axis but one, accumulated in float32 at least, the dtype of x."""
+    # The matrix is broadcast over the batch: cuBLAS reads it with a stride of 0, and nothing is transposed.
+    matrix = jnp.broadcast_to(jnp.asarray(matrix, x.dtype), (*x.shape[:-2], *matrix.shape))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.matmul(matrix, x, precision=_EXACT, preferred_element_type=wide).astype(x.dtype)
+
+
+def power_spectrum(kernel: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """`spectral.power_spectrum` as one fused reduction over the input channels: no transform is materialized.
+
+    Args:
+      kernel: [kh, kw, cin, cout], any float dtype.
+      grid: (Hf, Wf).
+
+    Returns:
+      [Hf, Wf, cout], float32 at least.
+    """
+    kh, kw, _, cout = kernel.shape
+    height, width = grid
+    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    columns = hartley_columns((height, width), points(kh, kw)) * np.sqrt(height * width)
+    columns = jnp.asarray(columns, kernel.dtype)
+    taps = zip(columns.T, kernel.reshape(kh * kw, -1, cout))
+    response = functools.reduce(jax.lax.add, (column[:, None, None] * tap[None] for column, tap in taps))
+    energy = jnp.square(response).sum(axis=1).reshape(height, width, cout)
+    return 0.5 * (energy + jnp.roll(jnp.flip(energy, (0, 1)), 1, (0, 1)))  # |K(w)|^2 from both w and -w
+
+
+def points(height, width):
+    """Of a grid, in the order of its flattened rows."""
+    return tuple((row, column) for row in range(height) for column in range(width))
+
+
+@functools.lru_cache(maxsize=256)
+def hartley_columns(grid, taps):
+    """Columns of the orthonormal 2-D Hartley matrix, float64 [N, len(taps)].
+
+    N = Hf * Wf counts the flattened grid; taps are the wanted points, (row, column) pairs.
+    """
+    height, width = grid
+    rows, columns = np.divmod(np.arange(height * width), width)
+    tap_rows, tap_columns = np.array(taps).T
+    phase = (np.outer(rows, tap_rows) % height) / height + (np.outer(columns, tap_columns) % width) / width
+    return (np.cos(2 * np.pi * phase) + np.sin(2 * np.pi * phase)) / np.sqrt(height * width)
+
+
+@functools.lru_cache(maxsize=256)
+def _separable_matrices(height, width, rows, columns):
+    """Float64 matrices [2 half, H], [2 W, 2 W], [2 kept columns, 2 W], [kept rows, 2 half]; half = height // 2 + 1.
+
+    A row's transform has the real and the imaginary part of each frequency one after the other, a column's all real
+    parts, then all imaginary ones: what the next product contracts is then one axis in memory.
+    """
+    frequencies = np.arange(height // 2 + 1)
+    cosine, sine = _waves(frequencies, np.arange(height), height)
+    by_row = np.stack([cosine, -sine], axis=1).reshape(-1, height)
+    cosine, sine = _waves(np.arange(width), np.arange(width), width)
+    by_column = np.block([[cosine, sine], [-sine, cosine]])
+    cosine, sine = (wave / width for wave in _waves(np.array(columns), np.arange(width), width))
+    back_column = np.block([[cosine, -sine], [sine, cosine]])
+    share = np.where((frequencies == 0) | (2 * frequencies == height), 1, 2) / height
+    cosine, sine = (wave * share for wave in _waves(np.array(rows), frequencies, height))
+    back_row = np.stack([cosine, -sine], axis=2).reshape(len(rows), -1)
+    return by_row, by_column, back_column, back_row
+
+
+def _waves(a, b, n):
+    """Cosines and sines of 2 pi a b / n, float64 [len(a), len(b)]."""
+    angle = 2 * np.pi * (np.outer(a, b) % n) / n
+    return np.cos(angle), np.sin(angle)
