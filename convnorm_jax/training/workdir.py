@@ -1,5 +1,6 @@
 """A run's folder: its config, splits and results, and whether a command continues that run."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -7,6 +8,8 @@ import os
 import numpy as np
 
 from convnorm_jax.data import splits
+from convnorm_jax.errors import UserError
+from convnorm_jax.files import write_new, written
 from convnorm_jax.mesh import is_leader, wait_for_all
 from convnorm_jax.training.config import check_same_run
 from convnorm_jax.training.metrics import write_json
@@ -14,8 +17,9 @@ from convnorm_jax.training.metrics import write_json
 
 def has_checkpoints(workdir):
     """Whether a folder holds checkpoints; before the first of them a run binds nobody."""
-    folder = os.path.join(workdir, 'checkpoints')
-    return os.path.isdir(folder) and bool(os.listdir(folder))
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return bool(os.listdir(os.path.join(workdir, 'checkpoints')))
+    return False
 
 
 def check_workdir(workdir, config):
@@ -43,8 +47,9 @@ def prepare_workdir(workdir, config, prepared):
     wait_for_all('the run folder is checked')  # before any process writes there
     if not is_leader():
         return
-    os.makedirs(workdir, exist_ok=True)
-    splits.save_record(prepared, record)
+    with written(workdir):
+        os.makedirs(workdir, exist_ok=True)
+        splits.save_record(prepared, record)
 
 
 def save_config(workdir, config):
@@ -52,12 +57,37 @@ def save_config(workdir, config):
     write_json(os.path.join(workdir, 'config.json'), config.to_dict())
 
 
+def write_result(workdir, result):
+    """Writes result.json; what was there, perhaps of other attacks, is kept by `keep_earlier_result`.
+
+    Of several processes that evaluate one folder at a time, each one's result stays in one of the files.
+    """
+    path, content = os.path.join(workdir, 'result.json'), json.dumps(result, indent=2) + '\n'
+    while is_leader():
+        keep_earlier_result(workdir)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            write_new(path, lambda file: file.write(content.encode()))
+            return
+
+
 def keep_earlier_result(workdir):
     """An earlier result.json, perhaps of other attacks, becomes result-1.json, result-2.json, ..."""
     path = os.path.join(workdir, 'result.json')
-    if is_leader() and os.path.exists(path):
-        numbered = (os.path.join(workdir, f'result-{n}.json') for n in itertools.count(1))
-        os.replace(path, next(name for name in numbered if not os.path.exists(name)))
+    if not is_leader() or not os.path.exists(path):
+        return
+    for number in itertools.count(1):
+        name = os.path.join(workdir, f'result-{number}.json')
+        try:
+            with written(name):
+                os.close(os.open(name, os.O_CREAT | os.O_EXCL, 0o644))  # nobody else takes the name from here on
+        except FileExistsError:
+            continue
+        try:
+            with written(name):
+                os.replace(path, name)
+        except FileNotFoundError:  # another process has kept it already
+            os.unlink(name)
+        return
 
 
 def _check_same_data(saved, given, workdir):
