@@ -6,6 +6,7 @@ import sys
 from ml_collections import ConfigDict
 
 from configs import default
+from convnorm_jax.errors import UserError
 from convnorm_jax.evaluation import features as features_lib
 from convnorm_jax.evaluation.inception_weights import inception_extractor
 from convnorm_jax.mesh import is_leader
@@ -95,7 +96,7 @@ def _classifier(experiment, workdir):
         config = ConfigDict(default.get_config().to_dict())
         config.update(load_config(folder))
         if config.train.algorithm == 'gan' or config.data.name != experiment.config.data.name:
-            raise ValueError(
+            raise UserError(
                 f'config.gan.classifier={folder}: expected a run of a classifier on {experiment.config.data.name}'
             )
         trained = setup.build(config)

@@ -11,6 +11,7 @@ import sys
 
 from absl import flags
 
+from convnorm_jax.errors import UserError
 from experiments import command_line
 from experiments.markdown import aligned_table
 
@@ -31,21 +32,21 @@ def parse(argv):
     try:
         rest = values(argv)
     except flags.Error as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
     if rest[1:]:
-        raise ValueError(
+        raise UserError(
             f'{rest[1]!r}: not understood; options are --workdirs=A,B --output=DIR --checkpoint=best|latest'
         )
     workdirs = [os.path.normpath(os.path.expanduser(part)) for part in values.workdirs if part]
     if not workdirs or len(set(workdirs)) < len(workdirs):
-        raise ValueError(
+        raise UserError(
             f'--workdirs={",".join(values.workdirs)}: expected folders of runs, separated by commas, each once'
         )
     return workdirs, os.path.expanduser(values.output) or os.path.join(workdirs[0], 'spectra'), values.checkpoint
 
 
 def run():
-    """One command, from `sys.argv`; returns the exit code. User errors are raised as ValueError."""
+    """One command, from `sys.argv`; returns the exit code. A user's mistake is raised as `UserError`."""
     workdirs, output, checkpoint = parse(sys.argv)
     # Only now: a mistake on the command line is answered before anything heavy is loaded.
     from convnorm_jax.plots.operators import MAX_RUNS, layer_operators
@@ -54,13 +55,13 @@ def run():
 
     keep_programs()
     if len(workdirs) > MAX_RUNS:
-        raise ValueError(f'--workdirs: {len(workdirs)} runs; at most {MAX_RUNS} can be told apart in one picture')
+        raise UserError(f'--workdirs: {len(workdirs)} runs; at most {MAX_RUNS} can be told apart in one picture')
     configs = [_config(workdir) for workdir in workdirs]
     labels = _labels(workdirs, configs)
     try:
         os.makedirs(output, exist_ok=True)
     except OSError as error:
-        raise ValueError(f'--output={output}: can not write there ({error.strerror}); give another folder') from error
+        raise UserError(f'--output={output}: can not write there ({error.strerror}); give another folder') from error
     facts, operators = {}, {}
     for label, workdir, config in zip(labels, workdirs, configs):
         print(f'measuring {workdir} ({label})', file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ import time
 
 from ml_collections import ConfigDict
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.training.config import flatten
 from convnorm_jax.training.interrupt import StopRequest
 from convnorm_jax.training.workdir import check_workdir, keep_earlier_result, load_config
@@ -80,7 +81,7 @@ def plan(arguments, grid, seeds, workdir):
     folders = set()
     for run in runs:
         if run.folder in folders:
-            raise ValueError(f'--grid: {run.name} comes up twice; give every value once')
+            raise UserError(f'--grid: {run.name} comes up twice; give every value once')
         folders.add(run.folder)
         check_workdir(run.folder, run.config)
     return runs

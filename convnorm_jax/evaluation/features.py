@@ -30,6 +30,9 @@ from convnorm_jax.steps.classify import make_logits_fn
 # Part of a cached file: raise it when what is stored changes.
 _FORMAT = 1
 
+# Parts that the score of the logits is taken over, as published: no fewer images have one.
+SPLITS = 10
+
 # label -> names of the Frechet distance, the kernel distance and the score of logits.
 SCORE_NAMES = {
     'inception': ('fid', 'kid', 'inception_score'),
@@ -243,7 +246,7 @@ def _read_statistics(path, count, sample):
         return None
 
 
-def generative_scores(extractor, features, logits, reference, *, splits=10, subsets=100, subset_size=1000, seed=0):
+def generative_scores(extractor, features, logits, reference, *, splits=SPLITS, subsets=100, subset_size=1000, seed=0):
     """All scores of generated pictures, by the names that the extractor's net allows.
 
     Args:

@@ -162,7 +162,7 @@ class Checkpointer:
         if damaged:
             self._put_aside(damaged, f'going on from step {found[0]}' if found else 'none is left')
         if damaged and not found:
-            raise ValueError(
+            raise UserError(
                 f'{self.folder}: all checkpoints were damaged, and are kept in {self.damaged_folder}; put a good copy '
                 'of one there, or give the same command again to start from step 0'
             )
@@ -201,9 +201,9 @@ class Checkpointer:
             if os.path.isdir(f'{self.folder}/{step}'):
                 damaged[step] = reason
         if not damaged:
-            raise ValueError(f'{self.folder}: no checkpoint there yet; train first')
+            raise UserError(f'{self.folder}: no checkpoint there yet; train first')
         step, reason = next(iter(damaged.items()))
-        raise ValueError(
+        raise UserError(
             f'{self.folder}: the checkpoint can not be read: all of them are damaged (step {step}: {reason}); '
             'put a good copy of one there, or train again'
         )
@@ -270,11 +270,11 @@ class Checkpointer:
             return error
         ours = isinstance(error, MemoryError) or getattr(error, 'errno', None) in _OUR_TROUBLE
         if ours or any(word in reason for word in _OUR_TROUBLE_WORDS):
-            return ValueError(f'{self.folder}/{step}: the checkpoint can not be read ({reason})')
+            return UserError(f'{self.folder}/{step}: the checkpoint can not be read ({reason})')
         return Damaged(f'{self.folder}/{step}', reason)
 
     def _of_another_net(self, step):
-        return ValueError(
+        return UserError(
             f'{self.folder}/{step}: the checkpoint is of another net or optimizer (its arrays differ from those of '
             'this config in name, shape or dtype); give the config and the version it was trained with, '
             'or another --workdir'

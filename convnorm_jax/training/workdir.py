@@ -25,11 +25,11 @@ def has_checkpoints(workdir):
 def check_workdir(workdir, config):
     """Raises ValueError if a folder holds checkpoints of another run, or can not be one."""
     if os.path.exists(workdir) and not os.path.isdir(workdir):
-        raise ValueError(f'--workdir={workdir}: can not write there (it is a file); give another folder')
+        raise UserError(f'--workdir={workdir}: can not write there (it is a file); give another folder')
     if not has_checkpoints(workdir):
         return
     if not os.path.exists(os.path.join(workdir, 'config.json')):
-        raise ValueError(f'--workdir={workdir}: holds checkpoints but no config.json; give another folder')
+        raise UserError(f'--workdir={workdir}: holds checkpoints but no config.json; give another folder')
     check_same_run(load_config(workdir), config.to_dict(), workdir)
 
 
@@ -93,7 +93,7 @@ def keep_earlier_result(workdir):
 def _check_same_data(saved, given, workdir):
     changed = [name for name in saved if name not in given or not np.array_equal(saved[name], given[name])]
     if changed:
-        raise ValueError(
+        raise UserError(
             f'{workdir} holds a run on other data ({", ".join(changed)} differ from its splits.npz); '
             'give the --config.data.data_dir it was started with, or another --workdir'
         )
@@ -110,11 +110,11 @@ def load_config(workdir):
         with open(path) as file:
             saved = json.load(file)
     except FileNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f'--workdir={workdir}: no run there (no config.json); train one first, or give its folder'
         ) from error
     except (ValueError, OSError) as error:
-        raise ValueError(f'{path}: can not be read ({error})') from error
+        raise UserError(f'{path}: can not be read ({error})') from error
     if not isinstance(saved, dict) or not {'seed', 'model', 'data', 'train'} <= set(saved):
-        raise ValueError(f'{path}: is not the config of a run; put a good copy of it there, or give another --workdir')
+        raise UserError(f'{path}: is not the config of a run; put a good copy of it there, or give another --workdir')
     return saved
