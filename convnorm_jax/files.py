@@ -5,6 +5,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from convnorm_jax.errors import UserError
+
 
 def write_atomically(path, write):
     """Calls `write(file)` with a temporary binary file next to `path`, then renames it to `path`.
@@ -36,6 +38,26 @@ def write_new(path, write):
         except OSError:  # a file system without hard links
             os.close(os.open(path, os.O_CREAT | os.O_EXCL))
             os.replace(temporary, path)
+
+
+def check_place(path, name):
+    """Raises UserError unless a file can be written at `path`: before the work whose result goes there.
+
+    Args:
+      path: of a file, there or not.
+      name: of the argument that gives it.
+    """
+    path = Path(path)
+    problem = 'it is a folder' if path.is_dir() else None
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        problem = f'{error.strerror}: {path.parent}'
+    if problem:
+        raise UserError(
+            f'{name}={str(path)!r}: cannot be written ({problem}); expected a file in a folder that is there'
+        )
 
 
 @contextlib.contextmanager

@@ -87,8 +87,10 @@ def _train_and_report(config, workdir, mode):
 
     if mode == 'train':
         check_workdir(workdir, config)
-    experiment = setup.build(config)
     generates = config.train.algorithm == 'gan'
+    if generates and mode == 'train':
+        gan_scores.check_scorers(config)
+    experiment = setup.build(config)
     if mode == 'train':
         if mesh.is_leader():
             print(_headline(experiment, workdir), file=sys.stderr)

@@ -12,7 +12,7 @@ from convnorm_jax.errors import UserError
 from convnorm_jax.files import write_new, written
 from convnorm_jax.mesh import is_leader, wait_for_all
 from convnorm_jax.training.config import check_same_run
-from convnorm_jax.training.metrics import write_json
+from convnorm_jax.training.metrics import write_json, write_text
 
 
 def has_checkpoints(workdir):
@@ -57,17 +57,35 @@ def save_config(workdir, config):
     write_json(os.path.join(workdir, 'config.json'), config.to_dict())
 
 
+def read_result(workdir):
+    """The flat dict of result.json; None if there is none, or none that can be read."""
+    try:
+        with open(os.path.join(workdir, 'result.json')) as file:
+            return dict(json.load(file))
+    except (ValueError, TypeError, OSError):
+        return None
+
+
 def write_result(workdir, result):
     """Writes result.json; what was there, perhaps of other attacks, is kept by `keep_earlier_result`.
 
-    Of several processes that evaluate one folder at a time, each one's result stays in one of the files.
+    Of several processes that evaluate one folder at a time, each one's result stays in one of the files. A result with
+    the key 'incomplete' does not take the place of one without: it becomes result-incomplete.json.
+
+    Returns:
+      The path of the result.
     """
     path, content = os.path.join(workdir, 'result.json'), json.dumps(result, indent=2) + '\n'
+    if 'incomplete' in result and 'incomplete' not in (read_result(workdir) or result):
+        path = os.path.join(workdir, 'result-incomplete.json')
+        write_text(path, content)
+        return path
     while is_leader():
         keep_earlier_result(workdir)
         with contextlib.suppress(FileExistsError):  # another process was faster
             write_new(path, lambda file: file.write(content.encode()))
-            return
+            break
+    return path
 
 
 def keep_earlier_result(workdir):
