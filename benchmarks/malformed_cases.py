@@ -129,9 +129,9 @@ def an_unknown_name(rng, place, trained):
 
 @kind
 def an_unknown_name_among_several(rng, place, trained):
-    from convnorm_jax.training.config import _SUBSETS
+    from convnorm_jax.training.config import SUBSETS
 
-    return digits(place, f'--config.{rng.choice(list(_SUBSETS))}={rng.choice(["pgd,xyz", "fgms", "(1,2)"])}')
+    return digits(place, f'--config.{rng.choice(list(SUBSETS))}={rng.choice(["pgd,xyz", "fgms", "(1,2)"])}')
 
 
 CONTRADICTIONS = [

@@ -1,6 +1,7 @@
 """Command lines: a config file, overrides, a run folder; every mistake of the user is one line."""
 
 import difflib
+import errno
 import glob
 import importlib.util
 import itertools
@@ -30,6 +31,8 @@ A mistake in a command, its config, its data or its folders is one line of error
 CONVNORM_TRACEBACK=1 in the environment the lines before it show where in the code it was noticed. Any other error is a
 fault of the program: its traceback is what to report.
 """
+# What a file system answers, whatever the program is like.
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
 FAULT = (
     'the error above is a fault of the program, not a mistake in the command: please report it, with all these lines '
     'and the command, on the issue tracker of convnorm_jax'
@@ -81,12 +84,25 @@ def _users_mistake(error):
         return str(error)
     if reason(error) is not None:
         return f'{unwritten(error)}: {reason(error)}'
+    if _is_full_shared_memory(error):
+        return (
+            'the data workers have no room in shared memory (/dev/shm), by which they hand on their batches: give it '
+            'more (docker run --shm-size=8g), or fewer config.data.workers (0: threads, which need none)'
+        )
+    if isinstance(error, OSError) and error.filename and error.errno in _UNREADABLE:
+        return f'{error.filename}: cannot be read ({error.strerror})'
     if type(error).__name__ in ('JaxRuntimeError', 'XlaRuntimeError') and 'RESOURCE_EXHAUSTED' in str(error):
         return (
             f'not enough memory on the device ({str(error)[:200]}); give a smaller config.data.batch_size, or '
             'config.eval.batch_size where it was evaluating'
         )
     return None
+
+
+def _is_full_shared_memory(error):
+    """Whether data workers ended for it: with an error, or with SIGBUS where pages ran out under a batch."""
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return full or (isinstance(error, RuntimeError) and 'terminated unexpectedly with exit code -7' in str(error))
 
 
 def _quiet_libraries():
@@ -209,10 +225,10 @@ def _checked_config(argv, path, values, holder):
     for key in absent:
         _set(config, key, None)
     # Heavy imports only now: a mistake in the flags has been answered by here.
-    from convnorm_jax.training.config import check_config
+    from convnorm_jax.training.config import SUBSETS, check_config
 
     _check_types(config, base)
-    _split_names(config)
+    _split_names(config, SUBSETS)
     check_config(config)
     return config, absent
 
@@ -247,17 +263,10 @@ def _parse_flags(argv, values, holder, base):
     return config
 
 
-def _split_names(config):
+def _split_names(config, keys):
     # A bare a,b on the command line arrives as the one string 'a,b'.
-    names = (
-        (config.attack, 'names'),
-        (config.eval, 'parts'),
-        (config.eval, 'features'),
-        (config.eval.autoattack, 'attacks'),
-        (config.gan, 'augmentation'),
-    )
-    for section, key in names:
-        section[key] = tuple(part for name in section[key] for part in str(name).split(',') if part)
+    for key in keys:
+        _set(config, key, tuple(part for name in _get(config, key) for part in str(name).split(',') if part))
 
 
 def _run_config(given, workdir, overridden):

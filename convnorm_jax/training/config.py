@@ -59,7 +59,7 @@ _CHOICES = {
 }
 
 # Any of these, in any order.
-_SUBSETS = {
+SUBSETS = {
     'attack.names': ATTACKS,
     'eval.parts': PARTS,
     'eval.autoattack.attacks': MEMBERS,
@@ -172,7 +172,7 @@ def check_config(config):
             raise UserError(f'config.{key}={flat[key]!r}: expected one of {", ".join(map(repr, choices))}')
     for key, bounds in _RANGES.items():
         _check_range(key, flat[key], *bounds)
-    for key, names in _SUBSETS.items():
+    for key, names in SUBSETS.items():
         if not set(flat[key]) <= set(names):
             raise UserError(f'config.{key}={tuple(flat[key])}: expected some of {names}')
     _check_attack(flat)
