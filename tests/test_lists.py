@@ -5,10 +5,12 @@ import pathlib
 import re
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import default
 from convnorm_jax.attacks import members, parts, run_ensemble
+from convnorm_jax.data.corruptions import CORRUPTIONS, corrupt
 from convnorm_jax.evaluation import classifier, features, suite
 from convnorm_jax.layers import factory
 from convnorm_jax.training import classification, evaluation_checks, generation
@@ -90,6 +92,13 @@ def test_an_attack_says_how_many_classes_it_needs():
         if needed > 2:
             with pytest.raises(ValueError, match='at least three classes'):
                 members.make_member(name, 'linf', needed - 1, **sizes)
+
+
+def test_the_corruptions_say_what_size_they_need():
+    side = evaluation_checks.SIDE_NEEDED
+    assert corrupt(np.zeros((1, side, side, 1), np.uint8), CORRUPTIONS[0], 1, 0).shape == (1, side, side, 1)
+    with pytest.raises(ValueError, match='images'):
+        corrupt(np.zeros((1, side - 1, side, 1), np.uint8), CORRUPTIONS[0], 1, 0)
 
 
 def test_every_layer_can_be_made():

@@ -7,6 +7,9 @@ from convnorm_jax.evaluation.features import SPLITS
 # Classes that a loss of attacks.parts needs.
 CLASSES_NEEDED = {'cross_entropy': 2, 'margin': 2, 'dlr': 3}
 
+# Pixels that the corruptions need, along each side.
+SIDE_NEEDED = 8
+
 
 def check_suite(flat):
     """Raises UserError for what a part of the suite would find out only when its turn comes, after hours."""
@@ -44,12 +47,13 @@ def check_scores(flat):
         raise UserError(f'config.gan.score_examples={count}: expected 0 (no scores), or at least {SPLITS}')
 
 
-def check_classes(config, classes):
-    """Raises UserError for a loss or an attack that needs more classes than the data set has.
+def check_data(config, classes, input_shape):
+    """Raises UserError for a loss, an attack or a part of the suite that the data set is too small for.
 
     Args:
       config: checked.
       classes: number of classes of the data set.
+      input_shape: [H, W, C] of its images.
     """
     attack, section = config.attack, config.eval
     parts = section.parts if section.suite else ()
@@ -64,3 +68,9 @@ def check_classes(config, classes):
                 f'{what} needs at least {number} classes, config.data.name={config.data.name} has {classes} here; '
                 'give another one, or data of more classes'
             )
+    if 'corruptions' in parts and min(input_shape[:2]) < SIDE_NEEDED:
+        raise UserError(
+            f"'corruptions' of config.eval.parts needs images of at least {SIDE_NEEDED} x {SIDE_NEEDED} pixels, "
+            f'config.data.name={config.data.name} has {input_shape[0]} x {input_shape[1]} here; leave it out, or give '
+            'a larger config.data.image_size'
+        )

@@ -146,11 +146,13 @@ def test_what_scores_a_GAN_is_there_before_its_training(fails, tmp_path):
         ('dlr', [], 'config.attack.loss=dlr needs at least 3 classes, config.data.name=folder has 2 here'),
         ('margin', ['autoattack.attacks=apgd-ce,apgd-dlr'], "'apgd-dlr' of config.eval.autoattack.attacks needs at"),
         ('dlr', ['parts=curve'], 'config.attack.loss=dlr needs at least 3 classes'),
+        ('margin', ['parts=corruptions'], "'corruptions' of config.eval.parts needs images of at least 8 x 8 pixels"),
     ],
 )
-def test_a_loss_of_more_classes_than_there_are(fails, folder_of_two, loss, suite, words):
+def test_data_that_the_evaluation_cannot_be_made_on(fails, folder_of_two, loss, suite, words):
     options = [f'--config.eval.{option}' for option in suite] + [SUITE] * bool(suite)
     options += ['--config.attack.names=()'] * bool(suite)
+    options += ['--config.data.image_size=7'] * ('parts=corruptions' in suite)
     fails([DIGITS, *folder_of_two, f'--config.attack.loss={loss}', *options], words)
 
 
