@@ -13,7 +13,7 @@ from convnorm_jax.mesh import is_leader
 from convnorm_jax.training import loop, setup
 from convnorm_jax.training.config import check_config
 from convnorm_jax.training.frame import round_up
-from convnorm_jax.training.workdir import has_checkpoints, load_config
+from convnorm_jax.training.workdir import check_workdir, has_checkpoints, load_config
 
 BATCH = 256
 
@@ -103,6 +103,15 @@ def _given_classifier(config):
     return found
 
 
+def _is_trained(experiment, folder):
+    """Whether a folder holds the end of this training."""
+    try:
+        _, _, final = loop.restore_state(experiment, folder, 'latest')
+    except UserError:  # none there, or all damaged, which the training says
+        return False
+    return final.step == experiment.total_steps
+
+
 def _classifier(experiment, workdir):
     folder = experiment.config.gan.classifier
     if not folder:
@@ -110,9 +119,11 @@ def _classifier(experiment, workdir):
         config = classifier_config(experiment.config)
         check_config(config)
         trained = setup.build(config)
-        if is_leader() and not os.path.isdir(folder):
-            print(f'a classifier to score the pictures with: training it in {folder}', file=sys.stderr)
-        loop.train(trained, folder)  # goes on, or finds that it is done
+        check_workdir(folder, trained.config)
+        if not _is_trained(trained, folder):  # or two evaluations of one run at a time would want its lock
+            if is_leader() and not os.path.isdir(folder):
+                print(f'a classifier to score the pictures with: training it in {folder}', file=sys.stderr)
+            loop.train(trained, folder)
     else:
         trained = setup.build(_given_classifier(experiment.config))
     variables, _, _ = loop.restore_variables(trained, folder, 'best')

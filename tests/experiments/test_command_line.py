@@ -13,6 +13,7 @@ from jax.errors import JaxRuntimeError
 from configs import default
 from convnorm_jax.errors import UserError
 from convnorm_jax.training import setup
+from convnorm_jax.training import workdir as workdir_lib
 from convnorm_jax.training.config import flatten
 from experiments import command_line
 
@@ -312,6 +313,20 @@ def test_none_and_keys_given_twice(tmp_path, arguments, expected):
         command_line.read_config([f'--config={path}', '--noconfig.plots', '--config.plots', '--config.seed=3'])
     )
     assert config['plots'] is True and config['seed'] == 3 and config['model.width'] == 8
+
+
+def test_none_at_an_evaluation(command, monkeypatch, tmp_path):
+    """Of a run that was trained with another value."""
+    config = default.get_config()
+    config.model.convnorm.method, config.eval.examples = 'spatial', 7
+    workdir_lib.save_config(str(tmp_path), config)
+    seen = []
+    monkeypatch.setattr(
+        setup, 'build', lambda given: seen.append(given) or (_ for _ in ()).throw(UserError('far enough'))
+    )
+    for options, method in (([], 'spatial'), (['--config.model.convnorm.method=None'], None)):
+        assert command('--mode=eval', f'--workdir={tmp_path}', *options)[0] == 2
+        assert seen[-1].model.convnorm.method == method and seen[-1].eval.examples == 7
 
 
 def test_every_key_whose_default_is_none_takes_it():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from convnorm_jax.training import lock
 from convnorm_jax.training.metrics import read_rows
 from experiments import gan_report, gan_scores
 
@@ -87,6 +88,13 @@ def test_features_that_fail_cost_no_other_score(command, workdir, monkeypatch):
     result = json.loads((workdir / 'result.json').read_text())
     assert code == 1 and err[-2] == 'ValueError: of NumPy' and '| fid_classifier' in out
     assert result['incomplete'] == 'ValueError: of NumPy' and result['fid_classifier'] > 0
+
+
+def test_two_evaluations_at_a_time(command, workdir):
+    """The classifier is trained already: neither needs its folder for itself."""
+    with lock.locked(str(workdir / 'classifier')):
+        code, _, err = command('--mode=eval', f'--workdir={workdir}', '--config.eval.samples=30', '--noconfig.plots')
+    assert code == 0, err
 
 
 def test_samples_appear_whole(command, workdir):
