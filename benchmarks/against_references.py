@@ -34,6 +34,7 @@ from convnorm_jax import attacks
 from convnorm_jax.training import setup
 from convnorm_jax.training.config import check_config, flatten
 from convnorm_jax.training.loop import restore_variables
+from convnorm_jax.errors import UserError
 from convnorm_jax.training.metrics import write_json
 from convnorm_jax.training.workdir import load_config
 
@@ -51,7 +52,7 @@ def main():
     try:
         packages = import_libraries(options.autoattack, machine.cores())
         problem = Problem(options)
-    except ValueError as error:
+    except UserError as error:
         print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
         return 2
     rows = []

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import tarfile
 
+import cv2
 import numpy as np
 
 DIGITS, GAN, CIFAR = (f'configs/{name}.py' for name in ('digits_convnorm', 'digits_gan', 'cifar10_convnorm'))
@@ -129,9 +130,9 @@ def an_unknown_name(rng, place, trained):
 
 @kind
 def an_unknown_name_among_several(rng, place, trained):
-    from convnorm_jax.training.config import _SUBSETS
+    from convnorm_jax.training.config import SUBSETS
 
-    return digits(place, f'--config.{rng.choice(list(_SUBSETS))}={rng.choice(["pgd,xyz", "fgms", "(1,2)"])}')
+    return digits(place, f'--config.{rng.choice(list(SUBSETS))}={rng.choice(["pgd,xyz", "fgms", "(1,2)"])}')
 
 
 CONTRADICTIONS = [
@@ -180,6 +181,78 @@ def a_contradiction_of_a_GAN(rng, place, trained):
         ['--config.model.layer=oni', '--config.model.oni.groups=7'],
     ]
     return [f'--config={GAN}', '--config.train.steps=1', *rng.choice(choices), f'--workdir={place}/run']
+
+
+# Found out only after the training, or after hours of attacks, unless it is looked at first.
+LATE = [
+    ['--config.attack.epsilon=0'],
+    ['--config.eval.suite=standard', '--config.attack.epsilon=0'],
+    ['--config.eval.suite=standard', '--config.attack.epsilon=0', '--config.eval.parts=curve'],
+    ['--config.eval.suite=standard', '--config.eval.curve=()'],
+    ['--config.eval.suite=standard', '--config.eval.curve=(1,32)'],
+    ['--config.eval.suite=standard', '--config.eval.curve=(0,1e400)'],
+    ['--config.eval.suite=standard', '--config.eval.autoattack.attacks=()'],
+]
+
+
+@kind
+def a_suite_that_would_fail_after_hours(rng, place, trained):
+    names = [] if rng.random() < 0.5 else ['--config.attack.names=pgd']
+    options = rng.choice(LATE)
+    return digits(place, *(names if len(options) > 1 else ['--config.attack.names=pgd']), *options)
+
+
+@kind
+def images_too_few_for_a_score(rng, place, trained):
+    key = rng.choice(['gan.score_examples', 'eval.samples'])
+    return [
+        f'--config={GAN}',
+        '--config.train.steps=1',
+        f'--config.{key}={rng.randint(1, 9)}',
+        f'--workdir={place}/run',
+    ]
+
+
+@kind
+def nothing_to_score_a_GAN_with(rng, place, trained):
+    choices = [
+        ['--config.gan.classifier=nowhere'],
+        [f'--config.gan.classifier={copy_of(trained, place)}'],  # made unusable below
+        ['--config.eval.features=inception', f'--config.eval.inception={place}/none.pth'],
+        ['--config.eval.features=inception', f'--config.eval.inception={place}'],
+    ]
+    shutil.rmtree(place / 'run' / 'checkpoints')
+    os.rename(place / 'run', place / 'classifier')
+    chosen = [option.replace(f'{place}/run', f'{place}/classifier') for option in rng.choice(choices)]
+    return [
+        f'--config={GAN}',
+        '--config.train.steps=1',
+        '--config.gan.score_examples=0',
+        *chosen,
+        f'--workdir={place}/run',
+    ]
+
+
+@kind
+def more_classes_than_there_are(rng, place, trained):
+    classes = rng.choice([1, 2])
+    picture_folder(place, classes)
+    losses = [['--config.attack.names=pgd', '--config.attack.loss=dlr']]
+    losses += [['--config.eval.suite=standard', '--config.eval.autoattack.attacks=apgd-dlr']]
+    losses += [['--config.eval.suite=standard', '--config.eval.parts=curve', '--config.attack.loss=dlr']]
+    return on_pictures(place, *rng.choice(losses))
+
+
+@kind
+def None_where_it_is_no_value(rng, place, trained):
+    keys = [k for k, v in base_keys().items() if v is not None and k not in ('data.name',)]
+    return digits(place, rng.choice([f'--config.{rng.choice(keys)}=None', '--config.model.width=none']))
+
+
+@kind
+def a_config_given_twice(rng, place, trained):
+    other = rng.choice([f'--config={GAN}', f'--config={DIGITS}', f'--config={CIFAR}'])
+    return digits(place, *rng.choice([[other], other.split('=')]))
 
 
 @kind
@@ -382,6 +455,36 @@ def a_damaged_TFDS_folder(rng, place, trained):
         (folder / 'features.json').write_text(rng.choice(['{', '{}', '[1]']))
     (folder / 'cifar10-train.array_record-00000-of-00001').write_bytes(rng.randbytes(500))
     return cifar(place)
+
+
+def picture_folder(place, classes):
+    """Class folders of small pictures in place/data; returns the paths of the pictures to train with."""
+    paths = []
+    for part in ('train', 'val'):
+        for name in 'abcd'[:classes]:
+            folder = place / 'data' / part / name
+            folder.mkdir(parents=True)
+            for i in range(6):
+                path = folder / f'{i}.png'
+                cv2.imwrite(str(path), np.full((16, 16, 3), 20 * i + 10, np.uint8))
+                paths += [path] if part == 'train' else []
+    return paths
+
+
+def on_pictures(place, *more):
+    """A command on these folders."""
+    sizes = {'image_size': 16, 'batch_size': 4, 'validation_fraction': 0, 'workers': 0, 'data_dir': f'{place}/data'}
+    options = ['--config.data.name=folder', *(f'--config.data.{key}={value}' for key, value in sizes.items())]
+    return digits(place, *options, *more)
+
+
+@kind
+def a_folder_without_pictures(rng, place, trained):
+    for path in picture_folder(place, 3):
+        if rng.random() < 0.5 or path.parent.name == 'a':
+            path.unlink()
+    (place / 'data' / 'train' / 'a').rename(place / 'data' / 'train' / rng.choice(['z', 'x.jpg']))
+    return on_pictures(place)
 
 
 # --- the run folder ----------------------------------------------------------------------------------

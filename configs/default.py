@@ -15,7 +15,9 @@ def get_config():
     config.plots = True  # pictures at the end of a run
 
     config.model = ConfigDict()
+    # resnet18, resnet34, resnet50, resnet101, resnet152, vgg11, vgg13, vgg16, vgg19, simple_cnn2; of a GAN: sngan, dcgan
     config.model.name = 'simple_cnn'
+    # batchnorm, groupnorm, switchnorm, spectralnorm, oni, own, weightnorm, none
     config.model.layer = 'convnorm'
     config.model.width = config_dict.placeholder(int)  # channels of the first stage
     config.model.depth = config_dict.placeholder(tuple)  # blocks of each stage, e.g. (1,1,1)
@@ -45,7 +47,7 @@ def get_config():
         config.model[layer].use_batch_norm = config_dict.placeholder(bool)  # None: as published, but not in GANs
 
     config.gan = ConfigDict()  # train.algorithm = 'gan': config.model is the discriminator
-    config.gan.generator_layer = ''  # '' is the net's own: none (sngan), batchnorm (dcgan)
+    config.gan.generator_layer = ''  # as model.layer; '' is the net's: none (sngan), batchnorm (dcgan)
     config.gan.generator_width = config_dict.placeholder(int)
     config.gan.dense = 'spectralnorm'  # the discriminator's last layer, whatever its convolutions are; or none
     config.gan.latent = 128
@@ -54,13 +56,13 @@ def get_config():
     config.gan.n_dis = 5  # discriminator updates for each of the generator
     config.gan.gradient_penalty = 0.0  # its weight, e.g. 10
     config.gan.augmentation = ()  # differentiable: color, translation, cutout
-    config.gan.setting = ''  # A to F of the SNGAN paper's Adam settings: overrides optimizer and n_dis
+    config.gan.setting = ''  # A, B, C, D, E or F, the SNGAN paper's Adam settings: overrides optimizer and n_dis
     config.gan.passes = 1  # over the data between two rows of metrics.csv, scores and checkpoints
     config.gan.score_examples = 1000  # generated pictures behind the scores of such a row; 0: no scores
     config.gan.classifier = ''  # folder of a run whose features score the pictures; '' trains a small one
 
     config.data = ConfigDict()
-    config.data.name = 'digits'
+    config.data.name = 'digits'  # cifar10, cifar100, svhn, fashion_mnist, imagenet, folder
     config.data.data_dir = ''  # TFDS directory, or a folder with the official archive, or with train/ and val/
     config.data.image_size = 224  # of imagenet and folder; the pictures of the others have their own
     config.data.workers = config_dict.placeholder(int)  # processes that decode those two; None: by the cores
@@ -117,7 +119,7 @@ def get_config():
     config.attack.step_size = 2.0
     config.attack.pgd_steps = 10
     config.attack.restarts = 1
-    config.attack.loss = 'cross_entropy'  # or margin
+    config.attack.loss = 'cross_entropy'  # or margin, dlr (three classes or more)
 
     config.eval = ConfigDict()
     config.eval.batch_size = 256
@@ -126,7 +128,7 @@ def get_config():
     config.eval.suite = ''  # standard: all of the parts below, and report.md
     config.eval.parts = ('autoattack', 'curve', 'simba', 'corruptions')
     config.eval.autoattack = ConfigDict()
-    config.eval.autoattack.attacks = ('apgd-ce', 'apgd-t', 'fab-t', 'square')
+    config.eval.autoattack.attacks = ('apgd-ce', 'apgd-t', 'fab-t', 'square')  # and apgd-dlr
     config.eval.autoattack.steps = 100
     config.eval.autoattack.queries = 5000
     config.eval.autoattack.targets = 9

@@ -1,8 +1,32 @@
 """convnorm_jax: Convolutional Normalization (NeurIPS 2021, arXiv 2103.00673) in JAX and Flax."""
 
-from convnorm_jax.layers.convnorm import ConvNorm
-from convnorm_jax.layers.folding import fold_for_inference
-from convnorm_jax.layers.transposed import ConvNormTranspose
+import importlib
+from typing import TYPE_CHECKING
+
 from convnorm_jax.version import __version__
 
+if TYPE_CHECKING:
+    from convnorm_jax.layers.convnorm import ConvNorm
+    from convnorm_jax.layers.folding import fold_for_inference
+    from convnorm_jax.layers.transposed import ConvNormTranspose
+
 __all__ = ['ConvNorm', 'ConvNormTranspose', '__version__', 'fold_for_inference']
+
+# Imported where they are first used: a command that only has to say what is wrong with it does without JAX.
+_PLACES = {
+    'ConvNorm': 'convnorm_jax.layers.convnorm',
+    'ConvNormTranspose': 'convnorm_jax.layers.transposed',
+    'fold_for_inference': 'convnorm_jax.layers.folding',
+}
+
+
+def __getattr__(name):
+    if name == 'layers':
+        return importlib.import_module('convnorm_jax.layers')
+    if name not in _PLACES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__():
+    return [*globals(), *_PLACES]

@@ -10,6 +10,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from convnorm_jax.errors import UserError
+
 DATA_AXIS = 'data'
 
 # Variables by which a launcher tells a process how many of its kind there are.
@@ -40,14 +42,14 @@ def start_distributed(coordinator='', num_processes=0, process_id=-1):
     words = f'--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}'
     port = re.fullmatch(r'.+:(\d{1,5})', coordinator)
     if given and (len(given) < 3 or not port or int(port[1]) > 65535 or process_id >= num_processes):
-        raise ValueError(
+        raise UserError(
             f'{words}: expected all three, a HOST:PORT and a process_id below num_processes, e.g. '
             '--coordinator=node0:1234 --num_processes=2 --process_id=0'
         )
     try:
         jax.distributed.initialize(**given)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f'{words}: the processes of the run can not find each other '
             f'({" ".join(str(error).split())[:300]}); start the same command on every host, '
             'with the address of process 0'
@@ -88,7 +90,7 @@ def check_same_everywhere(what, content):
     others = multihost_utils.process_allgather(mine)
     different = [i for i, other in enumerate(others) if not np.array_equal(other, others[0])]
     if different:
-        raise ValueError(
+        raise UserError(
             f'processes {", ".join(map(str, different))} were given another {what} than process 0; '
             'start the same command on every host'
         )
@@ -142,7 +144,7 @@ def batch_sharded(mesh):
 def check_batch_size(batch_size, mesh, name='config.data.batch_size'):
     """Raises ValueError unless the batch divides over the devices of the mesh."""
     if batch_size < 1 or batch_size % mesh.size:
-        raise ValueError(f'{name}={batch_size}: expected a multiple of the number of devices, {mesh.size}')
+        raise UserError(f'{name}={batch_size}: expected a multiple of the number of devices, {mesh.size}')
 
 
 def replicate(mesh, tree):

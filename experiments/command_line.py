@@ -1,15 +1,20 @@
-"""Command lines: a config file, overrides, a run folder; every mistake is one line."""
+"""Command lines: a config file, overrides, a run folder; every mistake of the user is one line."""
 
 import difflib
+import errno
 import glob
 import importlib.util
 import itertools
 import logging as standard_logging
 import os
 import sys
+import traceback
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
+
+from convnorm_jax.errors import UserError
+from experiments import overrides as overrides_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'a file of configs/, e.g. configs/digits_convnorm.py', lock_config=True
@@ -17,16 +22,28 @@ _CONFIG = config_flags.DEFINE_config_file(
 _BASE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'configs', 'default.py')
 
 # The end of the help of commands that take --config.
-ABOUT_CONFIGS = 'Every key of a config is in configs/default.py.'
+ABOUT_CONFIGS = """
+Every key of a config is in configs/default.py. Of a KEY that is given twice the last value counts; None stands for the
+default where that is None.
+"""
+_ABOUT_ERRORS = """
+A mistake in a command, its config, its data or its folders is one line of error, and exit code 2. With
+CONVNORM_TRACEBACK=1 in the environment the lines before it show where in the code it was noticed. Any other error is a
+fault of the program: its traceback is what to report.
+"""
+# What a file system answers, whatever the program is like.
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
+FAULT = (
+    'the error above is a fault of the program, not a mistake in the command: please report it, with all these lines '
+    'and the command, on the issue tracker of convnorm_jax'
+)
 
 
 def run_command(run, *texts):
-    """Runs a command; a user's mistake becomes one line and exit code 2.
-
-    CONVNORM_TRACEBACK=1 in the environment shows where in the code it was noticed.
+    """Runs a command; a user's mistake becomes one line and exit code 2, see `_ABOUT_ERRORS`.
 
     Args:
-      run: function of nothing -> exit code. User errors are raised as ValueError.
+      run: function of nothing -> exit code. A user's mistake is raised as `UserError`.
       *texts: the paragraphs of what --help prints.
 
     Returns:
@@ -34,25 +51,58 @@ def run_command(run, *texts):
     """
     _quiet_libraries()
     if any(argument.lstrip('-') in ('help', 'h') for argument in sys.argv[1:]):
-        print(*(text.strip() for text in texts), sep='\n\n')
+        print(*(text.strip() for text in (*texts, _ABOUT_ERRORS)), sep='\n\n')
         return 0
     try:
         return run()
-    except ValueError as error:
-        if os.environ.get('CONVNORM_TRACEBACK'):
-            raise
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-        return 2
-    except OSError as error:
-        from convnorm_jax.training.disk import reason
-
-        if reason(error) is None or os.environ.get('CONVNORM_TRACEBACK'):
-            raise
-        print(f'error: {error.filename or "writing failed"}: {reason(error)}', file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         return 130
+    except Exception as error:
+        return say(error)
+
+
+def say(error):
+    """Says on the standard error what went wrong, and whose fault it is; returns the exit code.
+
+    Args:
+      error: an exception that is being handled.
+    """
+    line = _users_mistake(error)
+    if line is None or os.environ.get('CONVNORM_TRACEBACK'):
+        traceback.print_exc()
+    print(FAULT if line is None else f'error: {" ".join(line.split())}', file=sys.stderr, flush=True)
+    return 1 if line is None else 2
+
+
+def _users_mistake(error):
+    """What to say of an error that the user can do something about; None for a fault of the program."""
+    from convnorm_jax.files import unwritten
+    from convnorm_jax.training.disk import reason
+
+    if isinstance(error, UserError):
+        return str(error)
+    if reason(error) is not None:
+        return f'{unwritten(error)}: {reason(error)}'
+    if _is_full_shared_memory(error):
+        return (
+            'the data workers have no room in shared memory (/dev/shm), by which they hand on their batches: give it '
+            'more (docker run --shm-size=8g), or fewer config.data.workers (0: threads, which need none)'
+        )
+    if isinstance(error, OSError) and error.filename and error.errno in _UNREADABLE:
+        return f'{error.filename}: cannot be read ({error.strerror})'
+    if type(error).__name__ in ('JaxRuntimeError', 'XlaRuntimeError') and 'RESOURCE_EXHAUSTED' in str(error):
+        return (
+            f'not enough memory on the device ({str(error)[:200]}); give a smaller config.data.batch_size, or '
+            'config.eval.batch_size where it was evaluating'
+        )
+    return None
+
+
+def _is_full_shared_memory(error):
+    """Whether data workers ended for it: with an error, or with SIGBUS where pages ran out under a batch."""
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return full or (isinstance(error, RuntimeError) and 'terminated unexpectedly with exit code -7' in str(error))
 
 
 def _quiet_libraries():
@@ -78,13 +128,13 @@ def parse(argv):
       ValueError: anything the user got wrong, in one line.
     """
     argv, path = _with_config(list(argv))
-    config = _checked_config(argv, path, flags.FLAGS, _CONFIG)
+    config, absent = _checked_config(argv, path, flags.FLAGS, _CONFIG)
     mode, workdir = flags.FLAGS.mode, flags.FLAGS.workdir
     if not workdir and path == _BASE:
-        raise ValueError("--workdir is missing: give the run's folder to evaluate")
+        raise UserError("--workdir is missing: give the run's folder to evaluate")
     workdir = os.path.expanduser(workdir or default_workdir(path, config))
     if mode == 'eval':
-        config = _run_config(config, workdir)
+        config = _run_config(config, workdir, [*flags.FLAGS['config'].override_values, *absent])
     return config, workdir, mode
 
 
@@ -97,7 +147,7 @@ def read_config(arguments):
     argv, path = _with_config(['', *arguments])
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file('config', lock_config=True, flag_values=values, sys_argv=argv)
-    return _checked_config(argv, path, values, holder)
+    return _checked_config(argv, path, values, holder)[0]
 
 
 def default_workdir(path, config):
@@ -108,16 +158,19 @@ def default_workdir(path, config):
 
 def _with_config(argv):
     """The arguments as --config=PATH ..., and that path."""
-    for i, argument in enumerate(argv):
-        if argument in ('--config', '-config') and i + 1 < len(argv):
+    i = 0
+    while i < len(argv) - 1:
+        if argv[i] in ('--config', '-config'):
             argv[i : i + 2] = [f'--config={argv[i + 1]}']
-            break
-    path = next((a.split('=', 1)[1] for a in argv if a.startswith(('--config=', '-config='))), None)
-    if path is not None:
-        return argv, path
+        i += 1
+    paths = [a.split('=', 1)[1] for a in argv if a.startswith(('--config=', '-config='))]
+    if len(paths) > 1:
+        raise UserError(f'--config is given {len(paths)} times, as {", ".join(paths)}: give one file')
+    if paths:
+        return argv, paths[0]
     words = [a.lstrip('-') for a in argv]
     if 'mode=eval' not in words and ('mode', 'eval') not in itertools.pairwise(words):
-        raise ValueError(f'--config is missing: give one of {_configs()}')
+        raise UserError(f'--config is missing: give one of {_configs()}')
     return [argv[0], f'--config={_BASE}', *argv[1:]], _BASE
 
 
@@ -130,16 +183,16 @@ def _configs():
 def _load(path):
     """The config of a file, before any override."""
     if not os.path.isfile(path):
-        raise ValueError(f'--config={path}: no such file; give one of {_configs()}')
+        raise UserError(f'--config={path}: no such file; give one of {_configs()}')
     spec = importlib.util.spec_from_file_location('given_config', path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
     except (Exception, SystemExit) as error:  # the user's own file may raise anything
-        raise ValueError(f'--config={path}: {type(error).__name__}: {error}') from error
+        raise UserError(f'--config={path}: {type(error).__name__}: {error}') from error
     if not isinstance(config, ConfigDict):
-        raise ValueError(f'--config={path}: get_config() returns a {type(config).__name__}, expected a ConfigDict')
+        raise UserError(f'--config={path}: get_config() returns a {type(config).__name__}, expected a ConfigDict')
     if path != _BASE:
         _check_keys(path, config, _load(_BASE))
     return config
@@ -147,65 +200,37 @@ def _load(path):
 
 def _check_keys(path, config, base):
     """Raises ValueError unless a config file has the keys of the base config, and no others."""
-    given, known = set(_all_keys(config)), set(_all_keys(base))
+    given, known = set(overrides_lib.all_keys(config)), set(overrides_lib.all_keys(base))
     for key in sorted(given - known):
         close = difflib.get_close_matches(key, known, 1)
         hint = f'; did you mean config.{close[0]}?' if close else ''
-        raise ValueError(f'--config={path}: sets config.{key}, which configs/default.py does not have{hint}')
+        raise UserError(f'--config={path}: sets config.{key}, which configs/default.py does not have{hint}')
     if known - given:
-        raise ValueError(
+        raise UserError(
             f'--config={path}: lacks config.{min(known - given)}; start from configs/default.py: '
             'config = default.get_config()'
         )
 
 
-def _check_overrides(argv, config):
-    """Raises ValueError for the first --config.KEY that the config does not have."""
-    for argument in argv[1:]:
-        name = argument.lstrip('-')
-        prefix = next((p for p in ('config.', 'noconfig.') if name.startswith(p)), None)
-        if prefix and argument.startswith('-'):
-            _check_key(name[len(prefix) :].split('=', 1)[0], config)
-
-
-def _check_key(key, config):
-    section, trail = config, ['config']
-    for part in key.split('.'):
-        if not isinstance(section, ConfigDict):
-            raise ValueError(f'config.{key}: {".".join(trail)} is a value, it holds no further keys')
-        if part not in section:
-            raise ValueError(_unknown_key(key, section, '.'.join(trail), config))
-        section, trail = section[part], [*trail, part]
-    if isinstance(section, ConfigDict):
-        raise ValueError(f'config.{key} is a section: set one of its keys, {", ".join(sorted(section))}')
-
-
-def _unknown_key(key, section, where, config):
-    everywhere = _all_keys(config)
-    leaf = key.split('.')[-1]
-    close = [k for k in everywhere if k.split('.')[-1] == leaf] or difflib.get_close_matches(key, everywhere, 1)
-    hint = f'did you mean config.{close[0]}? ' if close else ''
-    return f'config.{key}: no such key; {hint}{where} has {", ".join(sorted(section))}'
-
-
-def _all_keys(config, prefix=''):
-    keys = []
-    for name, value in config.items():
-        keys += _all_keys(value, f'{prefix}{name}.') if isinstance(value, ConfigDict) else [prefix + name]
-    return keys
-
-
 def _checked_config(argv, path, values, holder):
-    """The config at `path` with the overrides of `argv`, by a `FlagValues` and its config flag, checked."""
-    _check_overrides(argv, _load(path))
-    config = _parse_flags(argv, values, holder)
-    # Heavy imports only now: a mistake in the flags has been answered by here.
-    from convnorm_jax.training.config import check_config
+    """The config at `path` with the overrides of `argv`, by a `FlagValues` and its config flag, checked.
 
-    _check_types(config, _load(_BASE))
-    _split_names(config)
+    Returns:
+      (the config, the keys that the command line sets to None).
+    """
+    base = _load(_BASE)
+    overrides_lib.check_keys(argv, _load(path))
+    argv, absent = overrides_lib.last_of_each(argv, base)
+    config = _parse_flags(argv, values, holder, base)
+    for key in absent:
+        _set(config, key, None)
+    # Heavy imports only now: a mistake in the flags has been answered by here.
+    from convnorm_jax.training.config import SUBSETS, check_config
+
+    _check_types(config, base)
+    _split_names(config, SUBSETS)
     check_config(config)
-    return config
+    return config, absent
 
 
 def _check_types(config, base, section='config'):
@@ -222,42 +247,30 @@ def _check_types(config, base, section='config'):
         absent = value is None and base[name] is None
         if not absent and (not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool)):
             kind = 'section' if issubclass(kind, ConfigDict) else kind.__name__
-            raise ValueError(f'{key}={value!r}: expected a value of type {kind}, as in configs/default.py')
+            raise UserError(f'{key}={value!r}: expected a value of type {kind}, as in configs/default.py')
 
 
-def _parse_flags(argv, values, holder):
+def _parse_flags(argv, values, holder, base):
     try:
         rest = values(argv)
         config = holder.value
     except flags.IllegalFlagValueError as error:
-        raise ValueError(_illegal_value(str(error))) from error
+        raise UserError(overrides_lib.illegal_value(str(error), base)) from error
     except (flags.Error, TypeError, ValueError, AttributeError, KeyError, OSError) as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
     if rest[1:]:
-        raise ValueError(f'{rest[1]!r}: not understood; options look like --config.train.epochs=10')
+        raise UserError(f'{rest[1]!r}: not understood; options look like --config.train.epochs=10')
     return config
 
 
-def _illegal_value(message):
-    # absl says: flag --config.KEY=VALUE: reason
-    return message.removeprefix('flag --') + '; give a value of the type in configs/default.py' * ('config.' in message)
-
-
-def _split_names(config):
+def _split_names(config, keys):
     # A bare a,b on the command line arrives as the one string 'a,b'.
-    names = (
-        (config.attack, 'names'),
-        (config.eval, 'parts'),
-        (config.eval, 'features'),
-        (config.eval.autoattack, 'attacks'),
-        (config.gan, 'augmentation'),
-    )
-    for section, key in names:
-        section[key] = tuple(part for name in section[key] for part in str(name).split(',') if part)
+    for key in keys:
+        _set(config, key, tuple(part for name in _get(config, key) for part in str(name).split(',') if part))
 
 
-def _run_config(given, workdir):
-    """The config of the run in `workdir`, with what this command line overrides."""
+def _run_config(given, workdir, overridden):
+    """The config of the run in `workdir`, with the keys that this command line overrides."""
     from convnorm_jax.training import config as config_lib
     from convnorm_jax.training.workdir import load_config
 
@@ -265,7 +278,7 @@ def _run_config(given, workdir):
     merged = ConfigDict(given.to_dict())
     for key, value in config_lib.flatten(saved).items():
         _set(merged, key, tuple(value) if isinstance(value, list) else value)
-    for key in flags.FLAGS['config'].override_values:
+    for key in overridden:
         _set(merged, key, _get(given, key))
     _check_types(merged, _load(_BASE))
     config_lib.check_config(merged)

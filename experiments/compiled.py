@@ -1,6 +1,7 @@
 """Where a command keeps the programs that XLA compiled, so that the next one loads them: JAX's compilation cache."""
 
 import contextlib
+import glob
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from convnorm_jax.data.cache import cache_root
 
 MAX_BYTES = 2 << 30
 _ENTRIES = '*-cache'  # JAX's names for them
-_TROUBLE = re.compile(r'Error (reading|writing) persistent compilation cache entry for .*?: (.*)', re.DOTALL)
+_TROUBLE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)", re.DOTALL)
 
 
 def keep_programs():
@@ -48,22 +49,28 @@ def _prepare(folder):
         pass
     # JAX's own bound needs the package filelock.
     total = 0
-    for _, size, path in sorted(map(_use_and_size, folder.glob(_ENTRIES)), reverse=True):
+    for _, size, path in sorted(_entries(folder), reverse=True):
         total += size
         if total > MAX_BYTES:
             path.unlink(missing_ok=True)
 
 
-def _use_and_size(path):
-    """(time of the last use, bytes, path) of an entry."""
-    stat = path.stat()
-    return max(stat.st_atime, stat.st_mtime), stat.st_size, path
+def _entries(folder):
+    """[(time of the last use, bytes, path)] of the entries that are there."""
+    found = []
+    for path in folder.glob(_ENTRIES):
+        with contextlib.suppress(FileNotFoundError):  # another process has just deleted it
+            stat = path.stat()
+            found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
+    return found
 
 
 def _listen(folder):
-    """Makes one line of all that JAX warns of its cache; empties the folder, for JAX never replaces an entry.
+    """Makes one line of all that JAX warns of its cache; deletes the entries in question, for JAX never replaces one.
 
-    It writes them in place: a full disk, or a process killed at it, leaves a damaged one, and which is not said.
+    It writes them in place: a full disk, or a process killed at it, leaves a damaged one, and another process may find
+    one that is half written. The warning gives the program's name, with which the names of its entries begin. Those of
+    other programs stay: other processes share the folder.
     """
     show, said = warnings.showwarning, []
 
@@ -73,11 +80,11 @@ def _listen(folder):
             show(message, *where, **options)
             return
         with contextlib.suppress(OSError):
-            for path in folder.glob(_ENTRIES):
+            for path in folder.glob(f'{glob.escape(trouble[2])}-*-cache'):
                 path.unlink(missing_ok=True)
         if not said:
             reading = trouble[1] == 'reading'
-            _say(f'in {folder} are damaged' if reading else f'are not kept in {folder}', trouble[2])
+            _say(f'of {trouble[2]} in {folder} are damaged' if reading else f'are not kept in {folder}', trouble[3])
         said.append(message)
 
     warnings.showwarning = listen

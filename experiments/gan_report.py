@@ -6,12 +6,15 @@ import numpy as np
 
 from convnorm_jax import plots
 from convnorm_jax.evaluation.layers import layer_spectra
+from convnorm_jax.mesh import is_leader
+from convnorm_jax.training.disk import check_writable
 from convnorm_jax.training.generation import GRID_COLUMNS, GRID_ROWS, GRID_SEED, SCORE_SEED
 from convnorm_jax.training.loop import restore_state
-from convnorm_jax.training.metrics import read_rows, write_json
-from convnorm_jax.training.workdir import keep_earlier_result
+from convnorm_jax.training.metrics import read_rows
+from convnorm_jax.training.workdir import write_result
 from experiments.facts import count_parameters, run_facts
 from experiments.gan_scores import make_scorer
+from experiments.report import written_on_failure
 
 SHOWN = 48  # real pictures beside generated ones
 STEPS_SHOWN, PICTURES_SHOWN = 6, 10  # of the course of the training
@@ -21,30 +24,39 @@ SCORES_SHOWN = ('fid_classifier', 'classifier_score')
 def report(experiment, workdir):
     """Scores a run's generator and writes what it finds.
 
-    Writes `result.json` and, unless config.plots is off, `plots/*.png`; prints the table.
+    Writes `result.json` and, unless config.plots is off, `plots/*.png`; prints the table. If some features fail, the
+    scores by those before are written as in `report.report`.
 
     Returns:
       The flat dict of `result.json`.
     """
     config, sampler = experiment.config, experiment.sampler
+    if is_leader():
+        check_writable(workdir)
     state, chosen, final = restore_state(experiment, workdir, config.eval.checkpoint)
     pictures, labels = sampler.draw(state.eval_variables, config.eval.samples, SCORE_SEED + config.seed + 1)
     test = experiment.prepared.test
-    scores, real = {}, {}
-    for features in config.eval.features:
-        scorer = make_scorer(experiment, workdir, features)
-        scores |= scorer(pictures, labels)
-        real |= scorer(test.images, None if labels is None else test.labels)
-    result = {
-        **scores,
-        **{f'real_{name}': value for name, value in real.items()},
-        'samples': len(pictures),
-        **_facts(experiment, state, chosen, final),
-    }
-    keep_earlier_result(workdir)
-    paths = [os.path.join(workdir, 'result.json')]
-    write_json(paths[0], result)
-    print(_table(result, scores, real), flush=True)
+    scores, real, paths = {}, {}, []
+
+    def write(**more):
+        result = {
+            **scores,
+            **{f'real_{name}': value for name, value in real.items()},
+            'samples': len(pictures),
+            **_facts(experiment, state, chosen, final),
+            **more,
+        }
+        paths.append(write_result(workdir, result))
+        print(_table(result, scores, real), flush=True)
+        return result
+
+    with written_on_failure(write):
+        for features in config.eval.features:
+            scorer = make_scorer(experiment, workdir, features)
+            found = scorer(pictures, labels)
+            real.update(scorer(test.images, None if labels is None else test.labels))
+            scores.update(found)
+    result = write()
     if config.plots:
         paths += _draw(experiment, state, pictures, workdir)
     for path in paths:

@@ -6,19 +6,31 @@ import sys
 from ml_collections import ConfigDict
 
 from configs import default
+from convnorm_jax.errors import UserError
 from convnorm_jax.evaluation import features as features_lib
-from convnorm_jax.evaluation.inception_weights import inception_extractor
+from convnorm_jax.evaluation.inception_weights import find_weights, inception_extractor
 from convnorm_jax.mesh import is_leader
 from convnorm_jax.training import loop, setup
 from convnorm_jax.training.config import check_config
 from convnorm_jax.training.frame import round_up
-from convnorm_jax.training.workdir import load_config
+from convnorm_jax.training.workdir import check_workdir, has_checkpoints, load_config
 
 BATCH = 256
 
 # Of the classifier that is trained where none is given: enough for features, minutes on a CPU.
 _EPOCHS = {'digits': 20.0}
 _OTHER_EPOCHS = 5.0
+
+
+def check_scorers(config):
+    """Raises UserError now for what the scores at the end of a GAN's training would not find."""
+    if config.gan.classifier and (config.gan.score_examples or 'classifier' in config.eval.features):
+        folder = config.gan.classifier
+        _given_classifier(config)
+        if not has_checkpoints(folder):
+            raise UserError(f'config.gan.classifier={folder}: no checkpoint there; train it first, or give another run')
+    if 'inception' in config.eval.features:
+        find_weights(config.eval.inception or None)
 
 
 def with_scorer(experiment, workdir):
@@ -81,6 +93,25 @@ def classifier_config(config):
     return chosen
 
 
+def _given_classifier(config):
+    """The config of the run in config.gan.classifier."""
+    folder = config.gan.classifier
+    found = ConfigDict(default.get_config().to_dict())
+    found.update(load_config(folder))
+    if found.train.algorithm == 'gan' or found.data.name != config.data.name:
+        raise UserError(f'config.gan.classifier={folder}: expected a run of a classifier on {config.data.name}')
+    return found
+
+
+def _is_trained(experiment, folder):
+    """Whether a folder holds the end of this training."""
+    try:
+        _, _, final = loop.restore_state(experiment, folder, 'latest')
+    except UserError:  # none there, or all damaged, which the training says
+        return False
+    return final.step == experiment.total_steps
+
+
 def _classifier(experiment, workdir):
     folder = experiment.config.gan.classifier
     if not folder:
@@ -88,16 +119,12 @@ def _classifier(experiment, workdir):
         config = classifier_config(experiment.config)
         check_config(config)
         trained = setup.build(config)
-        if is_leader() and not os.path.isdir(folder):
-            print(f'a classifier to score the pictures with: training it in {folder}', file=sys.stderr)
-        loop.train(trained, folder)  # goes on, or finds that it is done
+        check_workdir(folder, trained.config)
+        if not _is_trained(trained, folder):  # or two evaluations of one run at a time would want its lock
+            if is_leader() and not os.path.isdir(folder):
+                print(f'a classifier to score the pictures with: training it in {folder}', file=sys.stderr)
+            loop.train(trained, folder)
     else:
-        config = ConfigDict(default.get_config().to_dict())
-        config.update(load_config(folder))
-        if config.train.algorithm == 'gan' or config.data.name != experiment.config.data.name:
-            raise ValueError(
-                f'config.gan.classifier={folder}: expected a run of a classifier on {experiment.config.data.name}'
-            )
-        trained = setup.build(config)
+        trained = setup.build(_given_classifier(experiment.config))
     variables, _, _ = loop.restore_variables(trained, folder, 'best')
     return features_lib.classifier_extractor(trained.model, variables, trained.source.mean, trained.source.std)

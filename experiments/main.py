@@ -27,7 +27,7 @@ LOST = 75  # exit code when another process is gone: EX_TEMPFAIL, the same comma
 
 
 def run():
-    """One command, from `sys.argv`; returns the exit code. User errors are raised as ValueError."""
+    """One command, from `sys.argv`; returns the exit code. A user's mistake is raised as `UserError`."""
     config, workdir, mode = command_line.parse(sys.argv)
     # Only now: a mistake on the command line is answered before anything heavy is loaded.
     import jax
@@ -51,24 +51,30 @@ def _run_together(config, workdir, mode):
     from jax.errors import JaxRuntimeError
 
     from convnorm_jax import mesh
+    from convnorm_jax.errors import UserError
 
     try:
         mesh.check_same_everywhere('config, --workdir or --mode', [config.to_dict(), workdir, mode])
         with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(sys.stdout if mesh.is_leader() else nowhere):
             return _train_and_report(config, workdir, mode)
-    except ValueError as error:
-        _leave(' '.join(str(error).split()), 2)
     except JaxRuntimeError as error:
-        _leave(
-            f'another process of this run is gone ({" ".join(str(error).split())[:200]}); give the same command on '
-            'every host again, it goes on from the last checkpoint',
-            LOST,
+        if 'RESOURCE_EXHAUSTED' in str(error):  # this process's own
+            _leave(command_line.say(error))
+        words = ' '.join(str(error).split())[:200]
+        lost = UserError(
+            f'another process of this run is gone ({words}); give the same command on every host again, it goes on '
+            'from the last checkpoint'
         )
+        lost.__cause__ = error
+        command_line.say(lost)
+        _leave(LOST)
+    except Exception as error:
+        _leave(command_line.say(error))
 
 
-def _leave(words, code):
+def _leave(code):
     """Ends this process at once: the usual end would wait for others, who may wait for this one."""
-    print(f'error: {words}', file=sys.stderr, flush=True)
+    sys.stdout.flush()
     os._exit(code)
 
 
@@ -81,8 +87,10 @@ def _train_and_report(config, workdir, mode):
 
     if mode == 'train':
         check_workdir(workdir, config)
-    experiment = setup.build(config)
     generates = config.train.algorithm == 'gan'
+    if generates and mode == 'train':
+        gan_scores.check_scorers(config)
+    experiment = setup.build(config)
     if mode == 'train':
         if mesh.is_leader():
             print(_headline(experiment, workdir), file=sys.stderr)

@@ -1,5 +1,6 @@
 """The end of a run: accuracy clean and attacked, pictures, `result.json` and a table."""
 
+import contextlib
 import functools
 import os
 import sys
@@ -9,10 +10,12 @@ from tqdm import tqdm
 
 from convnorm_jax import plots
 from convnorm_jax.evaluation.layers import layer_spectra
+from convnorm_jax.mesh import is_leader
 from convnorm_jax.training import classification
+from convnorm_jax.training.disk import check_writable
 from convnorm_jax.training.loop import restore_variables
-from convnorm_jax.training.metrics import read_rows, write_json
-from convnorm_jax.training.workdir import keep_earlier_result
+from convnorm_jax.training.metrics import read_rows
+from convnorm_jax.training.workdir import write_result
 from experiments import robustness
 from experiments.facts import count_parameters, run_facts
 from experiments.robustness_text import attack_label, attack_rows
@@ -23,32 +26,43 @@ PICTURES = 8  # columns of the grid of attacked images
 def report(experiment, workdir):
     """Evaluates a run's checkpoint on the test set and writes what it finds.
 
-    Writes `result.json` and, unless config.plots is off, `plots/*.png`; prints the table.
+    Writes `result.json` and, unless config.plots is off, `plots/*.png`; prints the table. If an attack or a part of the
+    suite fails, or is interrupted, what was measured before is written and printed, `incomplete` says so in
+    `result.json`, and the error goes on.
 
     Returns:
       The flat dict of `result.json`.
     """
     config, evaluator = experiment.config, experiment.evaluator
+    if is_leader():
+        check_writable(workdir)
     variables, chosen, final = restore_variables(experiment, workdir, config.eval.checkpoint)
-    test = experiment.data['test']
-    clean = evaluator.evaluate(variables, test)
+    clean = evaluator.evaluate(variables, experiment.data['test'])
     attacks = classification.attack_settings(config)
-    attacked = {name: _attack(experiment, variables, name, attack) for name, attack in attacks.items()}
-    found = _suite(experiment, variables, workdir)
-    result = {
-        'test_accuracy': clean['accuracy'],
-        'test_loss': clean['loss'],
-        **{f'{name}_accuracy': row['accuracy'] for name, row in attacked.items()},
-        **robustness.headline_figures(found),
-        **_facts(experiment, variables, chosen, final),
-        'attacked_examples': max((row['examples'] for row in attacked.values()), default=0),
-    }
-    keep_earlier_result(workdir)
-    write_json(os.path.join(workdir, 'result.json'), result)
-    print(_table(experiment, result, attacked, found), flush=True)
-    paths = [os.path.join(workdir, 'result.json')]
-    if config.eval.suite:
-        paths += robustness.write_report(experiment, result, attacked, found, workdir)
+    attacked, found, paths = {}, {}, []
+
+    def write(**more):
+        result = {
+            'test_accuracy': clean['accuracy'],
+            'test_loss': clean['loss'],
+            **{f'{name}_accuracy': row['accuracy'] for name, row in attacked.items()},
+            **robustness.headline_figures(found),
+            **_facts(experiment, variables, chosen, final),
+            'attacked_examples': max((row['examples'] for row in attacked.values()), default=0),
+            **more,
+        }
+        paths.append(write_result(workdir, result))
+        print(_table(experiment, result, attacked, found), flush=True)
+        if config.eval.suite:
+            name = os.path.basename(paths[0]).replace('result', 'report').removesuffix('.json')
+            paths.extend(robustness.write_report(experiment, result, attacked, found, workdir, name))
+        return result
+
+    with written_on_failure(write):
+        for name, attack in attacks.items():
+            attacked[name] = _attack(experiment, variables, name, attack)
+        _suite(experiment, variables, workdir, found)
+    result = write()
     if config.plots:
         paths += _draw(experiment, variables, attacks, found, workdir)
     for path in paths:
@@ -56,11 +70,26 @@ def report(experiment, workdir):
     return result
 
 
-def _suite(experiment, variables, workdir):
-    """What the suite of the config found; its lines go to the standard error."""
-    if not experiment.config.eval.suite:
-        return {}
-    return robustness.run_suite(experiment, variables, workdir, lambda line: tqdm.write(line, file=sys.stderr))
+@contextlib.contextmanager
+def written_on_failure(write):
+    """Within `with`, an error or Ctrl-C calls `write(incomplete=WHY)` before it goes on; see `workdir.write_result`.
+
+    An error of `write` itself is left out: what came first is to be said.
+    """
+    try:
+        yield
+    except BaseException as error:
+        why = ' '.join(f'{type(error).__name__}: {error}'.split())
+        with contextlib.suppress(Exception):
+            write(incomplete=why[:500])
+        raise
+
+
+def _suite(experiment, variables, workdir, found):
+    """Adds to `found` what the suite of the config finds; its lines go to the standard error."""
+    if experiment.config.eval.suite:
+        log = lambda line: tqdm.write(line, file=sys.stderr)
+        robustness.run_suite(experiment, variables, workdir, log, found)
 
 
 def _attack(experiment, variables, name, attack):

@@ -17,24 +17,21 @@ from experiments import robustness_text
 _DECIDES = ('attack.', 'eval.autoattack.', 'eval.curve', 'eval.simba.', 'data.name', 'seed')
 
 
-def run_suite(experiment, variables, workdir, log):
+def run_suite(experiment, variables, workdir, log, found):
     """All parts of the suite that the config names, on the first `eval.examples` test pictures.
 
     Args:
       experiment: a `Classification`; variables: of its net.
       workdir: results go to `workdir/evaluation/`, where an interrupted evaluation goes on.
       log: takes a line of text.
-
-    Returns:
-      {'autoattack': `EnsembleResult`, 'curve': ..., 'simba': ..., 'corruptions': ...}, those named.
+      found: a dict that each part is put into as soon as it ends: {'autoattack': `EnsembleResult`, 'curve': ...,
+        'simba': ..., 'corruptions': ...}, those named.
     """
     config = experiment.config
     subject = _subject(experiment, variables, workdir, log)
-    found = {}
     for part in config.eval.parts:
         log(f'{part} on {len(subject.labels)} examples')
         found[part] = _measure(part, subject, config)
-    return found
 
 
 def _subject(experiment, variables, workdir, log):
@@ -79,26 +76,32 @@ def headline_figures(found):
     return figures
 
 
-def write_report(experiment, result, attacked, found, workdir):
-    """Writes `report.md`, `report.json` and the pictures of the suite.
+def write_report(experiment, result, attacked, found, workdir, name='report'):
+    """Writes `report.md`, `report.json` and, of a complete result, the pictures of the suite.
 
     Args:
       result: the flat dict of `result.json`.
       attacked: {name: what `Evaluator.robust_accuracy` returned}.
       found: from `run_suite`.
+      name: of the two files.
 
     Returns:
       The paths written.
     """
-    pictures = _draw(experiment, result, attacked, found, os.path.join(workdir, 'plots'))
     report = robust_bench_fields(experiment, result, found)
     report['settings'] = {
         k: v for k, v in flatten(experiment.config.to_dict()).items() if k.startswith(('attack.', 'eval.'))
     }
     report['figures'] = {**result, 'attacks': {name: dict(row) for name, row in attacked.items()}, **_plain(found)}
-    json_path, text_path = os.path.join(workdir, 'report.json'), os.path.join(workdir, 'report.md')
+    json_path, text_path = (os.path.join(workdir, f'{name}.{kind}') for kind in ('json', 'md'))
     write_json(json_path, report)
-    write_text(text_path, robustness_text.render(experiment, result, attacked, found, pictures, workdir))
+    pictures = {}
+    try:
+        if 'incomplete' not in result:
+            _draw(experiment, result, attacked, found, os.path.join(workdir, 'plots'), pictures)
+    finally:  # the tables do not wait for a picture that cannot be drawn
+        text = robustness_text.render(experiment, result, attacked, found, pictures, workdir)
+        write_text(text_path, text)
     return [json_path, text_path, *pictures.values()]
 
 
@@ -136,13 +139,12 @@ def _plain(found):
     return json.loads(json.dumps(plain))
 
 
-def _draw(experiment, result, attacked, found, folder):
-    """{what: path} of the suite's pictures."""
+def _draw(experiment, result, attacked, found, folder, paths):
+    """Draws the suite's pictures; puts {what: path} of each into `paths`."""
     config = experiment.config
     if not config.plots:
-        return {}
+        return
     title = f'{config.model.name}, {config.model.layer}, {config.train.algorithm} training, seed {config.seed}'
-    paths = {}
     if 'curve' in found:
         curves = {f'PGD-{config.attack.pgd_steps}': [(255 * radius, accuracy) for radius, accuracy in found['curve']]}
         path = os.path.join(folder, 'accuracy_against_epsilon.png')
@@ -160,4 +162,3 @@ def _draw(experiment, result, attacked, found, folder):
             for basis, row in found['simba'].items()
         }
         paths['simba'] = plots.query_curve(results, os.path.join(folder, 'simba_queries.png'), title=title)
-    return paths

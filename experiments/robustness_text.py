@@ -74,6 +74,7 @@ def _head(config, result, workdir):
         f'    python -m experiments.main --mode=eval --workdir={workdir} --config.eval.suite=standard',
         '',
         'with the settings that `report.json` holds. Every figure is measured on test pictures; none is a certificate.',
+        *(['', f'**Not complete**: {result["incomplete"]}'] if 'incomplete' in result else []),
     ]
     return '\n'.join(lines)
 

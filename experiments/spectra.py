@@ -8,9 +8,11 @@ Prints a table of operator norms; writes spectra.json, spectra.md and spectra.pn
 
 import os
 import sys
+import tempfile
 
 from absl import flags
 
+from convnorm_jax.errors import UserError
 from experiments import command_line
 from experiments.markdown import aligned_table
 
@@ -31,45 +33,53 @@ def parse(argv):
     try:
         rest = values(argv)
     except flags.Error as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
     if rest[1:]:
-        raise ValueError(
+        raise UserError(
             f'{rest[1]!r}: not understood; options are --workdirs=A,B --output=DIR --checkpoint=best|latest'
         )
     workdirs = [os.path.normpath(os.path.expanduser(part)) for part in values.workdirs if part]
     if not workdirs or len(set(workdirs)) < len(workdirs):
-        raise ValueError(
+        raise UserError(
             f'--workdirs={",".join(values.workdirs)}: expected folders of runs, separated by commas, each once'
         )
     return workdirs, os.path.expanduser(values.output) or os.path.join(workdirs[0], 'spectra'), values.checkpoint
 
 
 def run():
-    """One command, from `sys.argv`; returns the exit code. User errors are raised as ValueError."""
+    """One command, from `sys.argv`; returns the exit code. A user's mistake is raised as `UserError`."""
     workdirs, output, checkpoint = parse(sys.argv)
     # Only now: a mistake on the command line is answered before anything heavy is loaded.
     from convnorm_jax.plots.operators import MAX_RUNS, layer_operators
-    from convnorm_jax.training.metrics import write_json
+    from convnorm_jax.training.metrics import write_json, write_text
+    from convnorm_jax.training.workdir import has_checkpoints
     from experiments.compiled import keep_programs
 
     keep_programs()
     if len(workdirs) > MAX_RUNS:
-        raise ValueError(f'--workdirs: {len(workdirs)} runs; at most {MAX_RUNS} can be told apart in one picture')
+        raise UserError(f'--workdirs: {len(workdirs)} runs; at most {MAX_RUNS} can be told apart in one picture')
     configs = [_config(workdir) for workdir in workdirs]
     labels = _labels(workdirs, configs)
     try:
         os.makedirs(output, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
     except OSError as error:
-        raise ValueError(f'--output={output}: can not write there ({error.strerror}); give another folder') from error
+        raise UserError(f'--output={output}: can not write there ({error.strerror}); give another folder') from error
+    for workdir in workdirs:
+        if not has_checkpoints(workdir):
+            raise UserError(f'--workdirs={workdir}: no checkpoint there yet; train first, or leave it out')
     facts, operators = {}, {}
-    for label, workdir, config in zip(labels, workdirs, configs):
-        print(f'measuring {workdir} ({label})', file=sys.stderr, flush=True)
-        facts[label], operators[label] = _measure(workdir, config, checkpoint)
-    table = _table(facts, operators)
-    print(table)
-    write_json(os.path.join(output, 'spectra.json'), _content(facts, operators))
-    with open(os.path.join(output, 'spectra.md'), 'w') as file:
-        file.write(table + '\n')
+    try:
+        for label, workdir, config in zip(labels, workdirs, configs):
+            print(f'measuring {workdir} ({label})', file=sys.stderr, flush=True)
+            facts[label], operators[label] = _measure(workdir, config, checkpoint)
+    finally:  # whatever ends it, the runs that were measured are written
+        if facts:
+            table = _table(facts, operators)
+            print(table)
+            write_json(os.path.join(output, 'spectra.json'), _content(facts, operators))
+            write_text(os.path.join(output, 'spectra.md'), table + '\n')
     bounds = {label: fact['product_bound'] for label, fact in facts.items()}
     layer_operators(operators, os.path.join(output, 'spectra.png'), title=_title(facts), bounds=bounds)
     for name in ('spectra.json', 'spectra.md', 'spectra.png'):

@@ -18,6 +18,7 @@ import sys
 
 from absl import flags
 
+from convnorm_jax.errors import UserError
 from experiments import command_line
 
 
@@ -31,29 +32,29 @@ def parse(argv):
     try:
         arguments = options(argv, known_only=True)[1:]
     except flags.IllegalFlagValueError as error:
-        raise ValueError(str(error).removeprefix('flag ')) from error
+        raise UserError(str(error).removeprefix('flag ')) from error
     except flags.Error as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
     given = [argument.lstrip('-').split('=', 1)[0] for argument in arguments if argument.startswith('-')]
     for name in given:
         if name.split('.')[0] not in ('config', 'noconfig', ''):
-            raise ValueError(f'--{name}: no such option; there are --config.KEY, {_names(options)}')
+            raise UserError(f'--{name}: no such option; there are --config.KEY, {_names(options)}')
     if not options.workdir:
-        raise ValueError("--workdir is missing: give the sweep's folder, e.g. --workdir=runs/label_noise")
+        raise UserError("--workdir is missing: give the sweep's folder, e.g. --workdir=runs/label_noise")
     grid = _grid(options.grid)
     for key in ('seed', *grid):
         if f'config.{key}' in given or f'noconfig.{key}' in given:
             where = '--seeds' if key == 'seed' else '--grid'
-            raise ValueError(f'--config.{key}: give it by {where} alone')
+            raise UserError(f'--config.{key}: give it by {where} alone')
     return options, grid, _seeds(options.seeds), arguments
 
 
 def run(argv):
-    """One command; returns the exit code. User errors are raised as ValueError."""
+    """One command; returns the exit code. A user's mistake is raised as `UserError`."""
     options, grid, seeds, arguments = parse(argv)
     workdir = os.path.expanduser(options.workdir)
     if os.path.exists(workdir) and not os.path.isdir(workdir):
-        raise ValueError(f'--workdir={workdir}: can not write there (it is a file); give another folder')
+        raise UserError(f'--workdir={workdir}: can not write there (it is a file); give another folder')
     # Only now: a mistake in the options is answered before anything heavy is loaded.
     from experiments import sweep_report, sweep_runs
 
@@ -72,7 +73,7 @@ def run(argv):
     if any(results):
         sweep_report.report(runs, results, rows, columns, workdir, _command(argv))
     elif not failed:
-        raise ValueError(f'--workdir={workdir}: no finished run there of this config, grid and seeds')
+        raise UserError(f'--workdir={workdir}: no finished run there of this config, grid and seeds')
     if failed:
         _say(f'{len(failed)} of {len(runs)} runs failed; the same command tries them again')
     elif None in results:
@@ -106,11 +107,11 @@ def _grid(texts):
         # A comma within brackets belongs to the value: (1,1,1).
         values = [value.strip() for value in re.findall(r'(?:\([^)]*\)|\[[^\]]*\]|[^,])+', values)]
         if not key or not values or not all(values):
-            raise ValueError(f'--grid={text}: expected KEY=VALUE,VALUE,..., e.g. --grid=model.layer=convnorm,batchnorm')
+            raise UserError(f'--grid={text}: expected KEY=VALUE,VALUE,..., e.g. --grid=model.layer=convnorm,batchnorm')
         if key in grid:
-            raise ValueError(f'--grid={text}: {key} is given twice; give all its values in one --grid')
+            raise UserError(f'--grid={text}: {key} is given twice; give all its values in one --grid')
         if key == 'seed':
-            raise ValueError(f'--grid={text}: seeds are given by --seeds, over which the mean is taken')
+            raise UserError(f'--grid={text}: seeds are given by --seeds, over which the mean is taken')
         grid[key] = values
     return grid
 
@@ -119,9 +120,9 @@ def _seeds(text):
     try:
         seeds = [int(seed) for seed in text.split(',')]
     except ValueError as error:
-        raise ValueError(f'--seeds={text}: expected whole numbers, e.g. --seeds=0,1,2') from error
+        raise UserError(f'--seeds={text}: expected whole numbers, e.g. --seeds=0,1,2') from error
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f'--seeds={text}: expected each seed once')
+        raise UserError(f'--seeds={text}: expected each seed once')
     return seeds
 
 

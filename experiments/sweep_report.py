@@ -7,6 +7,7 @@ import os
 import numpy as np
 
 from convnorm_jax import plots
+from convnorm_jax.errors import UserError
 from convnorm_jax.evaluation.features import SCORE_NAMES
 from convnorm_jax.training.metrics import write_json, write_text
 from experiments.markdown import aligned_table
@@ -63,7 +64,7 @@ def layout(keys, rows, columns):
         rows = [key for key in keys if key not in columns] if rows is None else rows
         columns = [key for key in keys if key not in rows] if columns is None else columns
     if sorted([*rows, *columns]) != sorted(keys):
-        raise ValueError(
+        raise UserError(
             f'--rows={",".join(rows)} --columns={",".join(columns)}: expected each key of the grid once, '
             f'in one of the two: {", ".join(keys)}'
         )
@@ -76,7 +77,7 @@ def _named(keys, text, option):
     names = [name.strip().removeprefix('config.') for name in text.split(',') if name.strip()]
     for name in names:
         if name not in keys:
-            raise ValueError(f'{option}={text}: {name} is no key of the grid, which has {", ".join(keys) or "none"}')
+            raise UserError(f'{option}={text}: {name} is no key of the grid, which has {", ".join(keys) or "none"}')
     return names
 
 

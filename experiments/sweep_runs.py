@@ -3,7 +3,6 @@
 import dataclasses
 import fcntl
 import itertools
-import json
 import os
 import re
 import signal
@@ -13,9 +12,10 @@ import time
 
 from ml_collections import ConfigDict
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.training.config import flatten
 from convnorm_jax.training.interrupt import StopRequest
-from convnorm_jax.training.workdir import check_workdir, keep_earlier_result, load_config
+from convnorm_jax.training.workdir import check_workdir, keep_earlier_result, load_config, read_result
 from experiments.command_line import read_config
 
 # What changes nothing in result.json, where a folder's config.json may differ from the config of today.
@@ -80,7 +80,7 @@ def plan(arguments, grid, seeds, workdir):
     folders = set()
     for run in runs:
         if run.folder in folders:
-            raise ValueError(f'--grid: {run.name} comes up twice; give every value once')
+            raise UserError(f'--grid: {run.name} comes up twice; give every value once')
         folders.add(run.folder)
         check_workdir(run.folder, run.config)
     return runs
@@ -88,11 +88,12 @@ def plan(arguments, grid, seeds, workdir):
 
 def finished_result(run):
     """The flat dict of a run's result.json, None unless it is there and of this very config."""
+    result = read_result(run.folder)
     try:
         saved = flatten(load_config(run.folder))
-        with open(os.path.join(run.folder, 'result.json')) as file:
-            result = json.load(file)
-    except (ValueError, OSError):
+    except UserError:
+        return None
+    if result is None or 'incomplete' in result:
         return None
     given = flatten(run.config.to_dict())
     same = all(given[k] == saved.get(k, given[k]) for k in given if not k.startswith(_WITHOUT_EFFECT))

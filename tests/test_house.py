@@ -12,7 +12,8 @@ MODULES = sorted(PACKAGE.rglob('*.py'))
 CONFIGS = sorted(p for p in (ROOT / 'configs').glob('*.py') if p.name != '__init__.py')
 NAMES = {path: str(path.relative_to(PACKAGE)) for path in MODULES}
 
-# What each part of the package may import from it, beside itself. Leaves: nothing but the version.
+# What every part may import, and what each may beside that and itself. Leaves: nothing else.
+COMMON = {'errors', 'files'}
 ALLOWED = {
     'layers': set(),
     'models': {'layers'},
@@ -25,6 +26,8 @@ ALLOWED = {
     'torch_import': {'models', 'layers'},
     'plots': {'evaluation'},
     'version': set(),
+    'errors': set(),
+    'files': set(),
     '__init__': {'layers', 'version'},
 }
 
@@ -56,7 +59,7 @@ def test_import_direction(path):
         root, *rest = name.split('.')
         assert root not in ('experiments', 'configs', 'benchmarks', 'tests'), f'{NAMES[path]} imports {name}'
         if root == 'convnorm_jax':
-            assert rest and rest[0] in {own, *ALLOWED[own]}, f'{NAMES[path]} imports {name}'
+            assert rest and rest[0] in {own, *COMMON, *ALLOWED[own]}, f'{NAMES[path]} imports {name}'
 
 
 @pytest.mark.parametrize('path', MODULES, ids=NAMES.get)
@@ -94,6 +97,35 @@ def test_nothing_in_the_tests_reads_the_shared_folder():
     outside = '/'.join(('..', 'shared')), '/'.join(('', 'work', ''))
     found = [p for p in (ROOT / 'tests').rglob('*.py') if any(word in p.read_text() for word in outside)]
     assert found == []
+
+
+CATCH = {'ValueError', 'Exception', 'BaseException'}
+
+
+def plain_value_errors(tree):
+    """Lines that make a ValueError, but within a `try` that catches it: such a one is a signal, no user sees it."""
+    signals = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Try):
+            caught = {n.id for h in node.handlers if h.type for n in ast.walk(h.type) if isinstance(n, ast.Name)}
+            if caught & CATCH:
+                signals |= {id(inner) for statement in node.body for inner in ast.walk(statement)}
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and id(n) not in signals]
+    bases = [b for n in ast.walk(tree) if isinstance(n, ast.ClassDef) for b in n.bases]
+    names = [*(n.func for n in calls), *bases]
+    return [n.lineno for n in names if isinstance(n, ast.Name) and n.id == 'ValueError']
+
+
+@pytest.mark.parametrize('path', [*MODULES, *sorted((ROOT / 'experiments').glob('*.py'))], ids=str)
+def test_a_mistake_of_the_user_is_a_class_of_its_own(path):
+    # A plain ValueError is shown as a fault of the program.
+    assert path.name == 'errors.py' or plain_value_errors(ast.parse(path.read_text())) == []
+
+
+def test_a_plain_value_error_is_seen():
+    assert plain_value_errors(ast.parse('def f():\n    raise ValueError(1)')) == [2]
+    assert plain_value_errors(ast.parse('class A(ValueError):\n    pass')) == [1]
+    assert plain_value_errors(ast.parse('try:\n    raise ValueError(1)\nexcept ValueError:\n    pass')) == []
 
 
 def test_no_assert_for_the_user():

@@ -21,14 +21,19 @@ import numpy as np
 from flax import linen as nn
 
 from convnorm_jax.data.augment import to_float
-from convnorm_jax.data.cache import cache_root, write_atomically
+from convnorm_jax.data.cache import cache_root
 from convnorm_jax.data.pipeline import padded_batches
+from convnorm_jax.errors import UserError
 from convnorm_jax.evaluation import generative
+from convnorm_jax.files import write_atomically
 from convnorm_jax.mesh import check_batch_size, cut_batch, fetch, replicate
 from convnorm_jax.steps.classify import make_logits_fn
 
 # Part of a cached file: raise it when what is stored changes.
 _FORMAT = 1
+
+# Parts that the score of the logits is taken over, as published: no fewer images have one.
+SPLITS = 10
 
 # label -> names of the Frechet distance, the kernel distance and the score of logits.
 SCORE_NAMES = {
@@ -94,7 +99,7 @@ def classifier_extractor(model, variables, mean, std, name='classifier'):
         with nn.intercept_methods(record):
             logits = logits_fn(variables, to_float(pixels) if pixels.dtype == jnp.uint8 else pixels)
         if not inputs:
-            raise ValueError(f'{type(model).__name__}: expected a net with a linear layer at its end, it has none')
+            raise UserError(f'{type(model).__name__}: expected a net with a linear layer at its end, it has none')
         return inputs[-1].astype(jnp.float32), logits
 
     facts = [repr(model), repr([float(m) for m in mean]), repr([float(s) for s in std])]
@@ -152,7 +157,7 @@ def _feature_batches(extractor, images, batch_size, mesh, progress):
 def _check_images(images):
     if getattr(images, 'ndim', 0) != 4 or images.dtype != np.uint8 or not len(images):
         given = f'{getattr(images, "dtype", type(images).__name__)} {getattr(images, "shape", "")}'
-        raise ValueError(
+        raise UserError(
             f'images: {given}: expected uint8 [N, H, W, C] with at least one picture; '
             'round pixels in [0, 1] by (255 * pixels).round().astype(numpy.uint8)'
         )
@@ -243,7 +248,7 @@ def _read_statistics(path, count, sample):
         return None
 
 
-def generative_scores(extractor, features, logits, reference, *, splits=10, subsets=100, subset_size=1000, seed=0):
+def generative_scores(extractor, features, logits, reference, *, splits=SPLITS, subsets=100, subset_size=1000, seed=0):
     """All scores of generated pictures, by the names that the extractor's net allows.
 
     Args:

@@ -22,9 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from convnorm_jax.data.cache import cache_root, write_atomically
+from convnorm_jax.data.cache import cache_root
+from convnorm_jax.errors import UserError
 from convnorm_jax.evaluation.features import FeatureExtractor
 from convnorm_jax.evaluation.inception import InceptionV3, check_convention, preprocess
+from convnorm_jax.files import write_atomically
 
 FILE_NAME = 'pt_inception-2015-12-05-6726825d.pth'
 URL = f'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}'
@@ -101,7 +103,7 @@ def find_weights(path=None):
         path = Path(path).expanduser()
         digest = _sha256(path)
         if not digest.startswith(_SHA256):
-            raise ValueError(
+            raise UserError(
                 f'file={str(path)!r}: its sha256 begins with {digest[:8]}, expected {_SHA256}: other weights give '
                 f'scores that are no FID; download {URL} again'
             )
@@ -124,7 +126,7 @@ def _sha256(path):
         with open(path, 'rb') as file:
             return hashlib.file_digest(file, 'sha256').hexdigest()
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f'file={str(path)!r}: cannot be read ({error.strerror}); expected the weights of {URL}'
         ) from error
 
@@ -136,17 +138,17 @@ def _download(path):
             content = answer.read()
     except (OSError, http.client.HTTPException) as error:  # no network, no such host, refused, timed out, cut off
         reason = ' '.join(str(getattr(error, 'reason', error)).split())
-        raise ValueError(f'the Inception weights cannot be downloaded ({reason}): {by_hand}') from error
+        raise UserError(f'the Inception weights cannot be downloaded ({reason}): {by_hand}') from error
     digest = hashlib.sha256(content).hexdigest()
     if not digest.startswith(_SHA256):
-        raise ValueError(
+        raise UserError(
             f'the Inception weights as downloaded have a sha256 of {digest[:8]}..., expected {_SHA256}: {by_hand}'
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(content))
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f'file={str(path)!r}: cannot be written ({error.strerror}); set CONVNORM_CACHE to a writable folder'
         ) from error
     return digest
@@ -174,7 +176,7 @@ def import_weights(state_dict, model=None):
     state_dict = {name: a for name, a in state_dict.items() if not name.endswith(ignored)}
     missing, leftover = set(wanted.values()) - set(state_dict), set(state_dict) - set(wanted.values())
     if missing or leftover:
-        raise ValueError(
+        raise UserError(
             f'state_dict does not fit the 2015 Inception: missing {_few(missing)}, left over {_few(leftover)}; '
             f'expected the contents of {FILE_NAME}'
         )
@@ -185,7 +187,7 @@ def import_weights(state_dict, model=None):
         if leaf.shape != template[path].shape
     ]
     if wrong:
-        raise ValueError(f'state_dict does not fit the 2015 Inception: {_few(wrong)} (in the order of axes here)')
+        raise UserError(f'state_dict does not fit the 2015 Inception: {_few(wrong)} (in the order of axes here)')
     return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(leaves))
 
 
@@ -262,7 +264,7 @@ def read_state_dict(path):
         return {str(name): _materialize(tensor, storages) for name, tensor in tensors.items()}
     except Exception as error:  # a damaged pickle can raise nearly anything
         reason = ' '.join(str(error).split()) or type(error).__name__
-        raise ValueError(
+        raise UserError(
             f'file={str(path)!r}: expected a state dict saved by torch, but {reason}; download or save it again'
         ) from error
 

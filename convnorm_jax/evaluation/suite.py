@@ -20,9 +20,10 @@ import numpy as np
 
 from convnorm_jax import attacks
 from convnorm_jax.attacks.simba import BASES, simba_active, simba_advance, simba_result, simba_start
-from convnorm_jax.data.cache import write_atomically
 from convnorm_jax.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, mean_corruption_accuracy
+from convnorm_jax.errors import UserError
 from convnorm_jax.evaluation.classifier import AttackSettings, Evaluator
+from convnorm_jax.files import write_atomically, written
 from convnorm_jax.mesh import batch_sharded, is_leader, leader_says, replicate
 
 SUITES = ('', 'standard')
@@ -69,13 +70,26 @@ class Subject:
     def stored(self, name, measure):
         """What `measure()` returns, JSON data; from the folder if it has been measured before."""
         path = os.path.join(self.folder, f'{name}.json')
-        if leader_says(os.path.exists(path)):
-            with open(path) as file:
-                return json.load(file)
+        found = self._kept(path)
+        if leader_says(found is not None):
+            if found is None:
+                raise UserError(f'{path}: cannot be read by this process; the run folder must be one that all share')
+            return found
         found = measure()
         if is_leader():
             write_atomically(path, lambda file: file.write(json.dumps(found).encode()))
         return found
+
+    def _kept(self, path):
+        """What a file of JSON data holds; None if there is none, or a damaged one, which is said."""
+        try:
+            with open(path) as file:
+                return json.load(file)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            self.log(f'{path} is damaged ({error}); it is measured again')
+            return None
 
 
 def open_folder(parent, variables, settings):
@@ -90,7 +104,8 @@ def open_folder(parent, variables, settings):
     for leaf in jax.tree.leaves(variables):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     folder = os.path.join(parent, digest.hexdigest()[:16])
-    os.makedirs(folder, exist_ok=True)
+    with written(folder):
+        os.makedirs(folder, exist_ok=True)
     return folder
 
 

@@ -7,6 +7,8 @@ import jax
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from convnorm_jax.files import write_atomically, written
+
 # Okabe and Ito's colours, told apart with any kind of colour blindness.
 BLUE, VERMILLION, GREY = '#0072B2', '#D55E00', '#6B6B6B'
 GREEN, ORANGE, PURPLE, SKY = '#009E73', '#E69F00', '#CC79A7', '#56B4E9'
@@ -46,11 +48,7 @@ def write(figure: Figure, path: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(path)
     if jax.process_index():
         return path  # of many processes, one writes
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        figure.savefig(temporary, format='png', dpi=200)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=200))
     return path

@@ -1,5 +1,6 @@
 """Checkpoints by Orbax: atomic, asynchronous, the latest and the best kept; damaged ones noticed."""
 
+import contextlib
 import dataclasses
 import errno
 import itertools
@@ -14,6 +15,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from convnorm_jax.errors import UserError
+from convnorm_jax.files import written
 from convnorm_jax.mesh import any_process, is_leader, wait_for_all
 from convnorm_jax.training import digest as digest_lib
 
@@ -22,7 +25,7 @@ _OUR_TROUBLE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENO
 _OUR_TROUBLE_WORDS = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED')
 
 
-class Damaged(ValueError):
+class Damaged(UserError):
     """A checkpoint is not what was saved.
 
     Attributes:
@@ -34,7 +37,7 @@ class Damaged(ValueError):
         self.reason = reason
 
 
-class OtherNet(ValueError):
+class OtherNet(UserError):
     """A checkpoint holds other arrays than those asked for."""
 
 
@@ -74,7 +77,12 @@ class Checkpointer:
             lightweight_initialize=True,  # the ratings, which may be damaged, are read here
         )
         handlers = {'arrays': ocp.StandardCheckpointHandler(), 'progress': ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        with self._writing():
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+    def _writing(self):
+        """Within `with`, Orbax writes, or says what went wrong when it wrote in the background."""
+        return contextlib.nullcontext() if self._read_only else written(self.folder)
 
     @property
     def latest_step(self):
@@ -103,12 +111,13 @@ class Checkpointer:
         }
         stored['crc'] = _crc(stored)
         self._ratings[step] = rating
-        # force: the loop decides when to save, not Orbax.
-        self._manager.save(
-            step,
-            force=True,
-            args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(stored)),
-        )
+        with self._writing():
+            # force: the loop decides when to save, not Orbax.
+            self._manager.save(
+                step,
+                force=True,
+                args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(stored)),
+            )
 
     def restore(self, step, like):
         """(arrays, progress) of a step.
@@ -158,7 +167,7 @@ class Checkpointer:
         if damaged:
             self._put_aside(damaged, f'going on from step {found[0]}' if found else 'none is left')
         if damaged and not found:
-            raise ValueError(
+            raise UserError(
                 f'{self.folder}: all checkpoints were damaged, and are kept in {self.damaged_folder}; put a good copy '
                 'of one there, or give the same command again to start from step 0'
             )
@@ -197,24 +206,29 @@ class Checkpointer:
             if os.path.isdir(f'{self.folder}/{step}'):
                 damaged[step] = reason
         if not damaged:
-            raise ValueError(f'{self.folder}: no checkpoint there yet; train first')
+            raise UserError(f'{self.folder}: no checkpoint there yet; train first')
         step, reason = next(iter(damaged.items()))
-        raise ValueError(
+        raise UserError(
             f'{self.folder}: the checkpoint can not be read: all of them are damaged (step {step}: {reason}); '
             'put a good copy of one there, or train again'
         )
 
     def wait(self):
         """Returns when nothing is being written any more."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self):
         """Waits for what is being written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
 
     def _steps(self):
-        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+        try:
+            names = os.listdir(self.folder)
+        except (FileNotFoundError, NotADirectoryError):
+            names = []
         return [int(name) for name in names if name.isdigit()]
 
     def _best(self, steps):
@@ -261,7 +275,7 @@ class Checkpointer:
             return error
         ours = isinstance(error, MemoryError) or getattr(error, 'errno', None) in _OUR_TROUBLE
         if ours or any(word in reason for word in _OUR_TROUBLE_WORDS):
-            return ValueError(f'{self.folder}/{step}: the checkpoint can not be read ({reason})')
+            return UserError(f'{self.folder}/{step}: the checkpoint can not be read ({reason})')
         return Damaged(f'{self.folder}/{step}', reason)
 
     def _of_another_net(self, step):
@@ -287,8 +301,9 @@ class Checkpointer:
             if is_leader():
                 names = itertools.chain([f'{step}'], (f'{step}-{n}' for n in itertools.count(1)))
                 place = next(p for p in (os.path.join(self.damaged_folder, n) for n in names) if not os.path.exists(p))
-                os.makedirs(self.damaged_folder, exist_ok=True)
-                os.replace(f'{self.folder}/{step}', place)
+                with written(self.damaged_folder):
+                    os.makedirs(self.damaged_folder, exist_ok=True)
+                    os.replace(f'{self.folder}/{step}', place)
                 _say(f'checkpoint of step {step} is damaged ({reason}); kept in {place}; {outlook}')
             self._ratings.pop(step, None)
         wait_for_all('damaged checkpoints are put aside')

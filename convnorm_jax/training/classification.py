@@ -12,6 +12,7 @@ from convnorm_jax.data.augment import augment
 from convnorm_jax.evaluation.classifier import AttackSettings, Evaluator
 from convnorm_jax.steps import adversarial, classify
 from convnorm_jax.steps.state import create_state
+from convnorm_jax.training.evaluation_checks import check_data
 from convnorm_jax.training.experiment import Experiment
 from convnorm_jax.training.frame import build_frame, build_ocnn_penalty, build_optimizer, round_up
 from convnorm_jax.training.nets import build_model
@@ -125,6 +126,7 @@ def build(config, devices=None):
     """
     frame = build_frame(config, devices, config.data.batch_size)
     source, mesh = frame['source'], frame['mesh']
+    check_data(config, source.num_classes, source.train.images.shape[1:])
     model = build_model(config, source.num_classes)
     tx = build_optimizer(config, frame['schedule'], _updates_per_batch(config))
     logits_fn = classify.make_logits_fn(model, source.mean, source.std)

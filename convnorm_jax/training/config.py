@@ -6,7 +6,9 @@ from convnorm_jax.data.augment import AUGMENTATIONS, STREAMED_AUGMENTATIONS
 from convnorm_jax.data.diffaugment import POLICIES
 from convnorm_jax.data.sources import NAMES, STREAMED
 from convnorm_jax.data.splits import NOISE_KINDS, VALIDATION_KINDS
+from convnorm_jax.errors import UserError
 from convnorm_jax.evaluation.classifier import ATTACKS
+from convnorm_jax.evaluation.features import SCORE_NAMES, SPLITS
 from convnorm_jax.evaluation.suite import PARTS, SUITES
 from convnorm_jax.layers.activations import ACTIVATIONS
 from convnorm_jax.layers.convnorm import SPECTRUM_MODES
@@ -20,11 +22,13 @@ from convnorm_jax.models.resnet import STEMS
 from convnorm_jax.steps.adversarial import BATCH_STATISTICS
 from convnorm_jax.steps.gan_losses import LOSSES as GAN_LOSSES
 from convnorm_jax.steps.state import OPTIMIZERS
+from convnorm_jax.training.evaluation_checks import check_scores, check_suite
 from convnorm_jax.training.nets import ADAM_SETTINGS, build_gan, build_model
 from convnorm_jax.training.schedule import SCHEDULES
 
 ALGORITHMS = ('clean', 'free', 'fast', 'pgd', 'trades', 'gan')
-FEATURES = ('classifier', 'inception')
+FEATURES = tuple(SCORE_NAMES)
+CHECKPOINTS = ('best', 'latest')
 
 _CHOICES = {
     'model.name': (*MODELS, *GANS),
@@ -51,11 +55,11 @@ _CHOICES = {
     'attack.loss': LOSSES,
     'attack.norm': NORMS,
     'eval.suite': SUITES,
-    'eval.checkpoint': ('best', 'latest'),
+    'eval.checkpoint': CHECKPOINTS,
 }
 
 # Any of these, in any order.
-_SUBSETS = {
+SUBSETS = {
     'attack.names': ATTACKS,
     'eval.parts': PARTS,
     'eval.autoattack.attacks': MEMBERS,
@@ -119,7 +123,7 @@ _RANGES = {
     'gan.gradient_penalty': (0, 1e6, True, True),
     'gan.passes': (1, 1e6, True, True),
     'gan.score_examples': (0, 1e7, True, True),
-    'eval.samples': (2, 1e8, True, True),
+    'eval.samples': (SPLITS, 1e8, True, True),
     'checkpoint.every_steps': (0, 1e12, True, True),
     'checkpoint.keep': (1, 1e6, True, True),
     'log.every_steps': (1, 1e12, True, True),
@@ -165,35 +169,39 @@ def check_config(config):
     flat = flatten(config)
     for key, choices in _CHOICES.items():
         if flat[key] not in choices:
-            raise ValueError(f'config.{key}={flat[key]!r}: expected one of {", ".join(map(repr, choices))}')
+            raise UserError(f'config.{key}={flat[key]!r}: expected one of {", ".join(map(repr, choices))}')
     for key, bounds in _RANGES.items():
         _check_range(key, flat[key], *bounds)
-    for key, names in _SUBSETS.items():
+    for key, names in SUBSETS.items():
         if not set(flat[key]) <= set(names):
-            raise ValueError(f'config.{key}={tuple(flat[key])}: expected some of {names}')
+            raise UserError(f'config.{key}={tuple(flat[key])}: expected some of {names}')
     _check_attack(flat)
+    if flat['train.algorithm'] == 'gan':
+        check_scores(flat)
+    else:
+        check_suite(flat)
     _check_milestones(flat['schedule.milestones'])
     _check_net(config)
     _check_streamed(flat)
     if not (flat['train.epochs'] or flat['train.steps'] or flat['train.examples']):
-        raise ValueError(
+        raise UserError(
             'config.train.epochs=0: expected a duration in one of train.epochs, train.steps, train.examples'
         )
     _check_microbatches(flat['train.microbatches'], flat['train.algorithm'], flat['data.batch_size'])
     if flat['data.label_noise.rate'] and flat['data.label_noise.kind'] == 'none':
-        raise ValueError(
+        raise UserError(
             f"config.data.label_noise.rate={flat['data.label_noise.rate']} with kind='none': "
             "set config.data.label_noise.kind to 'symmetric' or 'asymmetric'"
         )
     if flat['train.early_stopping_epochs'] and not flat['data.validation_fraction']:
-        raise ValueError(
+        raise UserError(
             'config.train.early_stopping_epochs needs validation examples: set config.data.validation_fraction above 0'
         )
 
 
 def _check_microbatches(number, algorithm, batch_size):
     if batch_size % number or (number > 1 and algorithm != 'clean'):
-        raise ValueError(
+        raise UserError(
             f'config.train.microbatches={number}: expected a divisor of config.data.batch_size={batch_size}, and '
             f"config.train.algorithm='clean' (now {algorithm!r})"
         )
@@ -203,7 +211,7 @@ def _check_net(config):
     """Raises ValueError for a net that can not be, and for one that the algorithm does not train."""
     name, algorithm = config.model.name, config.train.algorithm
     if (algorithm == 'gan') != (name in GANS):
-        raise ValueError(
+        raise UserError(
             f'config.model.name={name!r} with config.train.algorithm={algorithm!r}: '
             f'gan trains {", ".join(map(repr, GANS))}, the others a classifier'
         )
@@ -216,12 +224,12 @@ def _check_net(config):
 def _check_streamed(flat):
     name, streamed = flat['data.name'], flat['data.name'] in STREAMED
     if flat['data.augmentation'] in STREAMED_AUGMENTATIONS and not streamed:
-        raise ValueError(
+        raise UserError(
             f'config.data.augmentation={flat["data.augmentation"]!r}: expected none, crop or crop_flip with '
             f'config.data.name={name!r}; the resized ones are for {", ".join(map(repr, STREAMED))}'
         )
     if streamed and flat['train.algorithm'] == 'gan':
-        raise ValueError(
+        raise UserError(
             f"config.data.name={name!r} with config.train.algorithm='gan': expected a data set in memory, "
             f'which the scores compare with: one of {", ".join(n for n in NAMES if n not in STREAMED)}'
         )
@@ -232,10 +240,15 @@ def _check_attack(flat):
         for key in ('attack.epsilon', 'attack.step_size'):
             _check_range(key, flat[key], 0, 255, True, True)
     elif 'fgsm' in flat['attack.names']:
-        raise ValueError("config.attack.norm='l2': FGSM is an l-infinity attack; set config.attack.names=pgd")
+        raise UserError("config.attack.norm='l2': FGSM is an l-infinity attack; set config.attack.names=pgd")
+    if not flat['attack.epsilon'] and flat['attack.names'] and flat['train.algorithm'] != 'gan':
+        raise UserError(
+            f'config.attack.epsilon={flat["attack.epsilon"]}: expected above 0 for config.attack.names='
+            f"{','.join(flat['attack.names'])}; for no attack give '--config.attack.names=()'"
+        )
     curve = flat['eval.curve']
     if not all(isinstance(factor, (int, float)) and factor >= 0 for factor in curve) or sorted(set(curve)) != curve:
-        raise ValueError(f'config.eval.curve={tuple(curve)}: expected rising factors of attack.epsilon, from 0')
+        raise UserError(f'config.eval.curve={tuple(curve)}: expected rising factors of attack.epsilon, from 0')
 
 
 def _check_range(key, value, low, high, low_allowed, high_allowed):
@@ -244,15 +257,15 @@ def _check_range(key, value, low, high, low_allowed, high_allowed):
     above = value >= low if low_allowed else value > low
     below = value <= high if high_allowed else value < high
     if not above:  # NaN is neither above nor below
-        raise ValueError(f'config.{key}={value}: expected {"at least" if low_allowed else "above"} {low}')
+        raise UserError(f'config.{key}={value}: expected {"at least" if low_allowed else "above"} {low}')
     if not below:
-        raise ValueError(f'config.{key}={value}: expected {"at most" if high_allowed else "below"} {high}')
+        raise UserError(f'config.{key}={value}: expected {"at most" if high_allowed else "below"} {high}')
 
 
 def _check_milestones(milestones):
     numbers = all(isinstance(m, (int, float)) and 0 < m < 1 for m in milestones)
     if not numbers or sorted(milestones) != list(milestones):
-        raise ValueError(
+        raise UserError(
             f'config.schedule.milestones={tuple(milestones)}: expected rising shares of the run between 0 and 1'
         )
 
@@ -276,6 +289,6 @@ def check_same_run(saved, given, workdir):
     changed = differences(saved, given)
     if changed:
         words = '; '.join(f'config.{key} was {old!r}, is now {new!r}' for key, (old, new) in changed.items())
-        raise ValueError(
+        raise UserError(
             f'{workdir} holds a run with another config: {words}; give the old values back, or another --workdir'
         )

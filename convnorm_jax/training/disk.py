@@ -1,8 +1,12 @@
-"""What to say when a run's folder can not be written: a full disk, no permission."""
+"""What to say when a run's folder cannot be written: a full disk, no permission."""
 
 import contextlib
 import errno
 import os
+import tempfile
+
+from convnorm_jax.errors import UserError
+from convnorm_jax.files import unwritten, written
 
 _REASONS = {
     errno.ENOSPC: 'no space left on the device',
@@ -16,15 +20,18 @@ _REASONS_BY_TEXT = {os.strerror(number): reason for number, reason in _REASONS.i
 _FULL = (_REASONS[errno.ENOSPC], _REASONS[errno.EDQUOT])
 
 
-class DiskTrouble(ValueError):
-    """A folder can not be written."""
+class DiskTrouble(UserError):
+    """A folder cannot be written."""
 
 
 def reason(error):
-    """Why writing failed, in a few words; None for an error that is none of the disk's.
+    """Why writing failed, in a few words; None for an error that did not come from writing, or for another reason.
 
-    Looks at what caused the error, too.
+    Looks at what caused the error, too. Reading fails for the same reasons (an image without permission, a full
+    /dev/shm), so only errors that passed `files.written` count.
     """
+    if unwritten(error) is None:
+        return None
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -39,23 +46,32 @@ def reason(error):
 
 @contextlib.contextmanager
 def explained(workdir):
-    """Within `with`, an error because a run's folder can not be written becomes one `DiskTrouble` that says what to do.
+    """Within `with`, an error because a run's folder cannot be written becomes one `DiskTrouble` that says what to do.
 
     Raises:
       DiskTrouble: see above; other errors pass.
     """
     try:
         yield
-    except DiskTrouble:
+    except UserError:
         raise
     except Exception as error:
         why = reason(error)
         if why is None:
             raise
+        place = os.path.abspath(unwritten(error))
+        inside = os.path.commonpath([place, os.path.abspath(workdir)]) == os.path.abspath(workdir)
         advice = 'free some space' if why in _FULL else 'make it writable'
         raise DiskTrouble(
-            f'--workdir={workdir}: {why}; {_last_good(workdir)}; {advice} and give the same command again'
+            f'{f"--workdir={workdir}" if inside else place}: {why}; {_last_good(workdir)}; {advice} and give the same '
+            'command again'
         ) from error
+
+
+def check_writable(workdir):
+    """Raises DiskTrouble unless a file can be made in a folder: before hours of work, whose results go there."""
+    with explained(workdir), written(workdir), tempfile.TemporaryFile(dir=workdir):
+        pass
 
 
 def _last_good(workdir):

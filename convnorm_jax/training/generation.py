@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convnorm_jax.evaluation.sampler import Sampler
+from convnorm_jax.files import write_atomically, written
 from convnorm_jax.mesh import is_leader, shard_batch
 from convnorm_jax.steps import gan
 from convnorm_jax.training.experiment import Experiment
@@ -82,8 +83,10 @@ class Generation(Experiment):
         pictures = self.sampler.pictures(variables, z, labels)
         if is_leader():
             folder = os.path.join(workdir, 'samples')
-            os.makedirs(folder, exist_ok=True)
-            np.savez_compressed(os.path.join(folder, f'{step:08d}.npz'), images=pictures, step=step)
+            with written(folder):
+                os.makedirs(folder, exist_ok=True)
+            content = {'images': pictures, 'step': step}
+            write_atomically(os.path.join(folder, f'{step:08d}.npz'), lambda f: np.savez_compressed(f, **content))
         if self.scorer is None or not self.config.gan.score_examples:
             return {}
         return self.scorer(self.sampler.draw(variables, self.config.gan.score_examples, SCORE_SEED + seed)[0])

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.mesh import any_process, is_leader
 
 NAME = 'lock'
@@ -32,11 +33,11 @@ def locked(workdir):
         except ValueError as error:
             problem = error
         except OSError as error:
-            problem = ValueError(f'--workdir={workdir}: can not write there ({error.strerror}); give another folder')
+            problem = UserError(f'--workdir={workdir}: can not write there ({error.strerror}); give another folder')
             problem.__cause__ = error
     try:
         if any_process(problem is not None):
-            raise problem or ValueError(f'--workdir={workdir}: process 0 can not train there; see what it says')
+            raise problem or UserError(f'--workdir={workdir}: process 0 can not train there; see what it says')
         yield
     finally:
         if file is not None:
@@ -53,7 +54,7 @@ def _take(workdir):
             file.seek(0)
             holder = file.read().decode(errors='replace').strip() or 'of unknown number'
             file.close()
-            raise ValueError(
+            raise UserError(
                 f'--workdir={workdir}: another run (process {holder}) is training there; wait for it, '
                 'or give another folder'
             ) from error

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from convnorm_jax import mesh as mesh_lib
+from convnorm_jax.errors import UserError
 from convnorm_jax.training import metrics as metrics_lib
 from convnorm_jax.training.checkpoint import Checkpointer, first_fitting
 from convnorm_jax.training.disk import explained
@@ -46,7 +47,7 @@ class Progress:
         return self.examples / self.seconds if self.seconds else 0.0
 
 
-class NonFiniteLoss(ValueError):
+class NonFiniteLoss(UserError):
     """The loss or the gradient became infinite or NaN."""
 
 
@@ -111,7 +112,7 @@ def restore_state(experiment, workdir, which):
       ValueError: there is no checkpoint, or it can not be read.
     """
     if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
-        raise ValueError(f'--workdir={workdir}: no checkpoint there yet; train first')
+        raise UserError(f'--workdir={workdir}: no checkpoint there yet; train first')
     checkpointer = Checkpointer(workdir, read_only=True)
     try:
         likes = _expected(experiment, _no_totals(experiment))
@@ -148,7 +149,7 @@ class _Run:
             self.state, self.totals = experiment.completed(arrays['state']), arrays['totals']
             self.progress = Progress(**saved)
         if self.progress.step > experiment.total_steps:
-            raise ValueError(
+            raise UserError(
                 f'{workdir} is at step {latest}, past the end of this config at {experiment.total_steps}; '
                 'give it a longer train.epochs, or another --workdir'
             )

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
+from convnorm_jax.files import write_atomically, written
 from convnorm_jax.mesh import is_leader
 
 
@@ -29,12 +31,9 @@ def means(totals):
 
 
 def write_text(path, text):
-    """Writes a text file in one stroke: a reader sees the old one or the new one; of many processes, one writes."""
-    if not is_leader():
-        return
-    with open(path + '.tmp', 'w') as file:
-        file.write(text)
-    os.replace(path + '.tmp', path)
+    """Writes a text file by `write_atomically`; of many processes of a run, one writes."""
+    if is_leader():
+        write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path, content):
@@ -44,10 +43,11 @@ def write_json(path, content):
 
 def read_rows(path):
     """Rows of a metrics.csv as dicts of floats; empty cells, and rows that are not whole, are left out."""
-    if not os.path.exists(path):
+    try:
+        with open(path, newline='', errors='replace') as file:
+            rows = [_numbers(row) for row in csv.DictReader(line.replace('\0', '') for line in file)]
+    except FileNotFoundError:
         return []
-    with open(path, newline='', errors='replace') as file:
-        rows = [_numbers(row) for row in csv.DictReader(line.replace('\0', '') for line in file)]
     return [row for row in rows if row.keys() >= {'epoch', 'step'}]
 
 
@@ -64,11 +64,10 @@ def _numbers(row):
 def read_lines(path):
     """The dicts of a file of JSON lines; a line cut short is left out."""
     found = []
-    if os.path.exists(path):
-        with open(path, errors='replace') as file:
-            for line in file:
-                with contextlib.suppress(ValueError):
-                    found.append(json.loads(line))
+    with contextlib.suppress(FileNotFoundError), open(path, errors='replace') as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
     return [line for line in found if isinstance(line, dict) and 'step' in line]
 
 
@@ -93,18 +92,17 @@ class MetricWriter:
         self._board = _Board(workdir, step + 1)
 
     def _rewrite(self, rows):
-        temporary = self.path + '.tmp'
-        with open(temporary, 'w', newline='') as file:
-            writer = csv.DictWriter(file, self._columns, extrasaction='ignore')
-            writer.writeheader()
-            writer.writerows({**row, 'epoch': int(row['epoch']), 'step': int(row['step'])} for row in rows)
-        os.replace(temporary, self.path)
+        file = io.StringIO(newline='')
+        writer = csv.DictWriter(file, self._columns, extrasaction='ignore')
+        writer.writeheader()
+        writer.writerows({**row, 'epoch': int(row['epoch']), 'step': int(row['step'])} for row in rows)
+        write_text(self.path, file.getvalue())
 
     def write(self, row):
         """Appends a row (a dict with some of the columns) and puts it on the disk."""
         if self._board is None:
             return
-        with open(self.path, 'a', newline='') as file:
+        with written(self.path), open(self.path, 'a', newline='') as file:
             csv.DictWriter(file, self._columns).writerow(row)
             file.flush()
             os.fsync(file.fileno())
@@ -115,7 +113,7 @@ class MetricWriter:
         """Puts values on TensorBoard and into `metrics.jsonl`."""
         if self._board is None:
             return
-        with open(self._lines, 'a') as file:
+        with written(self._lines), open(self._lines, 'a') as file:
             file.write(json.dumps({'step': step, **values}) + '\n')
         for name, value in values.items():
             if name not in ('epoch', 'step'):
@@ -137,13 +135,16 @@ class _Board:
     SECONDS_BETWEEN_FLUSHES = 60
 
     def __init__(self, folder, purge_step):
-        self._writer = EventsWriter(os.path.join(folder, 'events'))
+        self._path = os.path.join(folder, 'events')
+        with written(self._path):
+            self._writer = EventsWriter(self._path)
         self._write(step=purge_step, file_version='brain.Event:2')
         self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))  # hides what came after
         self.flush()
 
     def _write(self, **content):
-        self._writer.write_event(Event(wall_time=time.time(), **content))
+        with written(self._path):
+            self._writer.write_event(Event(wall_time=time.time(), **content))
 
     def scalar(self, name, value, step):
         self._write(step=step, summary=scalar(name, value))
@@ -151,11 +152,13 @@ class _Board:
             self.flush()
 
     def flush(self):
-        self._writer.flush()
+        with written(self._path):
+            self._writer.flush()
         self._flushed = time.monotonic()
 
     def close(self):
-        self._writer.close()
+        with written(self._path):
+            self._writer.close()
 
 
 class Progress:

@@ -4,6 +4,7 @@ import os
 
 import jax
 
+from convnorm_jax.files import written
 from convnorm_jax.mesh import is_leader
 
 # Steps that are left out at first: compilation, and what follows it.
@@ -33,7 +34,8 @@ class Profiler:
             return None
         if self._done == _WARM_UP:
             jax.block_until_ready(work)
-            jax.profiler.start_trace(self.folder)
+            with written(self.folder):
+                jax.profiler.start_trace(self.folder)
         if self._done != _WARM_UP + self.steps:
             return None
         jax.block_until_ready(work)
@@ -44,5 +46,6 @@ class Profiler:
         if not self.steps or self._done < _WARM_UP:
             return None
         self.steps = 0
-        jax.profiler.stop_trace()
+        with written(self.folder):
+            jax.profiler.stop_trace()
         return self.folder

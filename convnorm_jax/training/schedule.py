@@ -2,6 +2,8 @@
 
 import optax
 
+from convnorm_jax.errors import UserError
+
 SCHEDULES = ('step', 'cosine', 'linear', 'constant')
 
 
@@ -40,7 +42,7 @@ def make_schedule(kind, learning_rate, total_steps, *, milestones=(), factor=0.1
       ValueError: another kind, or a warmup that fills the run.
     """
     if warmup_steps >= total_steps:
-        raise ValueError(
+        raise UserError(
             f'config.schedule.warmup_epochs gives {warmup_steps} steps of warmup: '
             f'expected fewer than the {total_steps} of the run'
         )
@@ -57,7 +59,7 @@ def make_schedule(kind, learning_rate, total_steps, *, milestones=(), factor=0.1
     elif kind == 'constant':
         schedule = optax.constant_schedule(learning_rate)
     else:
-        raise ValueError(f'schedule.kind={kind!r}: expected one of {SCHEDULES}')
+        raise UserError(f'schedule.kind={kind!r}: expected one of {SCHEDULES}')
     if not warmup_steps:
         return schedule
     return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), schedule], [warmup_steps])

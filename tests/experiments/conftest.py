@@ -18,7 +18,7 @@ def devices():
 def command(monkeypatch, capsys, tmp_path, devices):
     """Function of arguments -> (exit code, stdout, lines of stderr), run in the repository's root."""
     from convnorm_jax import mesh
-    from experiments import main
+    from experiments import main as main_command
 
     create_mesh = mesh.create_mesh
     monkeypatch.setattr(mesh, 'create_mesh', lambda given=None: create_mesh(given or jax.devices()[:devices]))
@@ -26,14 +26,14 @@ def command(monkeypatch, capsys, tmp_path, devices):
     monkeypatch.setenv('CONVNORM_CACHE', str(tmp_path / 'cache'))
     verbosity = logging.get_verbosity()
 
-    def run(*arguments):
+    def run(*arguments, main=None):
         before = flagsaver.save_flag_values()
         flags.FLAGS.unparse_flags()
         capsys.readouterr()
         # ml_collections looks for overrides there, not in what absl is given.
         monkeypatch.setattr(sys, 'argv', ['main', *arguments])
         try:
-            code = main.main()
+            code = (main or main_command.main)()
         finally:
             flagsaver.restore_flag_values(before)
             logging.set_verbosity(verbosity)

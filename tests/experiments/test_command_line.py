@@ -1,10 +1,21 @@
 """What a user can get wrong: one line that names it, exit code 2, nothing written."""
 
+import errno
 import os
 import pathlib
 import sys
 
+import cv2
+import numpy as np
 import pytest
+from jax.errors import JaxRuntimeError
+
+from configs import default
+from convnorm_jax.errors import UserError
+from convnorm_jax.training import setup
+from convnorm_jax.training import workdir as workdir_lib
+from convnorm_jax.training.config import flatten
+from experiments import command_line
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DIGITS = f'--config={ROOT}/configs/digits_convnorm.py'
@@ -52,10 +63,25 @@ def fails(command, monkeypatch, tmp_path):
         ('config.optimizer=sgd', ['config.optimizer is a section', 'learning_rate']),
         ('noconfig.plot', ['config.plot:', 'did you mean config.plots?']),
         # A wrong type.
-        ('config.train.epochs=many', ['config.train.epochs=many', 'type']),
-        ('config.seed=1.5', ['config.seed=1.5', 'type']),
-        ('config.model.width=wide', ['config.model.width=wide', 'type']),
-        ('config.plots=perhaps', ['config.plots=perhaps', 'type']),
+        ('config.train.epochs=many', ['config.train.epochs=many', 'type float']),
+        ('config.seed=1.5', ['config.seed=1.5', 'type int']),
+        ('config.model.width=wide', ['config.model.width=wide', 'type int, or None']),
+        ('config.model.width=none', ['config.model.width=none', 'type int, or None']),
+        ('config.plots=perhaps', ['config.plots=perhaps', 'type bool']),
+        # None where it is not the default.
+        ('config.seed=None', ['config.seed=None: expected a value of type int, as in configs/default.py']),
+        ('config.train.epochs=None', ['config.train.epochs=None: expected a value of type float']),
+        ('config.plots=None', ['config.plots=None: expected a value of type bool']),
+        (
+            'config.data.data_dir=None',
+            ['config.data.data_dir=None: expected', 'for nothing give --config.data.data_dir='],
+        ),
+        (
+            'config.attack.names=None',
+            ['config.attack.names=None: expected', "for nothing give '--config.attack.names=()'"],
+        ),
+        # Of the evaluation, found before anything is read.
+        ('config.attack.epsilon=0', ['config.attack.epsilon=0.0: expected above 0 for config.attack.names=fgsm,pgd']),
         # An unknown choice, a value out of range.
         ('config.model.layer=convnrom', ["config.model.layer='convnrom'", 'convnorm', 'batchnorm']),
         ('config.model.name=resnet20', ["config.model.name='resnet20'", 'resnet18']),
@@ -81,6 +107,116 @@ def test_a_wrong_option(fails, override, words):
 
 def test_a_word_that_is_no_option(fails):
     fails([DIGITS, 'config.train.epochs=3'], "'config.train.epochs=3': not understood", '--config.')
+
+
+SUITE = '--config.eval.suite=standard'
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (['attack.epsilon=0', 'attack.names=()'], ['config.attack.epsilon=0.0: expected above 0', 'autoattack']),
+        (['attack.epsilon=0', 'attack.names=()', 'eval.parts=curve'], ['config.attack.epsilon=0.0', "'curve'"]),
+        (['eval.curve=()'], ['config.eval.curve=(): expected at least one factor']),
+        (['eval.curve=(1,40)'], ['config.eval.curve=(1, 40): 40 times config.attack.epsilon=8 is 320', 'at most 255']),
+        (['eval.curve=(1.0,1e999)'], ['config.eval.curve=(1.0, inf)', 'at most 255']),
+        (['eval.autoattack.attacks=()'], ['config.eval.autoattack.attacks=(): expected at least one', 'apgd-ce']),
+    ],
+)
+def test_a_suite_that_would_fail_after_hours(fails, options, words):
+    fails([DIGITS, SUITE, *(f'--config.{option}' for option in options)], *words)
+
+
+@pytest.mark.parametrize('key', ['gan.score_examples', 'eval.samples'])
+@pytest.mark.parametrize('number', [2, 9])
+def test_images_too_few_for_a_score(fails, key, number):
+    gan = f'--config={ROOT}/configs/digits_gan.py'
+    fails([gan, f'--config.{key}={number}'], f'config.{key}={number}: expected ', 'at least 10')
+
+
+def test_what_scores_a_GAN_is_there_before_its_training(fails, tmp_path):
+    gan = [f'--config={ROOT}/configs/digits_gan.py', '--config.gan.score_examples=0']
+    fails([*gan, '--config.gan.classifier=nowhere'], '--workdir=nowhere: no run there')
+    inception = ['--config.eval.features=inception', f'--config.eval.inception={tmp_path}/none.pth']
+    fails([*gan, *inception], 'none.pth', 'cannot be read')
+
+
+@pytest.mark.parametrize(
+    ('loss', 'suite', 'words'),
+    [
+        ('dlr', [], 'config.attack.loss=dlr needs at least 3 classes, config.data.name=folder has 2 here'),
+        ('margin', ['autoattack.attacks=apgd-ce,apgd-dlr'], "'apgd-dlr' of config.eval.autoattack.attacks needs at"),
+        ('dlr', ['parts=curve'], 'config.attack.loss=dlr needs at least 3 classes'),
+        ('margin', ['parts=corruptions'], "'corruptions' of config.eval.parts needs images of at least 8 x 8 pixels"),
+    ],
+)
+def test_data_that_the_evaluation_cannot_be_made_on(fails, folder_of_two, loss, suite, words):
+    options = [f'--config.eval.{option}' for option in suite] + [SUITE] * bool(suite)
+    options += ['--config.attack.names=()'] * bool(suite)
+    options += ['--config.data.image_size=7'] * ('parts=corruptions' in suite)
+    fails([DIGITS, *folder_of_two, f'--config.attack.loss={loss}', *options], words)
+
+
+@pytest.fixture
+def folder_of_two(tmp_path):
+    """Options for class folders of two classes."""
+    for part in ('train', 'val'):
+        for name in 'ab':
+            (tmp_path / 'data' / part / name).mkdir(parents=True)
+            for i in range(4):
+                cv2.imwrite(f'{tmp_path}/data/{part}/{name}/{i}.png', np.full((16, 16, 3), 20 * i, np.uint8))
+    sizes = {'image_size': 16, 'batch_size': 4, 'validation_fraction': 0, 'workers': 0, 'data_dir': f'{tmp_path}/data'}
+    return ['--config.data.name=folder', *(f'--config.data.{key}={value}' for key, value in sizes.items())]
+
+
+def test_two_configs(fails):
+    other = f'--config={ROOT}/configs/digits_trades.py'
+    fails([DIGITS, other], '--config is given 2 times', 'digits_convnorm.py', 'digits_trades.py')
+    fails([DIGITS, *other.split('=')], '--config is given 2 times')
+    fails([DIGITS, '--config.seed=1', DIGITS], '--config is given 2 times')
+
+
+@pytest.mark.parametrize('error', [ValueError('of JAX'), KeyError('x'), OSError(5, 'x'), TypeError('b')])
+def test_a_fault_of_the_program_keeps_its_traceback(command, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(setup, 'build', fail)
+    code, out, err = command(DIGITS, f'--workdir={tmp_path}/run')
+    assert code == 1 and out == '' and not any(line.startswith('error: ') for line in err)
+    assert err[0].startswith('Traceback') and any('in fail' in line for line in err)
+    assert type(error).__name__ in err[-2] and err[-1] == command_line.FAULT and 'please report it' in err[-1]
+
+
+@pytest.mark.parametrize(
+    ('error', 'words'),
+    [
+        (UserError('config.x=1: expected\n2'), 'error: config.x=1: expected 2'),
+        (PermissionError(errno.EACCES, 'Permission denied', '/data/x.jpg'), '/data/x.jpg: cannot be read (Permission'),
+        (OSError(errno.ENOSPC, 'No space left on device'), 'the data workers have no room in shared memory (/dev/shm)'),
+        (RuntimeError('Worker process was terminated unexpectedly with exit code -7. Search'), 'no room in shared mem'),
+        (JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory'), 'give a smaller config.data.batch_size'),
+    ],
+)
+def test_what_a_user_can_do_something_about(command, tmp_path, monkeypatch, error, words):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(setup, 'build', fail)
+    monkeypatch.delenv('CONVNORM_TRACEBACK', raising=False)
+    code, out, err = command(DIGITS, f'--workdir={tmp_path}/run')
+    assert code == 2 and out == '' and len(err) == 1 and words in err[0] and '--workdir' not in err[0]
+    monkeypatch.setenv('CONVNORM_TRACEBACK', '1')
+    code, out, err = command(DIGITS, f'--workdir={tmp_path}/run')
+    assert code == 2 and err[0].startswith('Traceback') and words in err[-1] and command_line.FAULT not in err
+
+
+def test_the_help_names_the_traceback(command):
+    from experiments import spectra, sweep
+
+    for main in (None, sweep.main, spectra.main):
+        code, out, _ = command('--help', main=main)
+        assert code == 0 and 'CONVNORM_TRACEBACK=1' in out and 'what to report' in out
 
 
 def test_no_config(fails):
@@ -144,11 +280,67 @@ def test_evaluation_needs_a_run(fails, mode):
     fails([*mode, '--config.attack.pgd_step=3'], 'did you mean config.attack.pgd_steps?')
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'expected'),
+    [
+        (['model.width=None'], {'model.width': None}),
+        (['model.width=4', 'model.width=None'], {'model.width': None}),
+        (['model.width=None', 'model.width=4'], {'model.width': 4}),
+        (['model.depth=None', 'model.convnorm.method=None'], {'model.depth': None, 'model.convnorm.method': None}),
+        (['model.convnorm.momentum=None', 'data.workers=None'], {'model.convnorm.momentum': None}),
+        (['model.oni.use_batch_norm=None'], {'model.oni.use_batch_norm': None}),
+        # Given twice, the last one counts, of every type.
+        (['seed=1', 'seed=2'], {'seed': 2}),
+        (['attack.names=fgsm', 'attack.names=pgd'], {'attack.names': ['pgd']}),
+        (['eval.curve=(0.0,1.0)', 'eval.curve=(2.0,)'], {'eval.curve': [2.0]}),
+        (['plots=False', 'plots=True'], {'plots': True}),
+    ],
+)
+def test_none_and_keys_given_twice(tmp_path, arguments, expected):
+    path = tmp_path / 'own.py'
+    path.write_text(
+        'from configs import default\n\ndef get_config():\n    c = default.get_config()\n'
+        '    c.model.width, c.model.depth, c.data.workers = 8, (1,), 3\n    c.model.convnorm.method = "spatial"\n'
+        '    c.model.oni.use_batch_norm = True\n    return c\n'
+    )
+    for form in (str, lambda a: a.replace('=', ' ', 1)):
+        if 'plots' in arguments[0] or 'use_batch_norm' in arguments[0]:
+            form = str  # absl takes no word of its own for a boolean
+        words = [word for a in arguments for word in f'--config.{form(a)}'.split(' ', 1)]
+        config = flatten(command_line.read_config([f'--config={path}', *words]))
+        assert {key: config[key] for key in expected} == expected
+    config = flatten(
+        command_line.read_config([f'--config={path}', '--noconfig.plots', '--config.plots', '--config.seed=3'])
+    )
+    assert config['plots'] is True and config['seed'] == 3 and config['model.width'] == 8
+
+
+def test_none_at_an_evaluation(command, monkeypatch, tmp_path):
+    """Of a run that was trained with another value."""
+    config = default.get_config()
+    config.model.convnorm.method, config.eval.examples = 'spatial', 7
+    workdir_lib.save_config(str(tmp_path), config)
+    seen = []
+    monkeypatch.setattr(
+        setup, 'build', lambda given: seen.append(given) or (_ for _ in ()).throw(UserError('far enough'))
+    )
+    for options, method in (([], 'spatial'), (['--config.model.convnorm.method=None'], None)):
+        assert command('--mode=eval', f'--workdir={tmp_path}', *options)[0] == 2
+        assert seen[-1].model.convnorm.method == method and seen[-1].eval.examples == 7
+
+
+def test_every_key_whose_default_is_none_takes_it():
+    keys = [key for key, value in flatten(default.get_config()).items() if value is None]
+    assert len(keys) > 10
+    config = flatten(command_line.read_config([DIGITS, *(f'--config.{key}=None' for key in keys)]))
+    assert all(config[key] is None for key in keys)
+
+
 def test_overrides_reach_the_config(monkeypatch):
     from absl import flags
     from absl.testing import flagsaver
 
-    from experiments import command_line, main  # main defines --workdir and --mode
+    from experiments import main  # main defines --workdir and --mode
 
     assert main.run
     arguments = ['--config', f'{ROOT}/configs/digits_convnorm.py', '--config.model.depth=(1,2)', '--noconfig.plots']

@@ -92,6 +92,35 @@ def test_damaged_programs_are_compiled_again_and_kept(compile_once, tmp_path):
     assert compile_once()[2:] == (FOUND, [])
 
 
+def test_only_the_damaged_program_is_compiled_again(compile_once, tmp_path):
+    """Two sweeps share the folder: what one finds damaged must not cost the other its programs."""
+    compile_once()
+    folder = tmp_path / 'xla'
+    entry = next(folder.glob('*lambda*-cache'))
+    others = [folder / f'jit_other-{"0" * 64}-cache', folder / f'{entry.name.split("-")[0]}2-{"0" * 64}-cache']
+    for other in others:
+        other.write_bytes(b'of another process')
+    entry.write_bytes(entry.read_bytes()[:-100])
+    _, _, outcome, said = compile_once()
+    assert (
+        outcome == 'True True' and len(said) == 1 and 'are damaged' in said[0] and entry.name.split('-')[0] in said[0]
+    )
+    assert all(other.read_bytes() == b'of another process' for other in others)
+    assert compile_once()[2:] == (FOUND, [])
+
+
+def test_an_entry_that_goes_between_two_looks_is_no_trouble(monkeypatch, tmp_path):
+    from experiments import compiled
+
+    class Folder(type(tmp_path)):
+        def glob(self, pattern):
+            return [*super().glob(pattern), self / 'gone-cache']
+
+    (tmp_path / 'a-cache').write_bytes(b'a')
+    compiled._prepare(Folder(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ['a-cache']
+
+
 def test_a_disk_that_fills_up_is_one_line(compile_once, tmp_path):
     _, _, outcome, said = compile_once(largest_file=100)
     assert len(said) == 1 and 'are not kept' in said[0] and 'File too large' in said[0]

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from convnorm_jax.training import lock
 from convnorm_jax.training.metrics import read_rows
-from experiments import gan_scores
+from experiments import gan_report, gan_scores
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -69,6 +71,37 @@ def test_evaluation_again_with_other_samples(command, workdir):
     after = json.loads((workdir / 'result.json').read_text())
     assert after['samples'] == 30 and after['real_fid_classifier'] == before['real_fid_classifier']
     assert json.loads((workdir / 'result-1.json').read_text()) == before
+
+
+def test_features_that_fail_cost_no_other_score(command, workdir, monkeypatch):
+    make_scorer = gan_report.make_scorer
+
+    def fails(experiment, workdir, features):
+        if features == 'inception':
+            raise ValueError('of NumPy')
+        return make_scorer(experiment, workdir, features)
+
+    monkeypatch.setattr(gan_report, 'make_scorer', fails)
+    (workdir / 'result.json').unlink()
+    options = '--config.eval.samples=30', '--config.eval.features=classifier,inception', '--noconfig.plots'
+    code, out, err = command('--mode=eval', f'--workdir={workdir}', *options)
+    result = json.loads((workdir / 'result.json').read_text())
+    assert code == 1 and err[-2] == 'ValueError: of NumPy' and '| fid_classifier' in out
+    assert result['incomplete'] == 'ValueError: of NumPy' and result['fid_classifier'] > 0
+
+
+def test_two_evaluations_at_a_time(command, workdir):
+    """The classifier is trained already: neither needs its folder for itself."""
+    with lock.locked(str(workdir / 'classifier')):
+        code, _, err = command('--mode=eval', f'--workdir={workdir}', '--config.eval.samples=30', '--noconfig.plots')
+    assert code == 0, err
+
+
+def test_samples_appear_whole(command, workdir):
+    """An evaluation may read them while the training writes."""
+    names = sorted(path.name for path in (workdir / 'samples').iterdir())
+    assert names == ['00000004.npz', '00000008.npz']
+    assert np.load(workdir / 'samples' / names[0])['images'].shape == (50, 8, 8, 1)
 
 
 @pytest.mark.parametrize(

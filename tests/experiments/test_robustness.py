@@ -1,6 +1,9 @@
 """The standard suite from the command line: the report, and the same report after an interruption."""
 
+import errno
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +11,8 @@ import pytest
 from convnorm_jax.attacks import ensemble
 from convnorm_jax.data.corruptions import CORRUPTIONS
 from convnorm_jax.evaluation import suite as suite_lib
+from convnorm_jax.training import disk
+from experiments import report, robustness
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -161,3 +166,69 @@ def test_the_command_on_four_devices(command, tmp_path):
 def test_what_a_user_gets_wrong(command, workdir, tmp_path, option, message):
     code, _, err = command('--config=configs/digits_convnorm.py', f'--workdir={tmp_path}/run', *option.split())
     assert code == 2 and message in err[-1] and len(err) < 3
+
+
+@pytest.fixture
+def copy(workdir, tmp_path):
+    """A copy of the evaluated run, whose measured parts are found again."""
+    shutil.copytree(workdir, tmp_path / 'copy', ignore=shutil.ignore_patterns('result*', 'report*', 'plots'))
+    return tmp_path / 'copy'
+
+
+FAST = (*SUITE, '--config.attack.names=fgsm', '--config.eval.parts=autoattack,curve,corruptions')
+
+
+def broken(*_, **__):
+    raise ValueError('of NumPy')
+
+
+def test_a_part_that_fails_costs_no_other_figure(command, copy, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(suite_lib, 'run_corruptions', broken)
+        code, out, err = command(*FAST, f'--workdir={copy}', '--config.plots=True')
+    assert code == 1 and err[-2] == 'ValueError: of NumPy' and '| + Square' in out
+    result = json.loads((copy / 'result.json').read_text())
+    assert result['incomplete'] == 'ValueError: of NumPy' and 'corruption_accuracy' not in result
+    assert {'test_accuracy', 'fgsm_accuracy', 'autoattack_accuracy'} <= set(result)
+    report, text = json.loads((copy / 'report.json').read_text()), (copy / 'report.md').read_text()
+    assert len(report['figures']['curve']) == 2 and '**Not complete**: ValueError: of NumPy' in text
+    # The whole one takes its place; what fails afterwards leaves that as it is.
+    code, _, err = command(*FAST, f'--workdir={copy}', '--noconfig.plots')
+    whole = json.loads((copy / 'result.json').read_text())
+    assert code == 0 and 'incomplete' not in whole and 0 <= whole['corruption_accuracy'] <= 1, err
+    assert json.loads((copy / 'result-1.json').read_text()) == result
+    with monkeypatch.context() as patch:
+        patch.setattr(suite_lib, 'run_curve', broken)
+        assert command(*FAST, f'--workdir={copy}', '--noconfig.plots')[0] == 1
+    assert json.loads((copy / 'result.json').read_text()) == whole
+    assert 'autoattack_accuracy' in json.loads((copy / 'result-incomplete.json').read_text())
+    assert (copy / 'report-incomplete.md').exists() and 'Not complete' not in (copy / 'report.md').read_text()
+
+
+def test_a_picture_that_fails_costs_no_figure(command, copy, monkeypatch):
+    monkeypatch.setattr(robustness.plots, 'epsilon_curve', broken)
+    code, _, _ = command(*FAST, f'--workdir={copy}', '--config.plots=True')
+    assert code == 1 and 'incomplete' not in json.loads((copy / 'result.json').read_text())
+    assert 'curve' in json.loads((copy / 'report.json').read_text())['figures']
+    assert 'Accuracy against epsilon' in (copy / 'report.md').read_text()
+
+
+def test_a_damaged_figure_is_measured_again(command, copy):
+    places = list(copy.glob('evaluation/*/curve-1.json'))
+    (whole,) = {json.loads(place.read_text())['accuracy'] for place in places}
+    for place in places:
+        place.write_text('{"accuracy": 0.')
+    code, _, err = command(*SUITE, '--config.eval.parts=curve', f'--workdir={copy}', '--noconfig.plots')
+    assert code == 0 and any('curve-1.json is damaged' in line and 'measured again' in line for line in err), err
+    again = [place.read_text() for place in places if '}' in place.read_text()]
+    assert [json.loads(text)['accuracy'] for text in again] == [whole]
+
+
+def test_a_folder_that_cannot_be_written_is_told_first(command, copy, monkeypatch):
+    def read_only(dir):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(disk.tempfile, 'TemporaryFile', read_only)
+    monkeypatch.setattr(report, 'restore_variables', broken)
+    code, out, err = command(*FAST, f'--workdir={copy}')
+    assert code == 2 and out == '' and err[-1].startswith(f'error: --workdir={copy}: the file system can only be read;')

@@ -182,8 +182,13 @@ def test_a_result_of_another_config_does_not_count(command, written):
     assert command(*arguments, '--noconfig.plots', '--config.log.every_steps=3')[0] == 0
     # An evaluation by hand, with another epsilon.
     path = written / 'layer=convnorm,label_noise.rate=0,seed=0' / 'result.json'
-    path.write_text(json.dumps({**json.loads(path.read_text()), 'epsilon': 4.0}))
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({**whole, 'epsilon': 4.0}))
     assert command(*arguments)[2] == ['1 of 6 runs are not finished']
+    # One whose report failed in part, or that is cut short.
+    for text in (json.dumps({**whole, 'incomplete': 'ValueError: x'}), '{"test_accuracy": 0.', '3'):
+        path.write_text(text)
+        assert command(*arguments)[2] == ['1 of 6 runs are not finished']
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_an_unknown_choice(key):
 L2 = {'attack.norm': 'l2', 'attack.names': ('pgd',)}
 COMPANIONS = {
     'data.label_noise.rate': {'data.label_noise.kind': 'symmetric'},
-    'attack.epsilon': L2,
+    'attack.epsilon': L2 | {'attack.names': ()},
     'attack.step_size': L2,
     'train.microbatches': {'data.batch_size': 2**20},
 }

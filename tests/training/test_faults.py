@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from orbax.checkpoint import JsonCheckpointHandler
 
+from convnorm_jax.errors import UserError
+from convnorm_jax.files import write_atomically, written
 from convnorm_jax.training import disk, lock, loop, metrics
 from convnorm_jax.training.checkpoint import Checkpointer
 from convnorm_jax.training.metrics import MetricWriter, read_rows
@@ -100,13 +102,17 @@ def full(*args, **options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def full_config(workdir, config):
+    write_atomically(os.path.join(workdir, 'config.json'), full)
+
+
 # Where the disk is full: whose write fails, and which checkpoint is there by then.
 WRITES = {
     'splits': ('convnorm_jax.training.workdir.splits.save_record', 'there is no checkpoint yet'),
     'config': ('convnorm_jax.training.loop.save_config', 'there is no checkpoint yet'),
     'a row': ('convnorm_jax.training.metrics.os.fsync', 'there is no checkpoint yet'),
-    'events': ('convnorm_jax.training.metrics._Board.flush', 'there is no checkpoint yet'),
-    'closing': ('convnorm_jax.training.metrics._Board.close', 'the last good checkpoint is of step 10'),
+    'events': ('convnorm_jax.training.metrics.EventsWriter.flush', 'there is no checkpoint yet'),
+    'closing': ('convnorm_jax.training.metrics.EventsWriter.close', 'the last good checkpoint is of step 10'),
 }
 
 
@@ -114,7 +120,7 @@ WRITES = {
 def test_a_full_disk_is_one_line_and_costs_nothing(experiment, whole, tmp_path, monkeypatch, what):
     name, kept = WRITES[what]
     with monkeypatch.context() as patch, pytest.raises(disk.DiskTrouble) as error:
-        patch.setattr(name, full)
+        patch.setattr(name, full_config if what == 'config' else full)
         loop.train(experiment, str(tmp_path))
     words = str(error.value)
     assert words.startswith(f'--workdir={tmp_path}: no space left on the device; ')
@@ -154,16 +160,44 @@ def test_a_full_disk_under_a_checkpoint(experiment, whole, tmp_path, monkeypatch
     ],
 )
 def test_the_reason_is_found_wherever_it_is(error, words):
-    assert words in disk.reason(error)
     try:
         try:
-            raise error
+            with written('runs/a/b'):
+                raise error
         except Exception as cause:
+            assert words in disk.reason(cause)
             raise RuntimeError('in the background') from cause
     except RuntimeError as outer:
         assert words in disk.reason(outer)
-    with pytest.raises(disk.DiskTrouble, match=words), disk.explained('runs/a'):
+    with pytest.raises(disk.DiskTrouble, match=f'--workdir=runs/a: .*{words}'), disk.explained('runs/a'):
         raise error
+    # Elsewhere, the cache for one, another folder is to blame.
+    with pytest.raises(disk.DiskTrouble, match=f'^{os.getcwd()}/runs/a/b: .*{words}'), disk.explained('runs/ab'):
+        raise error
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])
+def test_an_error_while_reading_is_not_blamed_on_the_run_folder(number):
+    """An image without permission, or a full /dev/shm of the data workers."""
+    error = OSError(number, os.strerror(number), '/data/x.jpg')
+    assert disk.reason(error) is None
+    with pytest.raises(OSError) as raised, disk.explained('runs/a'):
+        raise error
+    assert raised.value is error
+    with pytest.raises(UserError) as raised, disk.explained('runs/a'):
+        try:
+            raise error
+        except OSError as cause:
+            raise UserError('/data/x.jpg: can not be read') from cause
+    assert str(raised.value) == '/data/x.jpg: can not be read'
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_hours_of_work(tmp_path, monkeypatch):
+    disk.check_writable(str(tmp_path))
+    assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(disk.tempfile, 'TemporaryFile', full)
+    with pytest.raises(disk.DiskTrouble, match=f'^--workdir={tmp_path}: no space left on the device; '):
+        disk.check_writable(str(tmp_path))
 
 
 def test_other_errors_pass():

@@ -1,0 +1,123 @@
+"""The overrides of a command line, --config.KEY=VALUE: keys that there are, None, and values of the right type."""
+
+import difflib
+import re
+
+from ml_collections import ConfigDict
+
+from convnorm_jax.errors import UserError
+
+_NO_VALUE = object()
+
+
+def check_keys(argv, config):
+    """Raises UserError for the first --config.KEY that the config does not have."""
+    for argument in argv[1:]:
+        key, _, _ = _parts(argument)
+        if key is not None:
+            _check_key(key, config)
+
+
+def last_of_each(argv, base):
+    """(the arguments with the last override of each key only, the keys that it sets to None).
+
+    ml_collections has no way to say None for a key whose default it is, and joins the values of a tuple's key that is
+    given twice.
+
+    Args:
+      argv: the command line, its keys checked.
+      base: the config whose defaults say which keys may be None.
+    """
+    kept, places, i = [argv[0]], {}, 1
+    while i < len(argv):
+        key, value, negated = _parts(argv[i])
+        tokens = argv[i : i + 1]
+        if key is not None and value is _NO_VALUE and not negated and not _is_boolean(key, base) and i + 1 < len(argv):
+            tokens, value = argv[i : i + 2], argv[i + 1]
+        i += len(tokens)
+        if key in places:
+            kept[places.pop(key)] = ()
+        if key is not None:
+            places[key] = len(kept)
+            if value == 'None':
+                _check_none(key, base)
+                tokens = (None,)
+        kept.append(tokens)
+    absent = [key for key, place in places.items() if kept[place] == (None,)]
+    return [kept[0], *(token for tokens in kept[1:] for token in tokens if token is not None)], absent
+
+
+def illegal_value(message, base):
+    """What to say of a value that cannot be read, from absl's words for it."""
+    found = re.match(r'flag --(?:no)?config\.([\w.]+)=(.*?): ', message, re.DOTALL)
+    if not found:
+        return message.removeprefix('flag --')
+    key, value = found.groups()
+    or_none = ', or None' if _get(key, base) is None else ''
+    return f'config.{key}={value}: expected a value of type {_type(key, base).__name__}{or_none}'
+
+
+def _parts(argument):
+    """(key, value, whether it is --noconfig.KEY) of an override; (None, ...) for any other argument."""
+    found = re.match(r'-{1,2}(no)?config\.([^=]*)(=(.*))?$', argument, re.DOTALL)
+    if not found:
+        return None, _NO_VALUE, False
+    return found[2], _NO_VALUE if found[3] is None else found[4], bool(found[1])
+
+
+def _check_none(key, base):
+    """Raises UserError if None makes no sense for a key."""
+    default = _get(key, base)
+    if default is None:
+        return
+    hint = f'; for nothing give --config.{key}=' if default == '' else ''
+    if isinstance(default, tuple):
+        hint = f"; for nothing give '--config.{key}=()'"
+    raise UserError(
+        f'config.{key}=None: expected a value of type {type(default).__name__}, as in configs/default.py{hint}'
+    )
+
+
+def _get(key, base):
+    for part in key.split('.'):
+        base = base[part]
+    return base
+
+
+def _type(key, base):
+    *sections, name = key.split('.')
+    for part in sections:
+        base = base[part]
+    return base.get_type(name)
+
+
+def _is_boolean(key, base):
+    return _type(key, base) is bool
+
+
+def _check_key(key, config):
+    section, trail = config, ['config']
+    for part in key.split('.'):
+        if not isinstance(section, ConfigDict):
+            raise UserError(f'config.{key}: {".".join(trail)} is a value, it holds no further keys')
+        if part not in section:
+            raise UserError(_unknown_key(key, section, '.'.join(trail), config))
+        section, trail = section[part], [*trail, part]
+    if isinstance(section, ConfigDict):
+        raise UserError(f'config.{key} is a section: set one of its keys, {", ".join(sorted(section))}')
+
+
+def _unknown_key(key, section, where, config):
+    everywhere = all_keys(config)
+    leaf = key.split('.')[-1]
+    close = [k for k in everywhere if k.split('.')[-1] == leaf] or difflib.get_close_matches(key, everywhere, 1)
+    hint = f'did you mean config.{close[0]}? ' if close else ''
+    return f'config.{key}: no such key; {hint}{where} has {", ".join(sorted(section))}'
+
+
+def all_keys(config, prefix=''):
+    """The dotted keys of all values of a config."""
+    keys = []
+    for name, value in config.items():
+        keys += all_keys(value, f'{prefix}{name}.') if isinstance(value, ConfigDict) else [prefix + name]
+    return keys
