@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # Done on the host, where the pictures still have their size: by data.streaming.
@@ -60,12 +61,12 @@ def random_crop(key, images, padding):
         ValueError: negative or fractional padding, or images not of rank 4.
     """
     _check_images(images)
-    if not isinstance(padding, int) or padding < 0:
+    if not isinstance(padding, (int, np.integer)) or padding < 0:
         raise ValueError(f'padding={padding!r}: expected a whole number of pixels >= 0; give e.g. 4 for 32x32 pictures')
     size = images.shape[1:]
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     # 2-core CPU, 128 x 32x32x3 uint8, ms: this 0.08, gather 0.18, one-hot products 0.52, nine selects per axis 3.2.
-    return jax.vmap(lambda image, offset: lax.dynamic_slice(image, (offset[0], offset[1], 0), size))(
+    return jax.vmap(lambda image, offset: lax.dynamic_slice(image, (*offset, jnp.zeros_like(offset[0])), size))(
         padded, crop_offsets(key, images.shape[0], padding)
     )
 

@@ -129,7 +129,7 @@ def load_source(name, data_dir=None, *, image_size=224, workers=None):
         return _load_digits()
     found = _find(name, data_dir)
     if name in STREAMED:
-        return _load_streamed(name, found, image_size, default_workers() if workers is None else workers)
+        return _load_streamed(name, found, int(image_size), default_workers() if workers is None else int(workers))
     folder = cache.cache_folder(name, found.path, found.files)
     arrays = _read_cache(folder)
     if arrays is None:

@@ -1,11 +1,13 @@
 """A net's name -> the classifier. Models are given their layers by name or constructor."""
 
 import jax.numpy as jnp
+import numpy as np
 
 from convnorm_jax.layers.activations import make_activation
 from convnorm_jax.layers.factory import LAYERS, make_layer
 from convnorm_jax.models.plain import PlainNet, SimpleCNN2
 from convnorm_jax.models.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet
+from convnorm_jax.models.sizes import is_whole_number, plain_options, whole_number
 
 _RESNETS = {
     'resnet18': (BasicBlock, (2, 2, 2, 2)),
@@ -51,7 +53,13 @@ def create_model(
     """
     if name not in MODELS:
         raise ValueError(f'model.name={name!r}: expected one of {MODELS}')
-    _check_sizes(name, num_classes, width, depth, stem)
+    num_classes = whole_number('num_classes', num_classes, 2)
+    width = whole_number('model.width', width, 1, 'the published width')
+    depth = _checked_depth(name, depth)
+    if stem is not None and (stem not in STEMS or name not in _RESNETS):
+        raise ValueError(
+            f'model.stem={stem!r} with model.name={name!r}: a ResNet takes one of {STEMS}, other nets None'
+        )
     dtype = _dtype(dtype)
     if not isinstance(layer, str) and (not callable(layer) or layer_options):
         raise ValueError(
@@ -62,16 +70,16 @@ def create_model(
         num_classes=num_classes,
         activation=make_activation(activation),
         dtype=dtype,
-        layer=make_layer(layer, dtype=dtype, **layer_options) if isinstance(layer, str) else layer,
+        layer=make_layer(layer, dtype=dtype, **plain_options(layer_options)) if isinstance(layer, str) else layer,
     )
     if name in _RESNETS:
         block, stages = _RESNETS[name]
-        return ResNet(block=block, depth=tuple(depth or stages), width=width or 64, stem=stem or 'cifar', **common)
+        return ResNet(block=block, depth=depth or stages, width=width or 64, stem=stem or 'cifar', **common)
     if name == 'simple_cnn2':
         return SimpleCNN2(widths=tuple((width or 6) * w // 6 for w in (6, 16, 20, 32)), **common)
     ratios, first, stages = _PLAIN[name]
     widths = tuple((width or first) * r for r in ratios)
-    return PlainNet(widths=widths, depth=tuple(depth or stages), family=name.rstrip('0123456789'), **common)
+    return PlainNet(widths=widths, depth=depth or stages, family=name.rstrip('0123456789'), **common)
 
 
 def _dtype(dtype):
@@ -81,22 +89,14 @@ def _dtype(dtype):
     return jnp.dtype(name)
 
 
-def _check_sizes(name, num_classes, width, depth, stem):
-    if not isinstance(num_classes, int) or num_classes < 2:
-        raise ValueError(f'num_classes={num_classes!r}: expected 2 or more')
-    if width is not None and not (isinstance(width, int) and width >= 1):
-        raise ValueError(f'model.width={width}: expected 1 or more, or None for the published width')
-    if depth is not None:
-        stages = 0 if name == 'simple_cnn2' else len(_RESNETS[name][1] if name in _RESNETS else _PLAIN[name][2])
-        if not stages:
-            raise ValueError(f'model.depth={depth!r}: {name} has one depth only; leave it None')
-        if not (
-            isinstance(depth, (tuple, list))
-            and 1 <= len(depth) <= stages
-            and all(isinstance(d, int) and d >= 1 for d in depth)
-        ):
-            raise ValueError(f'model.depth={depth!r}: expected 1 to {stages} whole numbers of 1 or more for {name}')
-    if stem is not None and (stem not in STEMS or name not in _RESNETS):
-        raise ValueError(
-            f'model.stem={stem!r} with model.name={name!r}: a ResNet takes one of {STEMS}, other nets None'
-        )
+def _checked_depth(name, depth):
+    """A depth as a tuple of int; None stays None."""
+    if depth is None:
+        return None
+    stages = 0 if name == 'simple_cnn2' else len(_RESNETS[name][1] if name in _RESNETS else _PLAIN[name][2])
+    if not stages:
+        raise ValueError(f'model.depth={depth!r}: {name} has one depth only; leave it None')
+    given = tuple(depth) if isinstance(depth, (tuple, list, np.ndarray)) else ()
+    if not 1 <= len(given) <= stages or not all(is_whole_number(number) and number >= 1 for number in given):
+        raise ValueError(f'model.depth={depth!r}: expected 1 to {stages} whole numbers of 1 or more for {name}')
+    return tuple(map(int, given))

@@ -11,6 +11,7 @@ from convnorm_jax.layers.factory import (
 )
 from convnorm_jax.models import dcgan, sngan
 from convnorm_jax.models.classifiers import DTYPES
+from convnorm_jax.models.sizes import plain_options, whole_number
 
 GANS = ('sngan', 'dcgan')
 
@@ -68,13 +69,9 @@ def create_gan(
         raise ValueError(f'dtype={dtype!r}: expected one of {DTYPES}')
     sizes = sngan.GENERATORS if name == 'sngan' else dcgan.STAGES
     picture_shape = _square_picture(name, picture_shape, tuple(sizes))
-    for key, value, least in (
-        ('latent', latent, 1),
-        ('num_classes', num_classes, 0),
-        ('generator_width', generator_width, 1),
-        ('discriminator_width', discriminator_width, 1),
-    ):
-        _check_int(key, value, least, optional=key.endswith('width'))
+    latent, num_classes = whole_number('latent', latent, 1), whole_number('num_classes', num_classes, 0)
+    generator_width = whole_number('generator_width', generator_width, 1, "the net's own")
+    discriminator_width = whole_number('discriminator_width', discriminator_width, 1, "the net's own")
     common = dict(picture_shape=picture_shape, num_classes=num_classes, dtype=jnp.dtype(dtype))
     build = _sngan if name == 'sngan' else _dcgan
     return build(
@@ -84,8 +81,8 @@ def create_gan(
         discriminator_layer,
         generator_width,
         discriminator_width,
-        dict(generator_options or {}),
-        dict(discriminator_options or {}),
+        plain_options(generator_options or {}),
+        plain_options(discriminator_options or {}),
         make_dense(dense, dtype=common['dtype']),
     )
 
@@ -142,14 +139,6 @@ def _dcgan(common, latent, g_layer, d_layer, g_width, d_width, g_options, d_opti
 def _without_batch_norm(layer, options):
     """The options with no BatchNorm behind the layer's convolution, unless they ask for it."""
     return {'use_batch_norm': False, **options} if 'use_batch_norm' in LAYER_OPTIONS.get(layer, ()) else options
-
-
-def _check_int(key, value, least, optional):
-    if optional and value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        or_none = ", or None for the net's own" if optional else ''
-        raise ValueError(f'{key}={value!r}: expected a whole number of {least} or more{or_none}')
 
 
 def _divisible(key, width, ratio):

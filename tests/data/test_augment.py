@@ -39,6 +39,14 @@ def test_random_crop(padding, dtype):
     assert eager.dtype == jitted.dtype == dtype
 
 
+def test_random_crop_with_64_bit_types():
+    images = make_images()
+    expected = augment.random_crop(KEY, jnp.asarray(images), 2)
+    with jax.enable_x64(True):
+        for padding in (2, np.int64(2)):
+            np.testing.assert_array_equal(augment.random_crop(KEY, jnp.asarray(images), padding), expected)
+
+
 def test_crop_offsets_are_uniform_and_independent():
     offsets = np.asarray(augment.crop_offsets(KEY, 20_000, 2))
     joint = np.zeros((5, 5))

@@ -73,6 +73,15 @@ def test_translation(shape):
         np.testing.assert_array_equal(module.translation(jnp.array(images), offsets), expected)
 
 
+@pytest.mark.parametrize('dtype', [np.int32, np.int64])
+def test_translation_with_64_bit_types(dtype):
+    images, by = np.float32(draw((2, 16, 16, 3))), (2, -1)
+    expected = np.stack([numpy_translation(image, *by) for image in images])
+    with jax.enable_x64(True):
+        found = module.translation(jnp.array(images), jnp.tile(jnp.array(by, dtype), (2, 1)))
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 def test_cutout(shape):
     height, width = shape[1:3]

@@ -307,6 +307,24 @@ def test_wrong_options(options, message):
         create_model(**{'name': 'resnet18', 'num_classes': 10, 'layer': 'batchnorm', **options})
 
 
+@pytest.mark.parametrize('name,depth', [('resnet18', (1, 2)), ('simple_cnn', (1, 2)), ('simple_cnn2', None)])
+@pytest.mark.parametrize('layer,option', [('spectralnorm', 'iterations'), ('groupnorm', 'groups'), ('oni', 'iterations')])
+@pytest.mark.parametrize('kind', [np.int64, np.uint8])
+def test_numpy_integers_are_taken(name, depth, layer, option, kind):
+    sizes = {'num_classes': 10, 'width': 6, option: 6}
+    given = {name: kind(size) for name, size in sizes.items()} | {'depth': depth and np.array(depth, kind)}
+    expected, found = (
+        shapes(create_model(name, layer=layer, **options)) for options in (sizes | {'depth': depth}, given)
+    )
+    assert expected == found
+
+
+@pytest.mark.parametrize('options', [{'width': True}, {'num_classes': np.float64(10)}, {'depth': (True, 1)}])
+def test_what_is_no_integer(options):
+    with pytest.raises(ValueError, match=f'{next(iter(options))}=.*expected'):
+        create_model('resnet18', **{'num_classes': 10, 'layer': 'batchnorm', **options})
+
+
 def test_options_beside_a_constructor_are_not_dropped():
     with pytest.raises(ValueError, match='groups'):
         create_model('resnet18', num_classes=10, layer=make_layer('groupnorm'), groups=2)

@@ -279,6 +279,28 @@ def test_wrong_options(options, message):
 
 
 @pytest.mark.parametrize('name', GANS)
+def test_numpy_integers_are_taken(name):
+    sizes = {'latent': LATENT, 'num_classes': 2, 'generator_width': 8, 'discriminator_width': 8}
+    options = {'iterations': 2}
+
+    def found(kind):
+        given = {key: kind(value) for key, value in sizes.items()}
+        nets = create_gan(
+            name,
+            picture_shape=tuple(map(kind, (8, 8, 3))),
+            discriminator_layer='spectralnorm',
+            discriminator_options={key: kind(value) for key, value in options.items()},
+            **given,
+        )
+        inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, LATENT), (2, 8, 8, 3))]
+        labels = jax.ShapeDtypeStruct((2,), jnp.int32)
+        init = lambda net: lambda *given: net.init(jax.random.key(0), *given, train=False)
+        return [jax.eval_shape(init(net), x, labels) for net, x in zip(nets, inputs)]
+
+    assert found(int) == found(np.int64)
+
+
+@pytest.mark.parametrize('name', GANS)
 def test_wrong_inputs(name):
     generator, discriminator = tiny(name, 8, num_classes=2)
     z, x, labels = jnp.zeros((2, LATENT)), jnp.zeros((2, 8, 8, 3)), jnp.zeros((2,), jnp.int32)
