@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.models.plain import PlainNet, SimpleCNN2
 from convnorm_jax.models.resnet import ResNet
 
@@ -68,7 +69,7 @@ def import_state_dict(model, state_dict, input_shape):
     """
     found = find_state_dict(state_dict)
     if found is None:
-        raise ValueError(f'state_dict: {_no_state_dict(state_dict)}')
+        raise UserError(f'state_dict: {_no_state_dict(state_dict)}')
     shape = tuple(input_shape) if len(input_shape) == 4 else (1, *input_shape)
     images = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
     template = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
@@ -122,7 +123,7 @@ def published_name(model, path, given=()):
         prefix = 'linear' if isinstance(model, ResNet) else 'fc' if isinstance(model, SimpleCNN2) else 'classifier'
         return f'{prefix}.{"weight" if leaf == ("kernel",) else "bias"}'
     if leaf not in _BLOCK_NAMES:
-        raise ValueError(
+        raise UserError(
             f'{"/".join(path)}: a {type(model).__name__} with this layer was not published; '
             'import into one of convnorm, batchnorm, none'
         )
@@ -157,7 +158,7 @@ def _check_names(wanted, state_dict):
     missing = sorted(n for n in names - set(state_dict) if not _OPTIONAL.search(n))
     leftover = sorted(set(state_dict) - names)
     if missing or leftover:
-        raise ValueError(
+        raise UserError(
             f'state_dict does not fit the model: missing {missing or "nothing"}, left over {leftover or "nothing"}; '
             'give create_model the name, layer, width, depth and num_classes that the weights were trained with'
         )
@@ -184,7 +185,7 @@ def _check_shapes(wanted, leaves, input_shape):
         if array.shape != wanted[path][1].shape
     ]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f'state_dict does not fit the model for pictures of {tuple(input_shape[1:])}: {"; ".join(wrong)}'
         )
 
@@ -224,7 +225,7 @@ def _unwrapped(state_dict):
     for plain, count in collections.Counter(names.values()).items():
         if count > 1:
             given = sorted(name for name in names if names[name] == plain)
-            raise ValueError(f'state_dict: {" and ".join(given)} are both {plain!r}; give the weights of one net')
+            raise UserError(f'state_dict: {" and ".join(given)} are both {plain!r}; give the weights of one net')
     return {names[name]: value for name, value in state_dict.items()}
 
 
@@ -246,17 +247,17 @@ def load_pth(path):
     try:
         import torch  # only here: nothing else needs it
     except ImportError as error:
-        raise ValueError(f'{path}: reading a .pth file needs torch (pip install torch), or save it as .npz') from error
+        raise UserError(f'{path}: reading a .pth file needs torch (pip install torch), or save it as .npz') from error
     with _harmless_allowed(torch):
         try:
             content = torch.load(path, map_location='cpu', weights_only=True)
         except OSError as error:
-            raise ValueError(f'{path}: cannot be read ({error.strerror or error})') from error
+            raise UserError(f'{path}: cannot be read ({error.strerror or error})') from error
         except Exception as error:
-            raise ValueError(f'{path}: {_why_refused(torch, path, error)}') from error
+            raise UserError(f'{path}: {_why_refused(torch, path, error)}') from error
     state = find_state_dict(content)
     if state is None:
-        raise ValueError(f'{path}: {_no_state_dict(content)}')
+        raise UserError(f'{path}: {_no_state_dict(content)}')
     return {name: _to_numpy(tensor) for name, tensor in state.items()}
 
 

@@ -13,6 +13,7 @@ from flax import struct
 
 from convnorm_jax.attacks import parts
 from convnorm_jax.attacks.parts import LogitsFn
+from convnorm_jax.errors import UserError
 
 _FIRST_STEP = 2.0  # in units of epsilon
 _MOMENTUM = 0.75  # alpha of the paper: the share of the new step
@@ -174,7 +175,7 @@ def apgd_advance(
     parts.check_count(steps, 'steps')
     parts.check_count(count, 'count')
     if state.perturbed.shape != images.shape:
-        raise ValueError(f'state.perturbed.shape={state.perturbed.shape}: expected {images.shape}, as images')
+        raise UserError(f'state.perturbed.shape={state.perturbed.shape}: expected {images.shape}, as images')
     epsilon = jnp.asarray(epsilon, images.dtype)
     windows = jnp.asarray(_windows(steps))
 

@@ -19,6 +19,8 @@ import numpy as np
 from convnorm_jax.attacks import checks, parts
 from convnorm_jax.attacks.members import Member, make_member
 from convnorm_jax.attacks.saved import Progress, load_progress, save_progress
+from convnorm_jax.errors import UserError
+from convnorm_jax.files import check_place
 
 STANDARD = ('apgd-ce', 'apgd-t', 'fab-t', 'square')
 
@@ -99,6 +101,8 @@ def run_ensemble(
     Raises:
       ValueError: an argument of the wrong shape, dtype, range or name, or a state of other arguments.
     """
+    if state_path and not jax.process_index():
+        check_place(state_path, 'state_path')
     images, labels = _checked(images, labels, epsilon, norm, batch_size)
     logits_fn = logits_fn if isinstance(logits_fn, jax.tree_util.Partial) else jax.tree_util.Partial(logits_fn)
     run = _Run(logits_fn, images, labels, float(epsilon), norm, rng, batch_size, sharding, log, progress)
@@ -312,8 +316,8 @@ def _checked(images, labels, epsilon, norm, batch_size):
     parts.check_ball(epsilon, norm)
     parts.check_count(batch_size, 'batch_size')
     if not len(images):
-        raise ValueError('images: expected at least one')
+        raise UserError('images: expected at least one')
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
-        raise ValueError(f'images: pixels between {low:g} and {high:g}, expected 0 to 1')
+        raise UserError(f'images: pixels between {low:g} and {high:g}, expected 0 to 1')
     return images.astype(np.float32), labels.astype(np.int32)

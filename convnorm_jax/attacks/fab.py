@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from convnorm_jax.attacks import parts
 from convnorm_jax.attacks.parts import LogitsFn
+from convnorm_jax.errors import UserError
 
 # The settings of the paper and of AutoAttack.
 ALPHA_MAX = 0.1  # largest weight of the clean image's projection
@@ -126,7 +127,7 @@ def fab_start(
     parts.check_ball(epsilon, norm)
     parts.check_classes(jnp.asarray(targets), images.shape[0], 'targets')
     if rng is not None and epsilon is None:
-        raise ValueError('epsilon=None: expected the radius of the random start, as rng is given')
+        raise UserError('epsilon=None: expected the radius of the random start, as rng is given')
     wrong = _fooled(logits_fn, images, labels)
     distance = jnp.where(wrong, 0, jnp.inf).astype(images.dtype)
     return FabState(_start(images, epsilon, norm, rng), images, distance)
@@ -185,7 +186,7 @@ def project_on_hyperplane(points: jax.Array, normals: jax.Array, offsets: jax.Ar
     points, normals, offsets = jnp.asarray(points), jnp.asarray(normals), jnp.asarray(offsets)
     if points.ndim != 2 or normals.shape != points.shape or offsets.shape != points.shape[:1]:
         shapes = f'points.shape={points.shape}, normals.shape={normals.shape}, offsets.shape={offsets.shape}'
-        raise ValueError(f'{shapes}: expected [B, D], [B, D] and [B]')
+        raise UserError(f'{shapes}: expected [B, D], [B, D] and [B]')
     return _shortest_move(points, normals, jnp.sum(normals * points, axis=-1) - offsets, norm)
 
 
@@ -282,7 +283,7 @@ def _level(weights, limits, total):
 def _fooled(logits_fn, images, labels):
     logits = logits_fn(images)
     if logits.ndim != 2 or logits.shape[0] != labels.shape[0] or logits.shape[1] < 2:
-        raise ValueError(f'logits.shape={logits.shape}: expected [{labels.shape[0]}, K] with K at least 2')
+        raise UserError(f'logits.shape={logits.shape}: expected [{labels.shape[0]}, K] with K at least 2')
     return jnp.argmax(logits, axis=-1) != labels
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from convnorm_jax.attacks import parts
 from convnorm_jax.attacks.parts import LogitsFn
+from convnorm_jax.errors import UserError
 
 
 def fgsm(
@@ -171,13 +172,13 @@ def _check_schedule(step_size, steps, norm):
     largest = 1 if norm == 'linf' else float('inf')
     if isinstance(step_size, numbers.Real) and not 0 < step_size <= largest:
         words = 'above 0, up to 1, in units of [0, 1] (2/255, not 2)' if norm == 'linf' else 'above 0'
-        raise ValueError(f'step_size={step_size}: expected {words}')
+        raise UserError(f'step_size={step_size}: expected {words}')
     parts.check_count(steps, 'steps')
 
 
 def _check_start(images, rng, init, restarts):
     parts.check_count(restarts, 'restarts')
     if restarts > 1 and (rng is None or init is not None):
-        raise ValueError(f'restarts={restarts}: more than one needs rng, and no init')
+        raise UserError(f'restarts={restarts}: more than one needs rng, and no init')
     if init is not None and jnp.shape(init) != images.shape:
-        raise ValueError(f'init.shape={jnp.shape(init)}: expected {images.shape}, as images')
+        raise UserError(f'init.shape={jnp.shape(init)}: expected {images.shape}, as images')

@@ -16,6 +16,7 @@ from convnorm_jax.attacks import parts
 from convnorm_jax.attacks.apgd import apgd_advance, apgd_start
 from convnorm_jax.attacks.fab import fab_advance, fab_start
 from convnorm_jax.attacks.square import square_advance, square_start
+from convnorm_jax.errors import UserError
 
 MEMBERS = ('apgd-ce', 'apgd-dlr', 'apgd-t', 'fab-t', 'square')
 
@@ -68,7 +69,7 @@ def make_member(name: str, norm: str, classes: int, *, steps: int, queries: int,
       ValueError: another name or norm, a number below 1, too few classes for the DLR loss.
     """
     if name not in MEMBERS:
-        raise ValueError(f'attacks: {name!r}, expected some of {", ".join(MEMBERS)}')
+        raise UserError(f'attacks: {name!r}, expected some of {", ".join(MEMBERS)}')
     parts.check_ball(0, norm)
     for value, word in ((steps, 'steps'), (queries, 'queries'), (targets, 'targets'), (restarts, 'restarts')):
         parts.check_count(value, word)
@@ -81,7 +82,7 @@ def make_member(name: str, norm: str, classes: int, *, steps: int, queries: int,
         # The targeted DLR loss needs four classes.
         return _apgd(name, norm, 'dlr' if classes >= 4 else 'margin', steps, targets, targeted=True)
     if name == 'apgd-dlr' and classes < 3:
-        raise ValueError(f"attacks: 'apgd-dlr' needs at least three classes, the model has {classes}")
+        raise UserError(f"attacks: 'apgd-dlr' needs at least three classes, the model has {classes}")
     return _apgd(name, norm, {'apgd-ce': 'cross_entropy', 'apgd-dlr': 'dlr'}[name], steps, restarts, targeted=False)
 
 

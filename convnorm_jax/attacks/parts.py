@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from convnorm_jax.errors import UserError
+
 LogitsFn = Callable[[jax.Array], jax.Array]
 
 LOSSES = ('cross_entropy', 'margin', 'dlr')
@@ -184,7 +186,7 @@ def example_keys(rng: jax.Array, batch: int) -> jax.Array:
     if rng.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(batch))
     if rng.shape != (batch,):
-        raise ValueError(f'rng.shape={rng.shape}: expected one key, or {batch}, one an image')
+        raise UserError(f'rng.shape={rng.shape}: expected one key, or {batch}, one an image')
     return rng
 
 
@@ -241,9 +243,9 @@ def checked_batch(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
     """
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     if images.ndim != 4:
-        raise ValueError(f'images.shape={images.shape}: expected [B, H, W, C]')
+        raise UserError(f'images.shape={images.shape}: expected [B, H, W, C]')
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f'images.dtype={images.dtype}: expected floating pixels in [0, 1]')
+        raise UserError(f'images.dtype={images.dtype}: expected floating pixels in [0, 1]')
     check_classes(labels, images.shape[0], 'labels')
     # Adversarial training must not differentiate through the attack.
     return jax.lax.stop_gradient(images), labels
@@ -259,31 +261,31 @@ def to_host(array: jax.Array) -> np.ndarray:
 def check_classes(classes: jax.Array, batch: int, name: str) -> None:
     """Raises ValueError unless `classes` (labels, targets) is int [batch]."""
     if classes.shape != (batch,):
-        raise ValueError(f'{name}.shape={classes.shape}: expected {(batch,)}, one an image')
+        raise UserError(f'{name}.shape={classes.shape}: expected {(batch,)}, one an image')
     if not jnp.issubdtype(classes.dtype, jnp.integer):
-        raise ValueError(f'{name}.dtype={classes.dtype}: expected integers')
+        raise UserError(f'{name}.dtype={classes.dtype}: expected integers')
 
 
 def check_loss(loss: str) -> None:
     """Raises ValueError for a loss that is not among `LOSSES`."""
     if loss not in LOSSES:
-        raise ValueError(f'loss={loss!r}: expected one of {", ".join(LOSSES)}')
+        raise UserError(f'loss={loss!r}: expected one of {", ".join(LOSSES)}')
 
 
 def check_ball(epsilon: float | jax.Array, norm: str) -> None:
     """Raises ValueError for an unknown norm or an impossible radius (a traced one is not looked at)."""
     if norm not in NORMS:
-        raise ValueError(f'norm={norm!r}: expected one of {", ".join(NORMS)}')
+        raise UserError(f'norm={norm!r}: expected one of {", ".join(NORMS)}')
     largest = 1 if norm == 'linf' else float('inf')
     if isinstance(epsilon, numbers.Real) and not 0 <= epsilon <= largest:
         words = '0 to 1, in units of [0, 1] (8/255, not 8)' if norm == 'linf' else '0 or more'
-        raise ValueError(f'epsilon={epsilon}: expected {words}')
+        raise UserError(f'epsilon={epsilon}: expected {words}')
 
 
 def check_count(value: int, name: str) -> None:
     """Raises ValueError unless `value` is an integer of at least 1."""
     if not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f'{name}={value}: expected an integer of at least 1')
+        raise UserError(f'{name}={value}: expected an integer of at least 1')
 
 
 def _is_label(logits, labels):
@@ -296,5 +298,5 @@ def _best_other(logits, labels):
 
 def _checked_logits(logits, labels, classes):
     if logits.ndim != 2 or logits.shape[0] != labels.shape[0] or logits.shape[1] < classes:
-        raise ValueError(f'logits.shape={logits.shape}: expected [{labels.shape[0]}, K] with K at least {classes}')
+        raise UserError(f'logits.shape={logits.shape}: expected [{labels.shape[0]}, K] with K at least {classes}')
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -8,6 +8,9 @@ import zipfile
 
 import numpy as np
 
+from convnorm_jax.errors import UserError
+from convnorm_jax.files import write_atomically
+
 
 @dataclasses.dataclass
 class Progress:
@@ -49,10 +52,8 @@ def save_progress(path, identity, progress):
     plain = {name: getattr(progress, name) for name in ('attacks', 'warnings', 'turn', 'chunk', 'attacked', 'seconds')}
     words = json.dumps({'identity': _plain(identity), 'progress': plain, 'kept': progress.kept is not None})
     arrays = {f'kept_{i}': np.asarray(leaf) for i, leaf in enumerate(progress.kept or ())}
-    temporary = f'{path}.part'
-    with open(temporary, 'wb') as file:
-        np.savez(file, words=np.array(words), images=progress.images, robust=progress.robust, **arrays)
-    os.replace(temporary, path)
+    content = {'words': np.array(words), 'images': progress.images, 'robust': progress.robust, **arrays}
+    write_atomically(path, lambda file: np.savez(file, **content))
 
 
 def load_progress(path, identity):
@@ -68,11 +69,11 @@ def load_progress(path, identity):
             arrays = {name: file[name] for name in file.files}
         words = json.loads(str(arrays['words']))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f'{path}: not a readable state of an evaluation ({error}); delete it to start anew') from error
+        raise UserError(f'{path}: not a readable state of an evaluation ({error}); delete it to start anew') from error
     given = _plain(identity)
     changed = [name for name in given if words['identity'].get(name) != given[name]]
     if changed:
-        raise ValueError(f'{path}: a state of other {", ".join(changed)}; delete it to start anew')
+        raise UserError(f'{path}: a state of other {", ".join(changed)}; delete it to start anew')
     kept = [arrays[f'kept_{i}'] for i in range(len(arrays) - 3)] if words['kept'] else None
     return Progress(arrays['images'], arrays['robust'], kept=kept, **words['progress'])
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from convnorm_jax.attacks import parts
 from convnorm_jax.attacks.parts import LogitsFn
+from convnorm_jax.errors import UserError
 
 BASES = ('pixel', 'dct')
 
@@ -167,7 +168,7 @@ def simba_advance(
     if epsilon is not None:
         parts.check_ball(epsilon, 'linf')
     if not isinstance(step_size, jax.Array) and not 0 < step_size < math.inf:
-        raise ValueError(f'step_size={step_size}: expected above 0, in units of [0, 1]')
+        raise UserError(f'step_size={step_size}: expected above 0, in units of [0, 1]')
     rows, columns = (jnp.asarray(_basis(size, basis), images.dtype) for size in images.shape[1:3])
 
     def body(_, state):
@@ -273,14 +274,14 @@ def _blocks(shape, basis, frequencies, stride):
     height, width, _ = shape
     largest = max(height, width)
     if basis == 'pixel' and (frequencies is not None or stride is not None):
-        raise ValueError(f"frequencies={frequencies}, stride={stride}: expected None with basis='pixel'")
+        raise UserError(f"frequencies={frequencies}, stride={stride}: expected None with basis='pixel'")
     if frequencies is None and stride is not None:
-        raise ValueError(f'stride={stride}: expected None without frequencies')
+        raise UserError(f'stride={stride}: expected None without frequencies')
     for name, value in (('frequencies', frequencies), ('stride', stride)):
         if value is not None:
             parts.check_count(value, name)
     if frequencies is not None and frequencies > largest:
-        raise ValueError(f'frequencies={frequencies}: expected at most {largest}, the longer side of the images')
+        raise UserError(f'frequencies={frequencies}: expected at most {largest}, the longer side of the images')
     row, column, _ = np.indices(shape)
     beyond = np.maximum(row, column) - (frequencies or largest)
     further = -1 if stride is None else 1 + beyond // stride
@@ -296,7 +297,7 @@ def _order(key, blocks):
 
 def _check_basis(basis):
     if basis not in BASES:
-        raise ValueError(f'basis={basis!r}: expected one of {", ".join(BASES)}')
+        raise UserError(f'basis={basis!r}: expected one of {", ".join(BASES)}')
 
 
 def _mean(values):

@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from convnorm_jax.errors import UserError
+
 _SHAPE = (3, 32, 32)  # the archives are channels first
 _PIXELS = 3 * 32 * 32
 
@@ -145,7 +147,7 @@ def read_archive(layout, path):
 
 def _damaged(path, reason):
     reason = ' '.join(str(reason).split())
-    return ValueError(
+    return UserError(
         f'file={str(path)!r}: expected an intact file of the official archive, but {reason}; download the archive again'
     )
 

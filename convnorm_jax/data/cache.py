@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
+
+from convnorm_jax.files import write_atomically
 
 # Part of the key: raise it when what is stored changes, and older files are simply never found.
 _FORMAT = 1
@@ -77,20 +78,3 @@ def write_arrays(folder, arrays):
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def write_atomically(path, write):
-    """Call `write(file)` on a temporary file beside `path`, then rename it to `path`.
-
-    A reader sees the old file or the whole new one, and of two writers the last one wins.
-    """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}-')
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            write(file)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock out others who share the folder
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

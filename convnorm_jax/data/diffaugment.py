@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from convnorm_jax.errors import UserError
+
 POLICIES = ('color', 'translation', 'cutout')
 
 
@@ -40,11 +42,11 @@ def diffaugment(key, images, policy):
 
 def _check(images, policy):
     if isinstance(policy, str) or any(name not in POLICIES for name in policy) or len(set(policy)) < len(policy):
-        raise ValueError(f'policy={policy!r}: expected a tuple of some of {", ".join(POLICIES)}, each at most once')
+        raise UserError(f'policy={policy!r}: expected a tuple of some of {", ".join(POLICIES)}, each at most once')
     if images.ndim != 4:
-        raise ValueError(f'images.shape={images.shape}: expected [B, H, W, C]')
+        raise UserError(f'images.shape={images.shape}: expected [B, H, W, C]')
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f'images.dtype={images.dtype}: expected floats in [-1, 1]')
+        raise UserError(f'images.dtype={images.dtype}: expected floats in [-1, 1]')
 
 
 def brightness(images, shift):

@@ -5,6 +5,8 @@ import math
 import cv2
 import numpy as np
 
+from convnorm_jax.errors import UserError
+
 SCALE = (0.08, 1.0)  # share of the picture's area that a random crop takes
 RATIO = (3 / 4, 4 / 3)  # its width over its height
 RESIZE = 256 / 224  # the shorter side before a center crop, over the size of the crop
@@ -34,7 +36,7 @@ def decode(data, name):
         except cv2.error:  # e.g. a header that promises too many pixels
             image = None
     if image is None:
-        raise ValueError(
+        raise UserError(
             f'{name}: expected a picture, but it can not be decoded ({len(data)} bytes); replace or remove the file'
         )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convnorm_jax.errors import UserError
+
 # Keeps the order apart from whatever else draws from the key of the same seed.
 _ORDER_STREAM = 0x0D3
 
@@ -24,7 +26,7 @@ def steps_per_epoch(num_examples, batch_size):
     """
     _check_batch_size(batch_size)
     if batch_size > num_examples:
-        raise ValueError(
+        raise UserError(
             f'batch_size={batch_size}: expected at most the number of training examples, {num_examples}; '
             'set a smaller --config.data.batch_size or a larger --config.data.subset_fraction'
         )
@@ -99,7 +101,7 @@ def padded_batches(num_examples, batch_size):
     """
     _check_batch_size(batch_size)
     if num_examples < 0:
-        raise ValueError(f'num_examples={num_examples}: expected a number >= 0; give the length of the split')
+        raise UserError(f'num_examples={num_examples}: expected a number >= 0; give the length of the split')
     batches = -(-num_examples // batch_size)
     flat = np.arange(batches * batch_size, dtype=np.int32)
     mask = flat < num_examples
@@ -109,4 +111,4 @@ def padded_batches(num_examples, batch_size):
 
 def _check_batch_size(batch_size):
     if batch_size < 1:
-        raise ValueError(f'batch_size={batch_size}: expected at least 1; set --config.data.batch_size to e.g. 128')
+        raise UserError(f'batch_size={batch_size}: expected at least 1; set --config.data.batch_size to e.g. 128')

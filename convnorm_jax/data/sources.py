@@ -13,6 +13,7 @@ import numpy as np
 
 from convnorm_jax.data import archives, cache, stores
 from convnorm_jax.data.streaming import Pictures, default_workers
+from convnorm_jax.errors import UserError
 
 STREAMED = ('imagenet', 'folder')
 NAMES = ('digits', 'cifar10', 'cifar100', 'svhn', 'fashion_mnist', *STREAMED)
@@ -99,7 +100,7 @@ def check_available(name, data_dir=None):
         ValueError: the name is unknown, or nothing usable lies in the folder; says how to provide it.
     """
     if name not in NAMES:
-        raise ValueError(f'name={name!r}: expected one of {", ".join(NAMES)}; set --config.data.name to one of them')
+        raise UserError(f'name={name!r}: expected one of {", ".join(NAMES)}; set --config.data.name to one of them')
     if name != 'digits':
         _find(name, data_dir)
 
@@ -212,7 +213,7 @@ def _find(name, data_dir):
     if name in STREAMED and stores.has_folders(root):
         return _Found(root, ())
     if name == 'folder':
-        raise ValueError(
+        raise UserError(
             f"data_dir={str(root)!r}: expected the folders train and val in it for name='folder', in each of them "
             'a folder of pictures for every class; set --config.data.data_dir to such a folder'
         )
@@ -223,7 +224,7 @@ def _find(name, data_dir):
     if archive:
         layout, path = archive
         return _Found(path, archives.source_files(layout, path), layout)
-    raise ValueError(_how_to_provide(name, root))
+    raise UserError(_how_to_provide(name, root))
 
 
 def _how_to_provide(name, root):
@@ -252,7 +253,7 @@ def _find_tfds(name, root):
     path = max(prepared, key=_version)
     file_format = _file_format(path / 'dataset_info.json')
     if file_format != 'array_record':
-        raise ValueError(
+        raise UserError(
             f'data_dir={str(root)!r}: expected {tfds_name}/{path.name} to be prepared as array_record, '
             f'but its dataset_info.json says {file_format}; prepare it again with '
             f'`tfds build {tfds_name} --file_format=array_record`'
@@ -299,7 +300,7 @@ def _read_tfds(path):
         return (*arrays, tuple(builder.info.features['label'].names))
     except Exception as error:  # TFDS, protobuf and array_record raise nearly anything
         reason = ' '.join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f'data_dir={str(path.parent.parent)!r}: expected an intact TFDS-prepared folder '
             f'{path.parent.name}/{path.name}, but reading failed ({reason}); '
             'copy it or prepare it again'

@@ -9,6 +9,7 @@ import numpy as np
 
 from convnorm_jax.data import cache
 from convnorm_jax.data.sources import Split
+from convnorm_jax.errors import UserError
 
 NOISE_KINDS = ('none', 'symmetric', 'asymmetric')
 VALIDATION_KINDS = ('held_out', 'published')
@@ -103,32 +104,32 @@ def prepare(
 
 def _check_arguments(validation_fraction, validation, subset_fraction, noise_kind, noise_rate, seed):
     if validation not in VALIDATION_KINDS:
-        raise ValueError(
+        raise UserError(
             f'validation={validation!r}: expected one of {", ".join(VALIDATION_KINDS)}; '
             'held_out keeps the validation examples out of training'
         )
     if not 0 <= validation_fraction < 1:
-        raise ValueError(
+        raise UserError(
             f'validation_fraction={validation_fraction!r}: expected a share in [0, 1); '
             'give e.g. 0.1, or 0 for no validation set'
         )
     if not 0 < subset_fraction <= 1:
-        raise ValueError(f'subset_fraction={subset_fraction!r}: expected a share in (0, 1]; give 1.0 for all examples')
+        raise UserError(f'subset_fraction={subset_fraction!r}: expected a share in (0, 1]; give 1.0 for all examples')
     if noise_kind not in NOISE_KINDS:
-        raise ValueError(f'noise_kind={noise_kind!r}: expected one of {", ".join(NOISE_KINDS)}; choose one of them')
+        raise UserError(f'noise_kind={noise_kind!r}: expected one of {", ".join(NOISE_KINDS)}; choose one of them')
     _check_rate(noise_rate, 'noise_rate')
     if noise_kind == 'none' and noise_rate != 0:
-        raise ValueError(
+        raise UserError(
             f"noise_rate={noise_rate!r}: expected 0 with noise_kind='none'; "
             'set noise_kind to symmetric or asymmetric, or the rate to 0'
         )
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise ValueError(f'seed={seed!r}: expected a whole number >= 0; give e.g. 0')
+        raise UserError(f'seed={seed!r}: expected a whole number >= 0; give e.g. 0')
 
 
 def _check_rate(rate, name='rate'):
     if not 0 <= rate <= 1:
-        raise ValueError(f'{name}={rate!r}: expected a share in [0, 1]; give e.g. 0.2 for 20 %')
+        raise UserError(f'{name}={rate!r}: expected a share in [0, 1]; give e.g. 0.2 for 20 %')
 
 
 def _choose(source, validation_fraction, validation, subset_fraction, rng):
@@ -138,7 +139,7 @@ def _choose(source, validation_fraction, validation, subset_fraction, rng):
         members = rng.permutation(np.flatnonzero(source.train.labels == label))
         n_held = _round(validation_fraction * len(members))
         if validation_fraction > 0 and n_held == 0:
-            raise ValueError(
+            raise UserError(
                 f'validation_fraction={validation_fraction!r}: expected at least one validation '
                 f'example of each class, but {class_name!r} has {len(members)} in all; '
                 'give a larger share, or 0 for none'
@@ -148,7 +149,7 @@ def _choose(source, validation_fraction, validation, subset_fraction, rng):
         pool = kept if validation == 'held_out' else members
         subset = pool[: _round(subset_fraction * len(pool))]
         if not len(subset):
-            raise ValueError(
+            raise UserError(
                 f'subset_fraction={subset_fraction!r}: expected at least one training example of each '
                 f'class, but {class_name!r} has {len(pool)} to take from; give a larger share'
             )
@@ -226,7 +227,7 @@ def asymmetric_noise(labels, num_classes, rate, rng, dataset):
 
         return np.where(touched, (labels + 1) % num_classes, labels).astype(np.int32), touched
     if num_classes != 10:
-        raise ValueError(
+        raise UserError(
             f"num_classes={num_classes!r}: expected 10 with dataset='cifar10'; name the data set that it is"
         )
     noisy, touched = labels.copy(), np.zeros(len(labels), bool)
@@ -241,7 +242,7 @@ def _checked_labels(labels, num_classes, rate):
     _check_rate(rate)
     labels = np.asarray(labels, np.int32)
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ValueError(
+        raise UserError(
             f'labels in [{labels.min()}, {labels.max()}]: expected them in '
             f'[0, num_classes={num_classes}); give the number of classes that the labels have'
         )
@@ -278,12 +279,12 @@ def load_record(path):
             record = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         reason = ' '.join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f'path={str(path)!r}: expected a record written by save_record, but it cannot be read '
             f'({reason}); give the record .npz of a run'
         ) from error
     if 'train_indices' not in record:
-        raise ValueError(
+        raise UserError(
             f'path={str(path)!r}: expected a record written by save_record, but it holds no '
             'train_indices; give the record .npz of a run'
         )

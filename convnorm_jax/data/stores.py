@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from convnorm_jax.data import cache
+from convnorm_jax.errors import UserError
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.ppm', '.pgm', '.tif', '.tiff')
 FOLDERS = {'train': 'train', 'test': 'val'}
@@ -38,7 +39,7 @@ class FolderStore:
             with open(path, 'rb') as file:
                 return file.read(), path
         except OSError as error:
-            raise ValueError(f'{path}: can not be read ({error.strerror}); put the file back, or start anew') from error
+            raise UserError(f'{path}: can not be read ({error.strerror}); put the file back, or start anew') from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ class RecordStore:
 
         builder = tfds.builder_from_directory(self.path)
         if not builder.is_prepared():
-            raise ValueError(f'{self.path}: TFDS does not find it prepared; copy it or prepare it again')
+            raise UserError(f'{self.path}: TFDS does not find it prepared; copy it or prepare it again')
         return builder.as_data_source(self.split, decoders={'image': tfds.decode.SkipDecoding()})
 
     def __getstate__(self):
@@ -75,7 +76,7 @@ class RecordStore:
             return bytes(self.records[int(row)]['image']), f'{self.path}, split {self.split}, record {row}'
         except (RuntimeError, OSError) as error:  # array_record's own are RuntimeErrors
             reason = ' '.join(str(error).split())
-            raise ValueError(f'{self.path}: split {self.split}, record {row} can not be read ({reason})') from error
+            raise UserError(f'{self.path}: split {self.split}, record {row} can not be read ({reason})') from error
 
     def labels(self):
         """int32 [N], in one pass over all records."""
@@ -111,7 +112,7 @@ def list_folders(root):
         found = _subfolders(root / folder)
         strangers = sorted(set(found) - set(class_names))
         if strangers:
-            raise ValueError(
+            raise UserError(
                 f'{root / folder}: class {strangers[0]!r} is not in {root / FOLDERS["train"]}; '
                 'give both the same class folders'
             )
@@ -133,7 +134,7 @@ def has_folders(root):
 def _subfolders(path):
     found = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith('.'))
     if not found:
-        raise ValueError(f'{path}: expected a folder of pictures for each class, but it holds no folder; sort them so')
+        raise UserError(f'{path}: expected a folder of pictures for each class, but it holds no folder; sort them so')
     return found
 
 
@@ -148,12 +149,12 @@ def _pictures(path):
         chosen = (name for name in names if not name.startswith('.') and name.lower().endswith(SUFFIXES))
         found += [(folder, name) for name in chosen]
     if not found:
-        raise ValueError(f'{path}: expected pictures ({" ".join(SUFFIXES)}), found none; add some, or remove the class')
+        raise UserError(f'{path}: expected pictures ({" ".join(SUFFIXES)}), found none; add some, or remove the class')
     return [os.path.relpath(os.path.join(*place), path) for place in sorted(found)]
 
 
 def _refuse(error):
-    raise ValueError(f'{error.filename}: the folder cannot be read ({error.strerror}); allow it') from error
+    raise UserError(f'{error.filename}: the folder cannot be read ({error.strerror}); allow it') from error
 
 
 def _leads_back(folder, name):
@@ -186,7 +187,7 @@ def list_records(path, name, files):
         return found, stores['train'].class_names()
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         reason = ' '.join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f'{path}: expected an intact TFDS-prepared folder, but reading failed ({reason}); '
             'copy it or prepare it again'
         ) from error

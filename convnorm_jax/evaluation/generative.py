@@ -8,6 +8,8 @@ import numpy as np
 import scipy.linalg
 import scipy.special
 
+from convnorm_jax.errors import UserError
+
 
 class FeatureStatistics:
     """Running mean and covariance of features, batch by batch (Chan, Golub, LeVeque 1979), in float64.
@@ -51,7 +53,7 @@ class FeatureStatistics:
             self.count, self._mean, self._scatter = count, mean.copy(), scatter.copy()
             return
         if mean.shape != self._mean.shape:
-            raise ValueError(
+            raise UserError(
                 f'features of {len(mean)} numbers each: expected {len(self._mean)}, as in the batches before; '
                 'use one extractor for all of them'
             )
@@ -68,7 +70,7 @@ class FeatureStatistics:
           ValueError: nothing was seen yet.
         """
         if self.count < 1:
-            raise ValueError('count=0: expected at least one feature for a mean; call update first')
+            raise UserError('count=0: expected at least one feature for a mean; call update first')
         return self._mean.copy()
 
     @property
@@ -79,7 +81,7 @@ class FeatureStatistics:
           ValueError: fewer than two features were seen.
         """
         if self.count < 2:
-            raise ValueError(f'count={self.count}: expected at least 2 features for a covariance; give more pictures')
+            raise UserError(f'count={self.count}: expected at least 2 features for a covariance; give more pictures')
         return self._scatter / (self.count - 1)
 
 
@@ -104,7 +106,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     size = mean1.size
     given = [a.shape for a in (mean1, cov1, mean2, cov2)]
     if given != [(size,), (size, size)] * 2:
-        raise ValueError(
+        raise UserError(
             f'mean1, cov1, mean2, cov2 of shapes {given}: expected [D], [D, D], [D], [D, D] of one D; '
             'compare statistics of one extractor'
         )
@@ -118,11 +120,11 @@ def _root(name, covariance):
     """[D, rank] R with R R^T = covariance, without the directions that are zero but for rounding."""
     scale = np.abs(_finite(name, covariance)).max(initial=0.0)
     if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-6 * scale:
-        raise ValueError(f'{name}: expected a symmetric matrix; give it as FeatureStatistics.covariance or numpy.cov')
+        raise UserError(f'{name}: expected a symmetric matrix; give it as FeatureStatistics.covariance or numpy.cov')
     values, vectors = scipy.linalg.eigh((covariance + covariance.T) / 2)
     largest = values.max(initial=0.0)
     if values.size and values[0] < -1e-6 * scale:
-        raise ValueError(
+        raise UserError(
             f'{name}: its smallest eigenvalue is {values[0]:.3g}, expected none below zero; '
             'give it as FeatureStatistics.covariance or numpy.cov'
         )
@@ -150,7 +152,7 @@ def inception_score(logits, splits=10):
     logits = _checked_features('logits', logits)
     total = len(logits)
     if not 1 <= splits <= total:
-        raise ValueError(
+        raise UserError(
             f'splits={splits}: expected 1 to the number of pictures, {total}; give more pictures or fewer splits'
         )
     log_p = scipy.special.log_softmax(logits, axis=1)
@@ -182,18 +184,18 @@ def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=0)
     """
     features1, features2 = _checked_features('features1', features1), _checked_features('features2', features2)
     if features1.shape[1] != features2.shape[1]:
-        raise ValueError(
+        raise UserError(
             f'features1, features2 of shapes {features1.shape}, {features2.shape}: expected the same second axis; '
             'compare features of one extractor'
         )
     smaller = min(len(features1), len(features2))
     if not 2 <= subset_size <= smaller:
-        raise ValueError(
+        raise UserError(
             f'subset_size={subset_size}: expected 2 to the number of features of the smaller set, {smaller}; '
             'give more pictures or smaller subsets'
         )
     if subsets < 1:
-        raise ValueError(f'subsets={subsets}: expected at least 1')
+        raise UserError(f'subsets={subsets}: expected at least 1')
     random = np.random.default_rng(seed)
     distances = []
     for _ in range(subsets):
@@ -212,14 +214,14 @@ def _squared_mmd(x, y):
 def _checked_features(name, array):
     array = np.asarray(array, np.float64)
     if array.ndim != 2:
-        raise ValueError(f'{name} of shape {array.shape}: expected two axes, pictures and numbers for each')
+        raise UserError(f'{name} of shape {array.shape}: expected two axes, pictures and numbers for each')
     return _finite(name, array)
 
 
 def _finite(name, array):
     wrong = array.size - np.count_nonzero(np.isfinite(array))
     if wrong:
-        raise ValueError(
+        raise UserError(
             f'{name}: {wrong} of {array.size} numbers are not finite, expected all of them to be; '
             'look for pictures or weights with nan or inf'
         )

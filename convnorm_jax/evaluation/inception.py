@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from convnorm_jax.errors import UserError
+
 FEATURES, CLASSES, SIZE = 2048, 1008, 299
 PREPROCESSING = ('tensorflow1', 'pytorch_fid')
 
@@ -37,7 +39,7 @@ def preprocess(pixels, convention='tensorflow1'):
     """
     check_convention(convention)
     if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
-        raise ValueError(f'pixels of shape {pixels.shape}: expected [B, H, W, 3], or [B, H, W, 1] for grey pictures')
+        raise UserError(f'pixels of shape {pixels.shape}: expected [B, H, W, 3], or [B, H, W, 1] for grey pictures')
     pixels = pixels.astype(jnp.float32) if pixels.dtype == jnp.uint8 else pixels.astype(jnp.float32) * 255
     half_pixel = convention == 'pytorch_fid'
     rows, columns = (resize_matrix(n, SIZE, half_pixel) for n in pixels.shape[1:3])
@@ -50,7 +52,7 @@ def preprocess(pixels, convention='tensorflow1'):
 def check_convention(convention):
     """Raises ValueError unless it is one of `PREPROCESSING`."""
     if convention not in PREPROCESSING:
-        raise ValueError(f'preprocessing={convention!r}: expected one of {", ".join(PREPROCESSING)}')
+        raise UserError(f'preprocessing={convention!r}: expected one of {", ".join(PREPROCESSING)}')
 
 
 def resize_matrix(size, new_size, half_pixel_centres):

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.evaluation.layers import effective_kernel, find_sites, inner_variables, norm_scale, normalized_scale
 from convnorm_jax.evaluation.spectral import singular_values
 from convnorm_jax.layers.convnorm import ConvNorm
@@ -205,7 +206,7 @@ def _circular_values(site, variables):
 
 def _check_finite(site, *arrays):
     if not all(np.isfinite(array).all() for array in arrays):
-        raise ValueError(f'{site.name}: its kernel or statistics are not finite; expected a net that did not diverge')
+        raise UserError(f'{site.name}: its kernel or statistics are not finite; expected a net that did not diverge')
 
 
 def _channelwise_gain(site, variables):

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from convnorm_jax.errors import UserError
+
 # Entries of the per-frequency matrices held at once: 32 MB in complex64. The SVD copies them.
 _CHUNK_ENTRIES = 2**22
 
@@ -161,9 +163,9 @@ def _multiplicity(size):
 def _checked_kernel(kernel, size):
     kernel = np.asarray(kernel)
     if kernel.ndim != 4:
-        raise ValueError(f'kernel.shape={kernel.shape}: expected [kh, kw, cin, cout]')
+        raise UserError(f'kernel.shape={kernel.shape}: expected [kh, kw, cin, cout]')
     if len(size) != 2 or size[0] < kernel.shape[0] or size[1] < kernel.shape[1]:
-        raise ValueError(f'size={size}: expected (Hf, Wf), at least the kernel, {kernel.shape[:2]}')
+        raise UserError(f'size={size}: expected (Hf, Wf), at least the kernel, {kernel.shape[:2]}')
     return kernel.astype(np.float64 if kernel.dtype == np.float64 else np.float32)
 
 
@@ -171,7 +173,7 @@ def _checked_scale(scale, size, cout, dtype):
     scale = np.asarray(scale)
     choices = ((cout,), (size[0], size[1] // 2 + 1, cout))
     if scale.shape not in choices:
-        raise ValueError(f'scale.shape={scale.shape}: expected {choices[0]} or {choices[1]}')
+        raise UserError(f'scale.shape={scale.shape}: expected {choices[0]} or {choices[1]}')
     if np.iscomplexobj(scale):
-        raise ValueError(f'scale.dtype={scale.dtype}: expected real factors')
+        raise UserError(f'scale.dtype={scale.dtype}: expected real factors')
     return scale.astype(dtype)

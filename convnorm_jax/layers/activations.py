@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
+from convnorm_jax.errors import UserError
+
 ACTIVATIONS = ('relu', 'shifted_relu')
 
 
@@ -34,5 +36,5 @@ def make_activation(name):
       ValueError: a name not in `ACTIVATIONS`.
     """
     if name not in ACTIVATIONS:
-        raise ValueError(f'activation={name!r}: expected one of {ACTIVATIONS}')
+        raise UserError(f'activation={name!r}: expected one of {ACTIVATIONS}')
     return ReLU if name == 'relu' else ShiftedReLU

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.layers.batch_norm import BatchNorm
 
 
@@ -36,7 +37,7 @@ class ConditionalBatchNorm(nn.Module):
             num_classes below 0.
         """
         if not isinstance(self.num_classes, int) or self.num_classes < 0:
-            raise ValueError(f'num_classes={self.num_classes!r}: expected 0 or a number of classes')
+            raise UserError(f'num_classes={self.num_classes!r}: expected 0 or a number of classes')
         norm = BatchNorm(
             use_running_average=self.use_running_average,
             momentum=self.momentum,
@@ -51,7 +52,7 @@ class ConditionalBatchNorm(nn.Module):
             return y
         if labels is None or labels.shape != x.shape[:1]:
             shape = None if labels is None else labels.shape
-            raise ValueError(f'labels.shape={shape}: expected one label for each of {x.shape[0]} pictures')
+            raise UserError(f'labels.shape={shape}: expected one label for each of {x.shape[0]} pictures')
         shape = (self.num_classes, x.shape[-1])
         scale = self.param('scale', nn.initializers.ones, shape, self.param_dtype)
         bias = self.param('bias', nn.initializers.zeros, shape, self.param_dtype)

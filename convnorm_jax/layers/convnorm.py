@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.linen.module import merge_param
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.layers import bilinear, convolution, folding, frequency, spectral
 from convnorm_jax.layers.batch_norm import BatchNorm
 from convnorm_jax.layers.channelwise import channelwise_convolution, over_channels
@@ -50,12 +51,12 @@ def canonical_padding(padding, image_size, kernel_size, strides):
         pairs = padding_pairs(padding)
     for pair, n, k in zip(pairs, image_size, kernel_size):
         if not all(0 <= p <= k - 1 for p in pair):
-            raise ValueError(
+            raise UserError(
                 f'padding={padding!r} with kernel_size={tuple(kernel_size)}: '
                 'expected between 0 and kernel_size - 1 on each side'
             )
         if n + sum(pair) < k:
-            raise ValueError(
+            raise UserError(
                 f'pictures of {image_size[0]}x{image_size[1]} with padding={padding!r}: '
                 f'smaller than kernel_size={tuple(kernel_size)}, nothing would be left'
             )
@@ -77,7 +78,7 @@ def padding_pairs(padding):
         pairs = [(p, p) if _is_int(p) else p for p in sides]
         if all(isinstance(p, Sequence) and len(p) == 2 and all(map(_is_int, p)) for p in pairs):
             return pairs
-    raise ValueError(f"padding={padding!r}: expected 'SAME', 'VALID', an int or a pair for each of the two axes")
+    raise UserError(f"padding={padding!r}: expected 'SAME', 'VALID', an int or a pair for each of the two axes")
 
 
 def pair_of_ints(value, name):
@@ -88,7 +89,7 @@ def pair_of_ints(value, name):
     """
     pair = (1, 1) if value is None else (value, value) if _is_int(value) else value
     if not isinstance(pair, Sequence) or len(pair) != 2 or not all(_is_int(v) and v >= 1 for v in pair):
-        raise ValueError(f'{name}={value!r}: expected a positive int or two of them')
+        raise UserError(f'{name}={value!r}: expected a positive int or two of them')
     return tuple(int(v) for v in pair)
 
 
@@ -96,7 +97,7 @@ def _refuse_explicit_axes():
     """A mesh with explicit axes would need a sharding for every intermediate array, which flax has no way to say."""
     mesh = jax.sharding.get_abstract_mesh()
     if any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
-        raise ValueError(
+        raise UserError(
             f'the mesh in use has explicit axes ({mesh.axis_names}): make it with '
             f'jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)})'
         )
@@ -147,16 +148,16 @@ class NormalizedConvolution(nn.Module):
         """
         use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
         if x.ndim != 4:
-            raise ValueError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
+            raise UserError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
         _refuse_explicit_axes()
         if self.spectrum not in SPECTRUM_MODES:
-            raise ValueError(f'spectrum={self.spectrum!r}: expected one of {SPECTRUM_MODES}')
+            raise UserError(f'spectrum={self.spectrum!r}: expected one of {SPECTRUM_MODES}')
         if self.method is not None and self.method not in METHODS:
-            raise ValueError(f'method={self.method!r}: expected one of {METHODS}, or None to choose by size')
+            raise UserError(f'method={self.method!r}: expected one of {METHODS}, or None to choose by size')
         if not _is_int(self.features) or self.features < 1:
-            raise ValueError(f'features={self.features!r}: expected a positive int')
+            raise UserError(f'features={self.features!r}: expected a positive int')
         if self.momentum is not None and not 0 <= self.momentum < 1:
-            raise ValueError(
+            raise UserError(
                 f'momentum={self.momentum}: expected at least 0 and below 1, or None for the published schedule'
             )
         kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
@@ -199,7 +200,7 @@ class NormalizedConvolution(nn.Module):
         if values['grid'].shape != geometry.grid:
             kernel_size = tuple(map(len, geometry.taps))
             sizes = [self._image_size(grid, kernel_size) for grid in (values['grid'].shape, geometry.grid)]
-            raise ValueError(
+            raise UserError(
                 f'{"/".join(self.path) or type(self).__name__}: folded for images of {sizes[0][0]}x{sizes[0][1]}, got '
                 f'{sizes[1][0]}x{sizes[1][1]}; call fold_for_inference with images of this size'
             )
@@ -252,7 +253,7 @@ class NormalizedConvolution(nn.Module):
             else 'or initialize with the picture size you train on'
         )
         where = '/'.join(self.path) or type(self).__name__
-        raise ValueError(
+        raise UserError(
             f'{where}: the running spectrum is of {trained[0]}x{trained[1]} pictures, '
             f'got {given[0]}x{given[1]}; give {trained[0]}x{trained[1]}, {remedy}'
         )

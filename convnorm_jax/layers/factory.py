@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from flax import linen as nn
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.layers.batch_norm import BatchNorm
 from convnorm_jax.layers.convnorm import ConvNorm, pair_of_ints
 from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init
@@ -86,7 +87,7 @@ def _plain_conv(kernel_init, fan_in):
 def _group_count(channels, wanted):
     """The largest number of groups up to `wanted` that divides the channels."""
     if wanted < 1:
-        raise ValueError(f'groups={wanted}: expected 1 or more')
+        raise UserError(f'groups={wanted}: expected 1 or more')
     return next(g for g in range(min(wanted, channels), 0, -1) if channels % g == 0)
 
 
@@ -128,7 +129,7 @@ def make_transposed_layer(name, *, dtype=None, **options):
     """
     _check(name, options)
     if options.get('mode', 'reshaped') != 'reshaped':
-        raise ValueError(f"mode={options['mode']!r}: a transposed convolution takes 'reshaped' only")
+        raise UserError(f"mode={options['mode']!r}: a transposed convolution takes 'reshaped' only")
     return functools.partial(_BUILDERS[name], options, dtype, strides=(2, 2), padding=1, transposed=True)
 
 
@@ -159,16 +160,16 @@ def make_dense(name, *, dtype=None):
       ValueError: an unknown name.
     """
     if name not in DENSE_LAYERS:
-        raise ValueError(f'dense={name!r}: expected one of {DENSE_LAYERS}')
+        raise UserError(f'dense={name!r}: expected one of {DENSE_LAYERS}')
     return functools.partial(_DENSE_BUILDERS[name], dtype)
 
 
 def _check(name, options):
     if name not in LAYERS:
-        raise ValueError(f'layer={name!r}: expected one of {LAYERS}')
+        raise UserError(f'layer={name!r}: expected one of {LAYERS}')
     unknown = sorted(set(options) - set(LAYER_OPTIONS[name]))
     if unknown:
-        raise ValueError(f'layer={name!r} has no option {unknown[0]!r}: expected among {LAYER_OPTIONS[name]}')
+        raise UserError(f'layer={name!r} has no option {unknown[0]!r}: expected among {LAYER_OPTIONS[name]}')
 
 
 def _convnorm(

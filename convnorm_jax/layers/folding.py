@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.layers import bilinear, frequency
 from convnorm_jax.layers.method import choose_method
 
@@ -41,10 +42,10 @@ def fold_for_inference(model, variables, images):
         fold = lambda variables, images: model.apply(variables, images, train=False, mutable=[COLLECTION])[1]
         folded = jax.jit(fold)(variables, jnp.zeros(images.shape, images.dtype))
     if not met:
-        raise ValueError('fold_for_inference: there is no ConvNorm in this net, nothing to fold')
+        raise UserError('fold_for_inference: there is no ConvNorm in this net, nothing to fold')
     missing = sorted('/'.join(path) for path in met if not _holds(folded.get(COLLECTION, {}), path))
     if missing:
-        raise ValueError(
+        raise UserError(
             f'fold_for_inference: {len(missing)} of {len(met)} layers are inside a transformation that does not carry '
             f'the collection {COLLECTION!r}, the first is {missing[0]!r}; add it there, as in '
             f"nn.scan(..., variable_axes={{'params': 0, 'batch_stats': 0, {COLLECTION!r}: 0}})"

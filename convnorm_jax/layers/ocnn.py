@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.layers.convnorm import pair_of_ints
 from convnorm_jax.layers.orthogonal import as_matrix
 
@@ -56,7 +57,7 @@ def deconvolution_penalty(kernel, strides=(1, 1), lags='published'):
       ValueError: an unknown `lags`, strides that are none.
     """
     if lags not in LAGS:
-        raise ValueError(f'lags={lags!r}: expected one of {LAGS}')
+        raise UserError(f'lags={lags!r}: expected one of {LAGS}')
     kernel = kernel.astype(jnp.float32)
     axes = [_axis_lags(k, s, lags) for k, s in zip(kernel.shape[:2], pair_of_ints(strides, 'strides'))]
     centre = tuple(lag[len(lag) // 2] for lag in axes)
@@ -112,10 +113,10 @@ def kernel_paths(params, pattern=None):
     try:
         found = tuple(path for path in candidates if re.fullmatch(pattern, path))
     except re.error as error:
-        raise ValueError(f'pattern={pattern!r}: expected a regular expression ({error})') from error
+        raise UserError(f'pattern={pattern!r}: expected a regular expression ({error})') from error
     if not found:
         more = ', ...' if len(candidates) > _MOST_LISTED else ''
-        raise ValueError(
+        raise UserError(
             f'pattern={pattern!r}: matches none of the {len(candidates)} convolution kernels; expected to match '
             f'the whole of some of {", ".join(candidates[:_MOST_LISTED])}{more}'
         )
@@ -167,7 +168,7 @@ def make_ocnn_penalty(params, *, strides, pattern=None, lags='published'):
       ValueError: a pattern that matches none, strides that are missing, unknown `lags`.
     """
     if lags not in LAGS:
-        raise ValueError(f'lags={lags!r}: expected one of {LAGS}')
+        raise UserError(f'lags={lags!r}: expected one of {LAGS}')
     kernels = _kernels(params)
     of_path = {}
     for path in kernel_paths(params, pattern):
@@ -176,7 +177,7 @@ def make_ocnn_penalty(params, *, strides, pattern=None, lags='published'):
         elif path in strides:
             of_path[path] = pair_of_ints(strides[path], f'strides of {path}')
         else:
-            raise ValueError(f'strides={sorted(strides)[:_MOST_LISTED]}: expected those of {path} among them')
+            raise UserError(f'strides={sorted(strides)[:_MOST_LISTED]}: expected those of {path} among them')
 
     def penalty(params):
         kernels = _kernels(params)

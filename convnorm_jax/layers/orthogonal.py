@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convnorm_jax.errors import UserError
+
 _EXACT = jax.lax.Precision.HIGHEST
 
 # More power iterations than this go through a loop, fewer are unrolled.
@@ -170,7 +172,7 @@ def oni(kernel, iterations=3, groups=1, eps=1e-5, rows=None, bounded_columns=Fal
       ValueError: groups that do not divide cout, negative iterations.
     """
     if iterations < 0:
-        raise ValueError(f'iterations={iterations}: expected 0 or more')
+        raise UserError(f'iterations={iterations}: expected 0 or more')
     matrix = as_matrix(kernel)
     rows = matrix.shape[0] <= matrix.shape[1] if rows is None else rows
     z = _centred_groups(matrix, groups)
@@ -192,7 +194,7 @@ def _centred_groups(matrix, groups):
     """[groups, cout / groups, fan_in], every row minus its mean."""
     cout = matrix.shape[0]
     if groups < 1 or cout % groups:
-        raise ValueError(f'groups={groups}: expected a divisor of features={cout}')
+        raise UserError(f'groups={groups}: expected a divisor of features={cout}')
     z = matrix.reshape(groups, cout // groups, -1)
     return z - z.mean(-1, keepdims=True)
 

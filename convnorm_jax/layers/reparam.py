@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.linen.module import merge_param
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.layers import orthogonal
 from convnorm_jax.layers.convnorm import canonical_padding, pair_of_ints
 from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init, torch_transposed_kernel_init
@@ -59,9 +60,9 @@ class _ReparametrizedConv(nn.Module):
     def _parameters(self, x):
         """(kernel, bias or None) for images x, checked."""
         if x.ndim != 4:
-            raise ValueError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
+            raise UserError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
         if not isinstance(self.features, int) or self.features < 1:
-            raise ValueError(f'features={self.features!r}: expected a positive int')
+            raise UserError(f'features={self.features!r}: expected a positive int')
         kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
         init = self.kernel_init or (torch_transposed_kernel_init if self.transposed else torch_kernel_init)
         kernel = self.param('kernel', init, (*kernel_size, x.shape[-1], self.features), self.param_dtype)
@@ -79,7 +80,7 @@ class _ReparametrizedConv(nn.Module):
         if self.padding == 'CIRCULAR':
             return strides, 'CIRCULAR'
         if isinstance(self.padding, str) and self.padding not in ('SAME', 'VALID'):
-            raise ValueError(
+            raise UserError(
                 f"padding={self.padding!r}: expected 'SAME', 'VALID', 'CIRCULAR', an int or a pair for each axis"
             )
         return strides, canonical_padding(self.padding, image_size, kernel_size, strides)
@@ -138,9 +139,9 @@ class SpectralNormConv(_ReparametrizedConv):
 
     def _check_options(self):
         if self.mode not in SPECTRAL_NORM_MODES:
-            raise ValueError(f'mode={self.mode!r}: expected one of {SPECTRAL_NORM_MODES}')
+            raise UserError(f'mode={self.mode!r}: expected one of {SPECTRAL_NORM_MODES}')
         if self.mode == 'conv' and self.transposed:
-            raise ValueError(f"mode={self.mode!r}: a transposed convolution takes 'reshaped' only")
+            raise UserError(f"mode={self.mode!r}: a transposed convolution takes 'reshaped' only")
         _check_iterations(self)
 
     def _operator(self, kernel, v):
@@ -197,7 +198,7 @@ class SpectralNormDense(nn.Module):
 def _check_iterations(module):
     for name, least in (('iterations', 1), ('init_iterations', 0)):
         if not isinstance(getattr(module, name), int) or getattr(module, name) < least:
-            raise ValueError(f'{name}={getattr(module, name)!r}: expected an int of {least} or more')
+            raise UserError(f'{name}={getattr(module, name)!r}: expected an int of {least} or more')
 
 
 def _power_iterated_norm(module, operator_of, kernel, v_shape, use_running_average):
@@ -305,9 +306,9 @@ class OWNConv(_ReparametrizedConv):
             most = min(most, MOST_FILTERS)
             return next(g for g in range(1, self.features + 1) if self.features % g == 0 and self.features // g <= most)
         if not isinstance(self.groups, int) or self.groups < 1 or self.features % self.groups:
-            raise ValueError(f'groups={self.groups!r}: expected a divisor of features={self.features}, or None')
+            raise UserError(f'groups={self.groups!r}: expected a divisor of features={self.features}, or None')
         if self.features // self.groups > most:
-            raise ValueError(
+            raise UserError(
                 f'groups={self.groups} with features={self.features}: at most {most} centred filters of {weights} '
                 'weights can be orthogonal; give more groups, or None'
             )
@@ -333,6 +334,6 @@ class WeightNormConv(_ReparametrizedConv):
 
 def _check_weights_per_filter(kernel):
     if kernel.shape[0] * kernel.shape[1] * kernel.shape[2] == 1:
-        raise ValueError(
+        raise UserError(
             f'kernel_size={kernel.shape[:2]} with one input channel: a filter of one weight, less its mean, is zero'
         )

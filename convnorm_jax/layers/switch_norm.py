@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.module import merge_param
 
+from convnorm_jax.errors import UserError
+
 
 class SwitchNorm(nn.Module):
     """Switchable normalization of pictures (Luo et al., arXiv 1806.10779).
@@ -40,7 +42,7 @@ class SwitchNorm(nn.Module):
         """[B, ..., C] -> the same shape; at least one axis between. Raises ValueError without one."""
         use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
         if x.ndim < 3:
-            raise ValueError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
+            raise UserError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
         channels = x.shape[-1]
         mean_state = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), jnp.float32)
         var_state = self.variable('batch_stats', 'var', jnp.zeros, (channels,), jnp.float32)

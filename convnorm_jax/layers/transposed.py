@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.layers import bilinear
 from convnorm_jax.layers.convnorm import NormalizedConvolution, padding_pairs, pair_of_ints
 from convnorm_jax.layers.convolution import full_transposed_convolution, transposed_grid_size
@@ -26,15 +27,15 @@ def canonical_transposed_padding(padding, image_size, kernel_size, strides):
     """
     pairs = padding_pairs(padding) if not isinstance(padding, str) else None
     if pairs is None:
-        raise ValueError(f'padding={padding!r}: expected an int or a pair for each of the two axes')
+        raise UserError(f'padding={padding!r}: expected an int or a pair for each of the two axes')
     if not all(0 <= p <= k - 1 for pair, k in zip(pairs, kernel_size) for p in pair):
-        raise ValueError(
+        raise UserError(
             f'padding={padding!r} with kernel_size={tuple(kernel_size)}: '
             'expected between 0 and kernel_size - 1 on each side'
         )
     full = transposed_grid_size(image_size, kernel_size, strides)
     if any(n - sum(pair) < 1 for n, pair in zip(full, pairs)):
-        raise ValueError(
+        raise UserError(
             f'padding={padding!r} of pictures of {image_size[0]}x{image_size[1]}: '
             f'the full transposed convolution is {full[0]}x{full[1]}, nothing would be left'
         )
@@ -81,7 +82,7 @@ class ConvTranspose(nn.Module):
     def __call__(self, x):
         """[B, H, W, cin] -> [B, H', W', features]."""
         if x.ndim != 4:
-            raise ValueError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
+            raise UserError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
         kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
         strides = pair_of_ints(self.strides, 'strides')
         padding = canonical_transposed_padding(self.padding, x.shape[1:3], kernel_size, strides)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.layers.activations import make_activation
 from convnorm_jax.layers.factory import LAYERS, make_layer
 from convnorm_jax.models.plain import PlainNet, SimpleCNN2
@@ -52,17 +53,15 @@ def create_model(
       ValueError: an unknown name or option, or a width or depth the net can not have.
     """
     if name not in MODELS:
-        raise ValueError(f'model.name={name!r}: expected one of {MODELS}')
+        raise UserError(f'model.name={name!r}: expected one of {MODELS}')
     num_classes = whole_number('num_classes', num_classes, 2)
     width = whole_number('model.width', width, 1, 'the published width')
     depth = _checked_depth(name, depth)
     if stem is not None and (stem not in STEMS or name not in _RESNETS):
-        raise ValueError(
-            f'model.stem={stem!r} with model.name={name!r}: a ResNet takes one of {STEMS}, other nets None'
-        )
+        raise UserError(f'model.stem={stem!r} with model.name={name!r}: a ResNet takes one of {STEMS}, other nets None')
     dtype = _dtype(dtype)
     if not isinstance(layer, str) and (not callable(layer) or layer_options):
-        raise ValueError(
+        raise UserError(
             f'layer={layer!r} with options {sorted(layer_options)}: expected one of {LAYERS}, '
             'or a constructor without options'
         )
@@ -85,7 +84,7 @@ def create_model(
 def _dtype(dtype):
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in DTYPES:
-        raise ValueError(f'model.dtype={name!r}: expected one of {DTYPES}')
+        raise UserError(f'model.dtype={name!r}: expected one of {DTYPES}')
     return jnp.dtype(name)
 
 
@@ -95,8 +94,8 @@ def _checked_depth(name, depth):
         return None
     stages = 0 if name == 'simple_cnn2' else len(_RESNETS[name][1] if name in _RESNETS else _PLAIN[name][2])
     if not stages:
-        raise ValueError(f'model.depth={depth!r}: {name} has one depth only; leave it None')
+        raise UserError(f'model.depth={depth!r}: {name} has one depth only; leave it None')
     given = tuple(depth) if isinstance(depth, (tuple, list, np.ndarray)) else ()
     if not 1 <= len(given) <= stages or not all(is_whole_number(number) and number >= 1 for number in given):
-        raise ValueError(f'model.depth={depth!r}: expected 1 to {stages} whole numbers of 1 or more for {name}')
+        raise UserError(f'model.depth={depth!r}: expected 1 to {stages} whole numbers of 1 or more for {name}')
     return tuple(map(int, given))

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.layers.factory import (
     LAYER_OPTIONS,
     make_dense,
@@ -64,9 +65,9 @@ def create_gan(
       ValueError: an unknown name or option, or a size or width the net can not have.
     """
     if name not in GANS:
-        raise ValueError(f'model.name={name!r}: expected one of {GANS}')
+        raise UserError(f'model.name={name!r}: expected one of {GANS}')
     if dtype not in DTYPES:
-        raise ValueError(f'dtype={dtype!r}: expected one of {DTYPES}')
+        raise UserError(f'dtype={dtype!r}: expected one of {DTYPES}')
     sizes = sngan.GENERATORS if name == 'sngan' else dcgan.STAGES
     picture_shape = _square_picture(name, picture_shape, tuple(sizes))
     latent, num_classes = whole_number('latent', latent, 1), whole_number('num_classes', num_classes, 0)
@@ -143,12 +144,12 @@ def _without_batch_norm(layer, options):
 
 def _divisible(key, width, ratio):
     if width % ratio:
-        raise ValueError(f'{key}={width}: expected a multiple of {ratio}, the narrowest block being 1/{ratio} as wide')
+        raise UserError(f'{key}={width}: expected a multiple of {ratio}, the narrowest block being 1/{ratio} as wide')
     return width
 
 
 def _square_picture(name, shape, sizes):
     shape = tuple(shape)
     if len(shape) != 3 or shape[0] != shape[1] or shape[0] not in sizes or shape[2] < 1:
-        raise ValueError(f'picture_shape={shape} with model.name={name!r}: expected (n, n, channels), n one of {sizes}')
+        raise UserError(f'picture_shape={shape} with model.name={name!r}: expected (n, n, channels), n one of {sizes}')
     return tuple(int(n) for n in shape)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from flax import linen as nn
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.models.resnet import linear
 
 
@@ -40,7 +41,7 @@ class PlainNet(nn.Module):
     def __call__(self, x, train=False):
         smallest = 2 ** len(self.depth)
         if min(x.shape[1:3]) < smallest:
-            raise ValueError(
+            raise UserError(
                 f'pictures of {x.shape[1]}x{x.shape[2]}: {len(self.depth)} halvings need at least '
                 f'{smallest}x{smallest}; take simple_cnn or a resnet, or give a shorter model.depth'
             )
@@ -65,7 +66,7 @@ class SimpleCNN2(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         if x.shape[1:3] != (32, 32):
-            raise ValueError(f'pictures of {x.shape[1]}x{x.shape[2]}: simple_cnn2 takes 32x32 only')
+            raise UserError(f'pictures of {x.shape[1]}x{x.shape[2]}: simple_cnn2 takes 32x32 only')
         sizes, pooled = (5, 3, 3, 3), (True, True, False, True)
         for i, (width, k, pool) in enumerate(zip(self.widths, sizes, pooled)):
             x = self.layer(width, (k, k), padding=0, train=train, name=f'conv{i + 1}')(x)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from convnorm_jax.errors import UserError
+
 
 class ProjectionHead(nn.Module):
     """One logit for each picture: a linear layer of its features plus <embedding of its label, pooled features>.
@@ -42,17 +44,17 @@ def one_hot_labels(labels, num_classes, batch, dtype=jnp.float32):
     """
     shape = None if labels is None else labels.shape
     if shape != (batch,):
-        raise ValueError(f'labels.shape={shape}: expected ({batch},), a label below {num_classes} for each picture')
+        raise UserError(f'labels.shape={shape}: expected ({batch},), a label below {num_classes} for each picture')
     return jax.nn.one_hot(labels, num_classes, dtype=dtype)
 
 
 def check_latents(z, latent):
     """Raises ValueError unless z is [batch, latent]."""
     if z.ndim != 2 or z.shape[1] != latent:
-        raise ValueError(f'z.shape={z.shape}: expected [batch, {latent}]')
+        raise UserError(f'z.shape={z.shape}: expected [batch, {latent}]')
 
 
 def check_pictures(images, picture_shape):
     """Raises ValueError unless images are [batch, H, W, C] of pictures of that shape."""
     if images.ndim != 4 or images.shape[1:] != tuple(picture_shape):
-        raise ValueError(f'images.shape={images.shape}: expected [batch, {", ".join(map(str, picture_shape))}]')
+        raise UserError(f'images.shape={images.shape}: expected [batch, {", ".join(map(str, picture_shape))}]')

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from convnorm_jax.errors import UserError
+
 
 def whole_number(name, value, least, or_none=''):
     """A size as an int; None stays None where `or_none` says what it stands for.
@@ -19,7 +21,7 @@ def whole_number(name, value, least, or_none=''):
         return None
     if not is_whole_number(value) or value < least:
         otherwise = f', or None for {or_none}' if or_none else ''
-        raise ValueError(f'{name}={value!r}: expected a whole number of {least} or more{otherwise}')
+        raise UserError(f'{name}={value!r}: expected a whole number of {least} or more{otherwise}')
     return int(value)
 
 

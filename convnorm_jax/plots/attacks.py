@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.plots.figure import BLUE, GREY, STYLE, VERMILLION, new_figure, write
 
 MAX_COLUMNS = 8
@@ -66,13 +67,13 @@ def _by_name(value):
 
 def _check_grid(clean, attacked, predictions, epsilon):
     if not epsilon > 0:
-        raise ValueError(f'epsilon={epsilon}: expected above 0, in pixel units of [0, 1]')
+        raise UserError(f'epsilon={epsilon}: expected above 0, in pixel units of [0, 1]')
     if set(attacked) != set(predictions):
-        raise ValueError(f'attacked_predictions={sorted(predictions)}: expected those of {sorted(attacked)}')
+        raise UserError(f'attacked_predictions={sorted(predictions)}: expected those of {sorted(attacked)}')
     for name, images in attacked.items():
         if np.shape(images) != np.shape(clean):
             shapes = f'{np.shape(images)}: expected {np.shape(clean)}'
-            raise ValueError(f'attacked[{name!r}].shape={shapes}')
+            raise UserError(f'attacked[{name!r}].shape={shapes}')
 
 
 def _epsilon_text(epsilon):

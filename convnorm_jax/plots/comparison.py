@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.plots.figure import BLUE, GREEN, ORANGE, PURPLE, SKY, STYLE, VERMILLION, new_figure, write
 
 # Colour and marker change together, so that a line is known in black and white, too.
@@ -48,9 +49,9 @@ def accuracy_against(
     """
     for name, methods in panels.items():
         if not any(methods.values()):
-            raise ValueError(f'panels[{name!r}]={methods!r}: expected at least one point')
+            raise UserError(f'panels[{name!r}]={methods!r}: expected at least one point')
     if not panels:
-        raise ValueError('panels={}: expected at least one')
+        raise UserError('panels={}: expected at least one')
     methods = list(dict.fromkeys(name for panel in panels.values() for name in panel))
     columns = 2 if len(panels) == 4 else min(len(panels), MAX_COLUMNS)
     rows = math.ceil(len(panels) / columns)

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.plots.figure import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, VERMILLION, new_figure, write
 from convnorm_jax.plots.pictures import Caption, enlargement, mosaic, pixels, text_width, write_sheet
 
@@ -41,9 +42,9 @@ def sample_grid(
     """
     images = pixels(images, 'images')
     if columns < 1:
-        raise ValueError(f'columns={columns}: expected at least 1')
+        raise UserError(f'columns={columns}: expected at least 1')
     if labels is not None and len(labels) != len(images):
-        raise ValueError(f'labels={len(labels)} in number: expected {len(images)}, one for each picture')
+        raise UserError(f'labels={len(labels)} in number: expected {len(images)}, one for each picture')
     columns, captions, row_gap = min(columns, len(images)), [], _GAP
     factor = enlargement(images.shape[1:3], _PICTURE)
     height, width = (factor * side for side in images.shape[1:3])
@@ -75,14 +76,14 @@ def sample_progress(
       ValueError: no step, or images of another or of unequal shapes, dtype or range.
     """
     if not len(progress):
-        raise ValueError('progress=[]: expected at least one (step, images)')
+        raise UserError('progress=[]: expected at least one (step, images)')
     progress = sorted(progress, key=lambda pair: pair[0])
     chosen = np.unique(np.linspace(0, len(progress) - 1, min(len(progress), MAX_STEPS)).round().astype(int))
     rows = [(int(step), pixels(images, f'images at step {step}')) for step, images in (progress[i] for i in chosen)]
     shape = rows[0][1].shape
     for step, images in rows:
         if images.shape != shape:
-            raise ValueError(f'images at step {step}: shape {images.shape}, expected {shape} as at step {rows[0][0]}')
+            raise UserError(f'images at step {step}: shape {images.shape}, expected {shape} as at step {rows[0][0]}')
     columns = min(shape[0], _PROGRESS_COLUMNS)
     factor = enlargement(shape[1:3], _PICTURE)
     height = factor * shape[1]
@@ -135,7 +136,7 @@ def real_and_fake(
     sides = pixels(real, 'real'), pixels(fake, 'fake')
     if sides[0].shape[1:3] != sides[1].shape[1:3]:
         shapes = f'{np.shape(fake)}: expected pictures as large as those of real, {np.shape(real)}'
-        raise ValueError(f'fake.shape={shapes}')
+        raise UserError(f'fake.shape={shapes}')
     count = min(len(sides[0]), len(sides[1]), _SIDE_BY_SIDE)
     columns = math.ceil(math.sqrt(count))
     factor = enlargement(sides[0].shape[1:3], 0.75 * _PICTURE)
@@ -182,7 +183,7 @@ def gan_curves(
     """
     steps = _column(rows, 'step')
     if not np.isfinite(steps).any():
-        raise ValueError(f'rows={len(rows)} in number: expected one with a step')
+        raise UserError(f'rows={len(rows)} in number: expected one with a step')
     scores = dict(score_names) if isinstance(score_names, Mapping) else {name: _words(name) for name in score_names}
     scores = {name: text for name, text in scores.items() if np.isfinite(_column(rows, name)).any()}
     panels = [

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.plots.figure import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, VERMILLION, new_figure, write
 
 _COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GREY)
@@ -50,7 +51,7 @@ def layer_operators(
       ValueError: no run, a run without layers, or too many runs.
     """
     if not 1 <= len(runs) <= MAX_RUNS or not all(runs.values()):
-        raise ValueError(f'runs={list(runs)}: expected 1 to {MAX_RUNS} runs, each with layers')
+        raise UserError(f'runs={list(runs)}: expected 1 to {MAX_RUNS} runs, each with layers')
     names = list(dict.fromkeys(layer.name for layers in runs.values() for layer in layers))
     width = min(14.0, max(7.2, 1.0 + 0.06 * len(names) * (len(runs) + 1.5)))
     # Points that a glyph has for itself.

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.textpath import TextPath
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.plots.figure import GREY, STYLE, VERMILLION, new_figure, write
 
 DPI = 200  # as `figure.write` has it
@@ -55,7 +56,7 @@ def pixels(images, name: str, rank: int = 4) -> np.ndarray:
     images = np.asarray(images)
     if images.ndim != rank or images.shape[-1] not in (1, 3) or not images.size:
         axes = ', '.join('RNHWC'[-rank:])
-        raise ValueError(f'{name}.shape={images.shape}: expected [{axes}] with C of 1 or 3, and at least one picture')
+        raise UserError(f'{name}.shape={images.shape}: expected [{axes}] with C of 1 or 3, and at least one picture')
     if images.dtype != np.uint8:
         images = _from_floats(images, name)
     return np.broadcast_to(images, (*images.shape[:-1], 3))
@@ -64,13 +65,13 @@ def pixels(images, name: str, rank: int = 4) -> np.ndarray:
 def _from_floats(images, name):
     # bfloat16 is no kind of NumPy's own, so integers are told by what they are not.
     if images.dtype.kind in 'iubcOSU':
-        raise ValueError(f'{name}.dtype={images.dtype}: expected uint8, or floats in [0, 1]')
+        raise UserError(f'{name}.dtype={images.dtype}: expected uint8, or floats in [0, 1]')
     images = images.astype(np.float32)
     broken = ~np.isfinite(images).all(-1)
     images = np.where(broken[..., None], 0, images)
     low, high = images.min(), images.max()
     if low < -0.01 or high > 1.01:
-        raise ValueError(f'{name}={low:.3g} ... {high:.3g}: expected floats in [0, 1]; give (images + 1) / 2 for tanh')
+        raise UserError(f'{name}={low:.3g} ... {high:.3g}: expected floats in [0, 1]; give (images + 1) / 2 for tanh')
     rounded = np.round(255 * np.clip(images, 0, 1)).astype(np.uint8)
     if not broken.any():
         return rounded

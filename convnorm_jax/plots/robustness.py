@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.plots.figure import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, VERMILLION, new_figure, write
 
 _WIDTH = 3.5  # inches
@@ -81,7 +82,7 @@ def attack_bars(
       ValueError: no row, an accuracy outside [0, 1], or a number of examples that is none.
     """
     if not rows:
-        raise ValueError(f'rows={rows!r}: expected at least one (name, accuracy, examples)')
+        raise UserError(f'rows={rows!r}: expected at least one (name, accuracy, examples)')
     names, accuracies, examples = zip(*rows, strict=True)
     intervals = np.array(list(map(wilson_interval, accuracies, examples)))
     alike = len(set(examples)) == 1
@@ -118,7 +119,7 @@ def wilson_interval(accuracy: float, examples: int) -> tuple[float, float]:
     """
     accuracy = float(_shares('accuracy', accuracy))
     if not isinstance(examples, numbers.Integral) or examples < 1:
-        raise ValueError(f'examples={examples!r}: expected an integer of at least 1')
+        raise UserError(f'examples={examples!r}: expected an integer of at least 1')
     doubt = _QUANTILE**2 / int(examples)
     centre = accuracy + doubt / 2
     reach = math.sqrt(doubt * (accuracy * (1 - accuracy) + doubt / 4))
@@ -210,7 +211,7 @@ def query_curve(
     """
     lines = {name: _share_fooled(name, result) for name, result in results.items()}
     if not lines:
-        raise ValueError('results={}: expected at least one attack')
+        raise UserError('results={}: expected at least one attack')
     with matplotlib.rc_context(STYLE):
         figure, axes = _line_figure(title)
         for index, (name, (queries, shares)) in enumerate(lines.items()):
@@ -269,11 +270,11 @@ def _name_cells(axes, lefts, headings, tops, names):
 def _with_means(table):
     """(accuracies in % with a row and a column of means, severities in order)."""
     if not table:
-        raise ValueError('table={}: expected accuracies of at least one corruption')
+        raise UserError('table={}: expected accuracies of at least one corruption')
     severities = sorted(next(iter(table.values())))
     for name, row in table.items():
         if sorted(row) != severities or not severities:
-            raise ValueError(f'table[{name!r}] has severities={sorted(row)}: expected the same in each, {severities}')
+            raise UserError(f'table[{name!r}] has severities={sorted(row)}: expected the same in each, {severities}')
     cells = [100 * _shares(f'table[{name!r}]', [row[key] for key in severities]) for name, row in table.items()]
     cells = np.vstack([*cells, np.mean(cells, axis=0)])
     return np.column_stack([cells, cells.mean(axis=1)]), severities
@@ -298,10 +299,10 @@ def _share_fooled(name, result):
     queries, success = map(np.asarray, result)
     if queries.ndim != 1 or queries.shape != success.shape or queries.dtype.kind not in 'iu' or success.dtype != bool:
         found = f'{queries.dtype} {queries.shape}, {success.dtype} {success.shape}'
-        raise ValueError(f'results[{name!r}]={found}: expected int [N], bool [N]')
+        raise UserError(f'results[{name!r}]={found}: expected int [N], bool [N]')
     if queries.max(initial=0) < 1 or queries.min() < 0:
         span = f'{queries.min(initial=0)} to {queries.max(initial=0)}'
-        raise ValueError(f'results[{name!r}] queries={span}: expected 0 or more, and one at least above 0')
+        raise UserError(f'results[{name!r}] queries={span}: expected 0 or more, and one at least above 0')
     fooled = np.sort(queries[success & (queries > 0)])
     places = np.unique([1, *fooled, queries.max()])
     return places, np.searchsorted(fooled, places, side='right') / (queries > 0).sum()
@@ -310,40 +311,40 @@ def _share_fooled(name, result):
 def _checked_curves(curves):
     """{name: (epsilons in order, accuracies)}."""
     if not curves:
-        raise ValueError('curves={}: expected at least one')
+        raise UserError('curves={}: expected at least one')
     lines = {}
     for name, points in curves.items():
         if {np.shape(point) for point in points} != {(2,)}:
-            raise ValueError(f'curves[{name!r}]={points}: expected points (epsilon, accuracy)')
+            raise UserError(f'curves[{name!r}]={points}: expected points (epsilon, accuracy)')
         levels, accuracies = np.array(sorted(map(tuple, points)), float).T
         _check_levels(f'curves[{name!r}] epsilon', levels)
         if (np.diff(levels) == 0).any():
-            raise ValueError(f'curves[{name!r}] epsilon={levels.tolist()}: expected each once')
+            raise UserError(f'curves[{name!r}] epsilon={levels.tolist()}: expected each once')
         lines[name] = levels, _shares(f'curves[{name!r}]', accuracies)
     return lines
 
 
 def _check_levels(name, levels):
     if not np.all((levels >= 0) & (levels <= 255)) or 0 < levels.max() < 0.1:
-        raise ValueError(f'{name}={levels.tolist()}: expected 0 to 255, in 1/255 (8, not 8/255)')
+        raise UserError(f'{name}={levels.tolist()}: expected 0 to 255, in 1/255 (8, not 8/255)')
 
 
 def _shares(name, shares):
     shares = np.asarray(shares, float)
     for share in shares.ravel():
         if not 0 <= share <= 1:
-            raise ValueError(f'{name}={share:g}: expected an accuracy in [0, 1], not in %')
+            raise UserError(f'{name}={share:g}: expected an accuracy in [0, 1], not in %')
     return shares
 
 
 def _check_pictures(clean, pictures):
     clean = np.asarray(clean)
     if clean.dtype != np.uint8 or clean.ndim != 3 or clean.shape[2] not in (1, 3):
-        raise ValueError(f'clean={clean.dtype} {clean.shape}: expected uint8 [H, W, C] with C 1 or 3')
+        raise UserError(f'clean={clean.dtype} {clean.shape}: expected uint8 [H, W, C] with C 1 or 3')
     if not pictures:
-        raise ValueError('pictures={}: expected those of at least one corruption')
+        raise UserError('pictures={}: expected those of at least one corruption')
     for name, row in pictures.items():
         found = {f'{picture.dtype} {picture.shape}' for picture in map(np.asarray, row)}
         if len(row) != 5 or found != {f'uint8 {clean.shape}'}:
             found = f'{len(row)} of {" and ".join(sorted(found))}'
-            raise ValueError(f'pictures[{name!r}]={found}: expected 5, by severity, of uint8 {clean.shape} as clean')
+            raise UserError(f'pictures[{name!r}]={found}: expected 5, by severity, of uint8 {clean.shape} as clean')

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.plots.figure import BLUE, GREY, STYLE, VERMILLION, new_figure, write
 
 _WHEN = {'before': VERMILLION, 'after': BLUE}
@@ -31,7 +32,7 @@ def layer_spectra(spectra: Sequence, path: str | os.PathLike, title: str | None 
       ValueError: no spectrum.
     """
     if not spectra:
-        raise ValueError('spectra=[]: expected at least one layer')
+        raise UserError('spectra=[]: expected at least one layer')
     places = np.linspace(0, len(spectra) - 1, min(len(spectra), MAX_LAYERS)).round()
     chosen = [spectra[int(place)] for place in places]
     with matplotlib.rc_context(STYLE):

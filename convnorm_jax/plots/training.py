@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.plots.figure import BLUE, GREY, STYLE, VERMILLION, new_figure, write
 
 
@@ -60,7 +61,7 @@ def _positions(rows):
         values = _column(rows, name)
         if np.isfinite(values).any():
             return name, values
-    raise ValueError(f'rows={len(rows)} in number: expected one with an epoch or a step')
+    raise UserError(f'rows={len(rows)} in number: expected one with an epoch or a step')
 
 
 def _best_row(rows):

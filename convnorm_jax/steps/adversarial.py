@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from convnorm_jax import attacks
 from convnorm_jax.data.augment import normalize, to_float
+from convnorm_jax.errors import UserError
 from convnorm_jax.steps import classify
 
 BATCH_STATISTICS = ('train', 'eval')
@@ -199,7 +200,7 @@ def divergence(clean, attacked):
 def _make_attacked_logits(model, mean, std, batch_statistics):
     """(state, pixels) -> logits, with the statistics that the attack is to see."""
     if batch_statistics not in BATCH_STATISTICS:
-        raise ValueError(f'batch_statistics={batch_statistics!r}: expected one of {BATCH_STATISTICS}')
+        raise UserError(f'batch_statistics={batch_statistics!r}: expected one of {BATCH_STATISTICS}')
 
     def attacked_logits(state, pixels):
         images = normalize(pixels, mean, std)

@@ -6,6 +6,8 @@ All are minimized. A logit is large where the discriminator takes a picture for 
 import jax
 import jax.numpy as jnp
 
+from convnorm_jax.errors import UserError
+
 LOSSES = ('non_saturating', 'hinge', 'wasserstein', 'least_squares')
 
 
@@ -105,10 +107,10 @@ def interpolate(key, real, fake):
       ValueError: unequal shapes, or not floating.
     """
     if real.shape != fake.shape:
-        raise ValueError(f'fake.shape={fake.shape}: expected that of real, {real.shape}')
+        raise UserError(f'fake.shape={fake.shape}: expected that of real, {real.shape}')
     for name, images in (('real', real), ('fake', fake)):
         if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f'{name}.dtype={images.dtype}: expected floats, as the discriminator takes them')
+            raise UserError(f'{name}.dtype={images.dtype}: expected floats, as the discriminator takes them')
     share = jax.random.uniform(key, (real.shape[0],) + (1,) * (real.ndim - 1), real.dtype)
     return share * real + (1 - share) * fake
 
@@ -130,7 +132,7 @@ def gradient_norms(discriminator_fn, images):
     def total(x):
         logits = discriminator_fn(x)
         if logits.shape != images.shape[:1]:
-            raise ValueError(f'logits.shape={logits.shape}: expected {images.shape[:1]}, one for each picture')
+            raise UserError(f'logits.shape={logits.shape}: expected {images.shape[:1]}, one for each picture')
         return logits.sum()
 
     slopes = jax.grad(total)(images)
@@ -142,5 +144,5 @@ def gradient_norms(discriminator_fn, images):
 
 def _wide(name, logits):
     if name not in LOSSES:
-        raise ValueError(f'name={name!r}: expected one of {", ".join(LOSSES)}')
+        raise UserError(f'name={name!r}: expected one of {", ".join(LOSSES)}')
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from convnorm_jax.errors import UserError
+
 OPTIMIZERS = ('sgd', 'adam', 'adamw')
 
 
@@ -44,7 +46,7 @@ class TrainState:
         if self.ema is None:
             return {'params': self.params, **self.model_state}
         if self.ema_state is None:
-            raise ValueError(
+            raise UserError(
                 'TrainState.ema without ema_state: the statistics of the raw parameters do not fit the averaged ones; '
                 'start from create_state(use_ema=True), or estimate them with classify.make_statistics_step'
             )
@@ -145,7 +147,7 @@ def make_optimizer(name, learning_rate, *, momentum=0.9, beta2=0.999, weight_dec
         return optax.chain(decay, optax.adam(learning_rate, b1=momentum, b2=beta2))
     if name == 'adamw':
         return optax.adamw(learning_rate, b1=momentum, b2=beta2, weight_decay=weight_decay, mask=_decayed)
-    raise ValueError(f'optimizer.name={name!r}: expected one of {OPTIMIZERS}')
+    raise UserError(f'optimizer.name={name!r}: expected one of {OPTIMIZERS}')
 
 
 def _decayed(params):

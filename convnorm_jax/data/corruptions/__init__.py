@@ -36,6 +36,7 @@ import operator
 import numpy as np
 
 from convnorm_jax.data.corruptions import blur, digital, noise, weather
+from convnorm_jax.errors import UserError
 
 _FUNCTIONS = {
     'gaussian_noise': noise.gaussian_noise,
@@ -112,18 +113,18 @@ def mean_corruption_accuracy(table):
             between corruptions (the means would not compare), or an accuracy that is not finite.
     """
     if not table:
-        raise ValueError('table={}: expected accuracies of at least one corruption')
+        raise UserError('table={}: expected accuracies of at least one corruption')
     first = set(next(iter(table.values())))
     for name, row in table.items():
         if name not in CORRUPTIONS:
-            raise ValueError(f'table has name={name!r}: expected one of {", ".join(CORRUPTIONS)}')
+            raise UserError(f'table has name={name!r}: expected one of {", ".join(CORRUPTIONS)}')
         if not row or set(row) != first or not first <= set(SEVERITIES):
-            raise ValueError(
+            raise UserError(
                 f'table[{name!r}] has severities={list(row)}: expected the same for every corruption, '
                 f'some or all of {SEVERITIES}'
             )
         if not np.all(np.isfinite(list(row.values()))):
-            raise ValueError(f'table[{name!r}]={row}: expected finite accuracies')
+            raise UserError(f'table[{name!r}]={row}: expected finite accuracies')
     means = {name: float(np.mean(list(row.values()))) for name, row in table.items()}
     return {'corruptions': means, 'mean': float(np.mean(list(means.values())))}
 
@@ -135,7 +136,7 @@ def _generator(seed, number, severity, index):
 def _checked_indices(indices, count):
     checked = np.arange(count) if indices is None else np.asarray(indices)
     if checked.shape != (count,) or (count and (checked.dtype.kind not in 'iu' or checked.min() < 0)):
-        raise ValueError(
+        raise UserError(
             f'indices={indices!r}: expected {count} whole numbers >= 0, one for each picture, or None for 0 to N - 1'
         )
     return checked
@@ -143,14 +144,14 @@ def _checked_indices(indices, count):
 
 def _check(images, name, severity, seed):
     if name not in CORRUPTIONS:
-        raise ValueError(f'name={name!r}: expected one of {", ".join(CORRUPTIONS)}')
+        raise UserError(f'name={name!r}: expected one of {", ".join(CORRUPTIONS)}')
     if not hasattr(severity, '__index__') or severity not in SEVERITIES:
-        raise ValueError(f'severity={severity!r}: expected one of {SEVERITIES}; for 0 use the clean pictures')
+        raise UserError(f'severity={severity!r}: expected one of {SEVERITIES}; for 0 use the clean pictures')
     if not hasattr(seed, '__index__') or operator.index(seed) < 0:
-        raise ValueError(f'seed={seed!r}: expected a whole number >= 0')
+        raise UserError(f'seed={seed!r}: expected a whole number >= 0')
     if images.dtype != np.uint8:
-        raise ValueError(f'images.dtype={images.dtype}: expected uint8 pixels of 0 to 255')
+        raise UserError(f'images.dtype={images.dtype}: expected uint8 pixels of 0 to 255')
     if images.ndim != 4 or images.shape[3] not in (1, 3) or min(images.shape[1:3]) < _SMALLEST_SIDE:
-        raise ValueError(
+        raise UserError(
             f'images.shape={images.shape}: expected [N, H, W, C] with H and W at least {_SMALLEST_SIDE} and C 1 or 3'
         )
