@@ -43,9 +43,16 @@ def call(rule: Rule, *arguments: jax.Array) -> tuple[jax.Array, ...]:
 
 def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The arrays, all varying over the union of their mesh axes, so that `jax.shard_map` sums the gradients."""
-    axes = [getattr(jax.typeof(a), 'vma', frozenset()) for a in arrays]
+    axes = [_axes_varied_over(a) for a in arrays]
     union = frozenset().union(*axes)
     return tuple(_vary(a, tuple(sorted(union - own))) if union - own else a for a, own in zip(arrays, axes))
+
+
+def _axes_varied_over(x):
+    kind = jax.typeof(x)
+    if hasattr(kind, 'manual_axis_type'):  # from jax 0.10
+        return kind.manual_axis_type.varying
+    return kind.vma
 
 
 def _vary(x, axes):
