@@ -543,5 +543,3 @@ def test_numpy_integers_are_taken():
     assert layer.init_with_output(jax.random.key(0), x)[0].shape == (2, 4, 4, 4)
     layer = SpectralNormConv(np.int32(4), (3, 3), iterations=np.int64(1))
     assert layer.init_with_output(jax.random.key(0), x, use_running_average=True)[0].shape == (2, 4, 4, 4)
-    with pytest.raises(ValueError, match='groups'):
-        ONIConv(4, (3, 3), groups=2.0).init(jax.random.key(0), x)
