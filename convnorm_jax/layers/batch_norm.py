@@ -13,8 +13,9 @@ class BatchNorm(nn.Module):
     """Batch normalization over all axes but the last (Ioffe and Szegedy, arXiv 1502.03167).
 
     As `flax.linen.BatchNorm`, but the running variance is the unbiased one, as in
-    PyTorch: the published statistics carry over both ways. Statistics are float32
-    whatever the input's dtype. Under `jit` over a mesh they are those of the global batch.
+    PyTorch: the published statistics carry over both ways. The running statistics are float32 whatever
+    the input's dtype (float64 with `param_dtype=jnp.float64`), and an update never changes their dtype. Under
+    `jit` over a mesh they are those of the global batch.
 
     Attributes:
       use_running_average: normalize with the running statistics (here or in the call).
@@ -43,20 +44,20 @@ class BatchNorm(nn.Module):
         """
         use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
         channels, wide = x.shape[-1], jnp.promote_types(x.dtype, jnp.float32)
-        mean_state = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), jnp.float32)
-        var_state = self.variable('batch_stats', 'var', jnp.ones, (channels,), jnp.float32)
+        kept_as = jnp.promote_types(self.param_dtype, jnp.float32)
+        mean_state = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), kept_as)
+        var_state = self.variable('batch_stats', 'var', jnp.ones, (channels,), kept_as)
         scale, bias = jnp.ones(channels, wide), jnp.zeros(channels, wide)
         if self.use_affine:
-            scale = self.param('scale', nn.initializers.ones, (channels,), self.param_dtype)
-            bias = self.param('bias', nn.initializers.zeros, (channels,), self.param_dtype)
+            scale = self.param('scale', nn.initializers.ones, (channels,), self.param_dtype).astype(wide)
+            bias = self.param('bias', nn.initializers.zeros, (channels,), self.param_dtype).astype(wide)
         dtype = self.dtype or x.dtype
         if use_running_average:
             if channelwise is not None:
                 kernel, offset = channelwise
                 x = channelwise_convolution(x, kernel) + over_channels(offset.astype(x.dtype), x)
-            return _normalized(x.astype(wide), mean_state.value, var_state.value, scale, bias, self.epsilon).astype(
-                dtype
-            )
+            mean, var = (jnp.asarray(state.value, wide) for state in (mean_state, var_state))
+            return _normalized(x.astype(wide), mean, var, scale, bias, self.epsilon).astype(dtype)
         if channelwise is not None:
             y, mean, var = normalize_by_batch(x, *channelwise, scale, bias, self.epsilon, dtype)
         else:
@@ -69,9 +70,7 @@ class BatchNorm(nn.Module):
         unbiased = var * (count / max(count - 1, 1))
         keep = self.momentum
         for state, new in ((mean_state, mean), (var_state, unbiased)):
-            state.value = (keep * state.value + (1 - keep) * new).astype(
-                jnp.promote_types(state.value.dtype, new.dtype)
-            )
+            state.value = keep * state.value + (1 - keep) * new.astype(state.value.dtype)
 
 
 def _normalized(x, mean, var, scale, bias, epsilon):

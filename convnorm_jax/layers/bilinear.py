@@ -40,8 +40,8 @@ class Plan:
       kernel: A, [R, kh * kw].
       analysis: B, of rows, then of columns; or one of the flattened picture.
       synthesis: C, of columns, then of rows; or one.
-      frequency: [R], the place of each row's frequency on the flattened grid.
-      power: two rows for each place of the flattened grid, [Hf * Wf, 2]: the mean of their squares is |K|^2.
+      frequency: int32 [R], the place of each row's frequency on the flattened grid.
+      power: two rows for each place of the flattened grid, int32 [Hf * Wf, 2]: the mean of their squares is |K|^2.
     """
 
     kernel: np.ndarray
@@ -108,8 +108,8 @@ def _dense_plan(geometry):
         kernel=_kernel_matrix(geometry, frequencies)[rows],
         analysis=(analysis[rows],),
         synthesis=(synthesis[rows].T,),
-        frequency=np.repeat([u * width + v for u, v in frequencies], 3)[rows],
-        power=np.stack([first[number] + paired, first[number] + 2 * paired], axis=1),
+        frequency=np.repeat(np.array([u * width + v for u, v in frequencies], np.int32), 3)[rows],
+        power=np.stack([first[number] + paired, first[number] + 2 * paired], axis=1).astype(np.int32),
     )
 
 
@@ -134,8 +134,8 @@ def _separable_plan(geometry):
         kernel=_kernel_matrix(geometry, frequencies),
         analysis=(by_row, by_column),
         synthesis=(columns, rows),
-        frequency=np.repeat([u * width + v for u, v in frequencies], 3),
-        power=np.stack([3 * number + 1, 3 * number + 2], axis=1),
+        frequency=np.repeat(np.array([u * width + v for u, v in frequencies], np.int32), 3),
+        power=np.stack([3 * number + 1, 3 * number + 2], axis=1).astype(np.int32),
     )
 
 

@@ -40,20 +40,21 @@ def normalize_by_batch(
     Returns:
       y, [B, H, W, C]; mean and (biased) variance of u over all axes but the last, [C], float32 at least.
     """
+    bias, scale, shift = (a.astype(_wide(z)) for a in (bias, scale, shift))
     return derivatives.call(_rule(epsilon, jnp.dtype(dtype).name), z, kernel, bias, scale, shift)
 
 
 @functools.lru_cache(maxsize=64)
 def _rule(epsilon, dtype):
     def ordinary(z, kernel, bias, scale, shift):
-        u = channelwise.weighted_sum(z, kernel) + over_channels(bias.astype(_wide(z)), z)
+        u = channelwise.weighted_sum(z, kernel) + over_channels(bias, z)
         mean = u.mean(_axes(z))
         var = jnp.square(u - over_channels(mean, z)).mean(_axes(z))
         return _normalized(u, mean, var, scale, shift, epsilon).astype(dtype), mean, var
 
     def accelerated(z, kernel, bias, scale, shift):
         """Three passes that read z: mean, variance, y."""
-        offset = over_channels(bias.astype(_wide(z)), z)
+        offset = over_channels(bias, z)
         mean = (channelwise.weighted_sum(z, kernel) + offset).mean(_axes(z))
         var = jnp.square(_deviation_after(mean, z, kernel, offset, mean)).mean(_axes(z))
         deviation = _deviation_after(var, z, kernel, offset, mean)
@@ -108,7 +109,7 @@ def _sums(deviation, cotangent, inverse):
 def _gradients(wanted, epsilon, z, kernel, bias, scale, shift, mean, var, cotangent, by_mean, by_var):
     """On an accelerator: four passes, each of which reads arrays of the dtype of z."""
     wide, inverse = _wide(z), jax.lax.rsqrt(var + epsilon)
-    offset = over_channels(bias.astype(wide), z)
+    offset = over_channels(bias, z)
     cotangent = cotangent.astype(wide)
     deviation = _deviation_after(cotangent[0, 0, 0], z, kernel, offset, mean)
     by_scale, by_shift = _sums(deviation, cotangent, inverse)
@@ -121,7 +122,7 @@ def _gradients(wanted, epsilon, z, kernel, bias, scale, shift, mean, var, cotang
         found[0] = channelwise.transpose(of_u, kernel).astype(z.dtype)
     if 1 in wanted:
         found[1] = channelwise.tap_products(z, of_u, kernel.shape[:2]).astype(kernel.dtype)
-    found |= {2: by_mean.astype(bias.dtype), 3: by_scale.astype(scale.dtype), 4: by_shift.astype(shift.dtype)}
+    found |= {2: by_mean, 3: by_scale, 4: by_shift}
     return tuple(found[i] for i in wanted)
 
 
@@ -131,12 +132,12 @@ def _gradients_cpu(wanted, epsilon, z, kernel, bias, scale, shift, mean, var, co
     cotangent = cotangent.astype(wide)
     z, cotangent = jax.lax.optimization_barrier((z, cotangent))
     z = materialize(z, cotangent[:, :1, :1, :1])
-    u = channelwise.weighted_sum(z, kernel) + over_channels(bias.astype(wide), z)
+    u = channelwise.weighted_sum(z, kernel) + over_channels(bias, z)
     deviation = u - over_channels(mean, u)
     by_scale, by_shift = _sums(deviation, cotangent, inverse)
     of_u = _cotangent_of_u(deviation, cotangent, scale, inverse, by_scale, by_shift, by_mean, by_var)
     of_u = jax.lax.optimization_barrier(of_u.astype(z.dtype))
-    found = {2: by_mean.astype(bias.dtype), 3: by_scale.astype(scale.dtype), 4: by_shift.astype(shift.dtype)}
+    found = {2: by_mean, 3: by_scale, 4: by_shift}
     if 1 in wanted:
         found[1] = channelwise.tap_products(z, of_u, kernel.shape[:2]).astype(kernel.dtype)
     if 0 in wanted:

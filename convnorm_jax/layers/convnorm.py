@@ -182,7 +182,7 @@ class NormalizedConvolution(nn.Module):
         elif affine is not None:
             kernel_of_channels, bias = affine
             y = channelwise_convolution(y, kernel_of_channels) + over_channels(bias, y)
-        if folding.is_asked_for():
+        if folding.is_asked_for() and self.is_mutable_collection(folding.COLLECTION):
             self._fold(kernel, v, geometry, self.method or folding.method(geometry, x, kernel))
         return materialized_output(y, kernel[0, 0, 0, 0])
 

@@ -3,6 +3,8 @@
 `reference.full_convolution` is the one that reads like the mathematics; a GPU's and a TPU's compilers take that.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -82,7 +84,11 @@ def transposed_grid_size(image_size, kernel_size, strides):
 
 def pointwise(x, kernel, strides, precision=None):
     """A 1x1 convolution, [B, H, W, cin] -> [B, ceil(H / sh), ceil(W / sw), cout]; kernel: [1, 1, cin, cout]."""
+    return _pointwise(tuple(strides), precision)(x, kernel)
 
+
+@functools.lru_cache(maxsize=64)  # the same function for the same layer: JAX then compiles it once in eager mode, too
+def _pointwise(strides, precision):
     def product(x, kernel):
         return jnp.matmul(x[:, :: strides[0], :: strides[1]], kernel[0, 0], precision=precision)
 
@@ -92,4 +98,4 @@ def pointwise(x, kernel, strides, precision=None):
             x, kernel, strides, 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'), precision=precision
         )
 
-    return derivatives.by_platform_differentiable(product, convolution)(x, kernel)
+    return derivatives.by_platform_differentiable(product, convolution)

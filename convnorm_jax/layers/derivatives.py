@@ -35,6 +35,17 @@ class Rule:
     ordinary: Callable
     kept: tuple[int, ...] = ()
 
+    def tangents(self, primals, given, moved):
+        """Of the outputs, from those of the arguments in `moved`."""
+
+        def of_moved(*changed):
+            full = list(primals)
+            for i, value in zip(moved, changed):
+                full[i] = value
+            return tuple(self.ordinary(*full))
+
+        return jax.jvp(of_moved, [primals[i] for i in moved], list(given))[1]
+
 
 def call(rule: Rule, *arguments: jax.Array) -> tuple[jax.Array, ...]:
     """`rule.function(*arguments)`, differentiated by the rule."""
@@ -43,9 +54,16 @@ def call(rule: Rule, *arguments: jax.Array) -> tuple[jax.Array, ...]:
 
 def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The arrays, all varying over the union of their mesh axes, so that `jax.shard_map` sums the gradients."""
-    axes = [getattr(jax.typeof(a), 'vma', frozenset()) for a in arrays]
+    axes = [_axes_varied_over(a) for a in arrays]
     union = frozenset().union(*axes)
     return tuple(_vary(a, tuple(sorted(union - own))) if union - own else a for a, own in zip(arrays, axes))
+
+
+def _axes_varied_over(x):
+    kind = jax.typeof(x)
+    if hasattr(kind, 'manual_axis_type'):  # from jax 0.10
+        return kind.manual_axis_type.varying
+    return kind.vma
 
 
 def _vary(x, axes):
@@ -88,14 +106,7 @@ def _by_ordinary(*arguments, rule, moved, like):
     """Forward mode."""
     del like
     primals, _, given = _parts(arguments, rule, moved)
-
-    def of_moved(*changed):
-        full = list(primals)
-        for i, value in zip(moved, changed):
-            full[i] = value
-        return tuple(rule.ordinary(*full))
-
-    return list(jax.jvp(of_moved, [primals[i] for i in moved], list(given))[1])
+    return list(rule.tangents(primals, given, moved))
 
 
 def _abstract(*arguments, rule, moved, like):
@@ -120,45 +131,41 @@ def _transpose(cotangents, *arguments, rule, moved, like):
 
 @dataclasses.dataclass(frozen=True)
 class _Mapped:
-    """One of a rule's functions under `jax.vmap`."""
+    """A rule under `jax.vmap`; tangents, outputs and gradients are mapped over their first axis."""
 
-    rule: Rule
+    rule: 'Rule | _Mapped'
     axes: tuple[int | None, ...]  # of the arguments
     kept_axes: tuple[int | None, ...]
-    name: str
 
-    def __call__(self, *given):
-        if self.name != 'gradient':
-            return jax.vmap(getattr(self.rule, self.name), in_axes=self.axes)(*given)
-        primals, kept, cotangents, wanted = given
+    @property
+    def kept(self):
+        return self.rule.kept
 
-        def gradient(primals, kept, cotangents):
-            return tuple(self.rule.gradient(primals, kept, cotangents, wanted))
+    def tangents(self, primals, given, moved):
+        tangents = lambda primals, given: self.rule.tangents(primals, given, moved)
+        return jax.vmap(tangents, in_axes=(self.axes, 0))(tuple(primals), tuple(given))
 
-        return jax.vmap(gradient, in_axes=(self.axes, self.kept_axes, 0))(
-            tuple(primals), tuple(kept), tuple(cotangents)
-        )
+    def gradient(self, primals, kept, cotangents, wanted):
+        gradient = lambda *given: tuple(self.rule.gradient(*given, wanted))
+        mapped = jax.vmap(gradient, in_axes=(self.axes, self.kept_axes, 0))
+        return mapped(tuple(primals), tuple(kept), tuple(cotangents))
 
 
 def _batch(arguments, axes, *, rule, moved, like):
-    none = batching.not_mapped
-    size = next(a.shape[axis] for a, axis in zip(arguments, axes) if axis is not none)
-    front = [a if axis is none else jnp.moveaxis(a, axis, 0) for a, axis in zip(arguments, axes)]
-    axes = tuple(None if axis is none else 0 for axis in axes)
+    size = next(a.shape[axis] for a, axis in zip(arguments, axes) if axis is not None)
+    front = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(arguments, axes)]
+    axes = tuple(None if axis is None else 0 for axis in axes)
     count = len(arguments) - len(moved)
     # All tangents are mapped, so that the transpose of what repeats one sums over the examples.
     for i in range(count, len(front)):
         if axes[i] is None:
             front[i] = jnp.broadcast_to(front[i], (size, *front[i].shape))
     split = count - len(rule.kept)
-    mapped = Rule(*(_Mapped(rule, axes[:split], axes[split:count], n) for n in _FUNCTIONS), rule.kept)
-    parameters = {'rule': mapped, 'moved': moved}
-    shapes = jax.eval_shape(functools.partial(_by_ordinary, **parameters, like=()), *front)
-    like = tuple(jax.typeof(jnp.zeros((), s.dtype)).update(shape=s.shape, weak_type=False) for s in shapes)
+    parameters = {'rule': _Mapped(rule, axes[:split], axes[split:count]), 'moved': moved}
+    types = jax.make_jaxpr(functools.partial(_by_ordinary, **parameters, like=()))(*front).out_avals
+    like = tuple(kind.update(weak_type=False) for kind in types)
     return _tangent.bind(*front, **parameters, like=like), [0] * len(like)
 
-
-_FUNCTIONS = ('function', 'gradient', 'ordinary')
 
 _tangent.def_impl(_by_ordinary)
 _tangent.def_abstract_eval(_abstract)

@@ -120,10 +120,10 @@ class _Spatial:
     @staticmethod
     def gradients(x, kernel, v, cotangent, wanted, geometry, precision):
         full = functools.partial(reference.full_convolution, geometry=geometry, precision=precision)
-        like = jax.ShapeDtypeStruct((*x.shape[:1], *geometry.grid, kernel.shape[3]), x.dtype)
-        filtered = functools.partial(filters.filter_and_crop, v=v, kept=geometry.kept)
-        (of_full,) = jax.linear_transpose(filtered, like)(cotangent)
         rounded, found = kernel.astype(x.dtype), {}
+        filtered = functools.partial(filters.filter_and_crop, v=v, kept=geometry.kept)
+        # `eval_shape`: the mesh axes that it varies over are part of an array's type, too.
+        (of_full,) = jax.linear_transpose(filtered, jax.eval_shape(full, x, rounded))(cotangent)
         if 0 in wanted:
             (found[0],) = jax.linear_transpose(lambda x: full(x, rounded), x)(of_full)
         if 1 in wanted:

@@ -154,10 +154,10 @@ def unflatten(flat):
     return tree
 
 
-@pytest.fixture(scope='module', params=[f'{method} {name}' for method in METHODS for name in 'abcdefgh'])
+@pytest.fixture(scope='module', params=[f'{method} {name}' for method in (None, *METHODS) for name in 'abcdefgh'])
 def golden_layer(request, load_golden, nhwc):
     method, name = request.param.split()
-    return GoldenLayer(load_golden(f'layer_{name}'), nhwc, method)
+    return GoldenLayer(load_golden(f'layer_{name}'), nhwc, None if method == 'None' else method)
 
 
 def test_golden_training_outputs(golden_layer, nhwc):
@@ -673,5 +673,5 @@ def test_the_method_is_chosen_by_size():
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(ValueError, match=r"method='fft': expected one of \('frequency', 'spatial'\)"):
+    with pytest.raises(ValueError, match=r"method='fft': expected one of \('frequency', 'spatial', 'reference'\)"):
         ConvNorm(2, method='fft').init(jax.random.key(0), random(0, 1, 4, 4, 1), use_running_average=True)

@@ -97,5 +97,5 @@ def test_errors():
     variables = jax.jit(model.init)(jax.random.key(0), x)
     with pytest.raises(ValueError, match='running spectrum is of 8x8'):
         fold_for_inference(model, variables, np.ones((1, 10, 10, 2), np.float32))
-    with pytest.raises(ValueError, match='folded for pictures of another size than 10x10'):
+    with pytest.raises(ValueError, match='ConvNorm_0: folded for images of 8x8, got 10x10'):
         model.apply(fold_for_inference(model, variables, x), np.ones((1, 10, 10, 2), np.float32))

@@ -6,14 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.signal
 
 from convnorm_jax.layers import convolution, filters, spectral
-from convnorm_jax.layers.channelwise import channelwise_convolution
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
-
-DENSE, SEPARABLE = 10**9, 0  # values of DENSE_GRID_POINTS that force either path
 
 
 def random(seed, *shape):
@@ -23,13 +19,6 @@ def random(seed, *shape):
 def numpy_power(kernel, grid):
     """Power spectrum in float64, [Hf, Wf, cout]."""
     return np.square(np.abs(np.fft.fft2(np.asarray(kernel, np.float64), grid, axes=(0, 1)))).sum(axis=2)
-
-
-def numpy_filter(y, v, kept):
-    """irfft2(V * rfft2(y)) in float64, cropped."""
-    y, v = np.asarray(y, np.float64), np.asarray(v, np.float64)
-    out = np.fft.irfft2(np.fft.rfft2(y, axes=(1, 2)) * v[:, : v.shape[1] // 2 + 1], y.shape[1:3], axes=(1, 2))
-    return out[:, kept[0]][:, :, kept[1]]
 
 
 def low_pass_kernel(channels):
@@ -161,77 +150,6 @@ def test_spectral_null_is_floored():
     np.testing.assert_allclose(v.max(), (2 * spectral.RELATIVE_FLOOR) ** -0.5, rtol=1e-5)
 
 
-PADDINGS = {
-    (3, 3): [((1, 1), (1, 1)), ((0, 2), (1, 0))],
-    (5, 5): [((2, 2), (2, 2)), ((4, 0), (0, 3))],
-    (2, 3): [((0, 1), (2, 1))],
-}
-
-
-@pytest.mark.parametrize('path', [DENSE, SEPARABLE], ids=['dense', 'separable'])
-@pytest.mark.parametrize('strides', [(1, 1), (2, 2), (3, 1)])
-@pytest.mark.parametrize(
-    'size,kernel_size,padding',
-    [((6, 6), (3, 3), 0), ((5, 8), (3, 3), 1), ((7, 6), (5, 5), 0), ((4, 5), (5, 5), 1), ((5, 4), (2, 3), 0)],
-)
-def test_filter_and_crop(monkeypatch, path, strides, size, kernel_size, padding):
-    monkeypatch.setattr(spectral, 'DENSE_GRID_POINTS', path)
-    grid = spectral.grid_size(size, kernel_size)
-    v = spectral.preconditioner(jnp.asarray(random(8, *kernel_size, 2, 3)), grid)
-    y = random(9, 2, *grid, 3)
-    kept = spectral.crop_indices(grid, kernel_size, PADDINGS[kernel_size][padding], strides)
-    out = jax.jit(lambda y, v: filters.filter_and_crop(y, v, kept))(y, v)
-    expected = numpy_filter(y, v, kept)
-    assert out.shape == expected.shape and out.dtype == jnp.float32
-    # Two transforms in float32: about 10 eps = 1e-6 of the largest value before the crop, which V sets.
-    scale = np.abs(numpy_filter(y, v, (range(grid[0]), range(grid[1])))).max()
-    np.testing.assert_allclose(out, expected, rtol=0, atol=3e-6 * scale)
-
-
-@pytest.mark.parametrize('size', [(6, 6), (18, 18), (5, 33)])
-def test_filter_and_crop_default_path(size):
-    grid = spectral.grid_size(size, (3, 3))
-    v = spectral.preconditioner(jnp.asarray(random(10, 3, 3, 4, 2)), grid)
-    y = random(11, 2, *grid, 2)
-    kept = spectral.crop_indices(grid, (3, 3), ((1, 1), (1, 1)), (1, 1))
-    expected = numpy_filter(y, v, kept)
-    np.testing.assert_allclose(
-        filters.filter_and_crop(y, v, kept), expected, rtol=0, atol=3e-6 * np.abs(expected).max()
-    )
-
-
-@pytest.mark.parametrize('path', [DENSE, SEPARABLE], ids=['dense', 'separable'])
-def test_gradient_of_filter_and_crop(monkeypatch, path):
-    monkeypatch.setattr(spectral, 'DENSE_GRID_POINTS', path)
-    grid = (7, 6)
-    v = spectral.preconditioner(jnp.asarray(random(12, 3, 3, 2, 2)), grid)
-    kept = spectral.crop_indices(grid, (3, 3), ((1, 0), (1, 1)), (2, 1))
-    y, cotangent = random(13, 1, *grid, 2), random(14, 1, len(kept[0]), len(kept[1]), 2)
-    gradient = jax.grad(lambda y: (filters.filter_and_crop(y, v, kept) * cotangent).sum())(jnp.asarray(y))
-    # The filter is symmetric (V is even): its transpose is itself, on the cotangent at the kept places.
-    scattered = np.zeros_like(y)
-    scattered[np.ix_([0], kept[0], kept[1], [0, 1])] = cotangent
-    expected = numpy_filter(scattered, v, (range(7), range(6)))
-    np.testing.assert_allclose(gradient, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
-
-
-@pytest.mark.parametrize('path', [DENSE, SEPARABLE], ids=['dense', 'separable'])
-def test_filter_and_crop_in_bfloat16(monkeypatch, path):
-    # Bound: 2 % of the output's root mean square, for filters without a spectral null. bfloat16
-    # rounds to 2^-9 = 0.2 %; input, two matrices and the spectra between them are rounded, and
-    # V weighs the rounding of the spectrum by up to max(V) / rms(V) (about 2 here).
-    monkeypatch.setattr(spectral, 'DENSE_GRID_POINTS', path)
-    grid = (10, 9)
-    v = spectral.preconditioner(jnp.asarray(random(15, 3, 3, 16, 8)), grid)
-    y = jnp.asarray(random(16, 4, *grid, 8), jnp.bfloat16)
-    kept = spectral.crop_indices(grid, (3, 3), ((1, 1), (1, 1)), (1, 1))
-    out = filters.filter_and_crop(y, v, kept)
-    expected = numpy_filter(y, v, kept)
-    assert out.dtype == jnp.bfloat16
-    error = np.sqrt(np.square(np.asarray(out, np.float64) - expected).mean() / np.square(expected).mean())
-    assert 1e-5 < error < 0.02
-
-
 @pytest.mark.parametrize('kernel_size', [(3, 3), (2, 5)])
 @pytest.mark.parametrize('strides', [(1, 1), (2, 3)])
 @pytest.mark.parametrize('padding', [((0, 0), (0, 0)), ((1, 0), (0, 1)), ((1, 1), (1, 1))])
@@ -244,76 +162,3 @@ def test_full_convolution_cropped_is_the_convolution(kernel_size, strides, paddi
     expected = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     # The same sums of at most 30 products of order one, in another order.
     np.testing.assert_allclose(full[:, rows][:, :, columns], expected, rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize('kernel_size', [(1, 1), (3, 3), (5, 5), (2, 2), (1, 3), (4, 1)])
-def test_channelwise_convolution(kernel_size):
-    x, kernel = random(19, 2, 6, 5, 3), random(20, *kernel_size, 3)
-    out = channelwise_convolution(jnp.asarray(x), jnp.asarray(kernel))
-    (kh, kw), expected = kernel_size, np.empty(x.shape)
-    padded = np.pad(x.astype(np.float64), ((0, 0), ((kh - 1) // 2, kh // 2), ((kw - 1) // 2, kw // 2), (0, 0)))
-    for b in range(2):
-        for c in range(3):
-            expected[b, :, :, c] = scipy.signal.correlate2d(padded[b, :, :, c], kernel[:, :, c], mode='valid')
-    # Sums of at most 25 float32 products of order one.
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
-
-
-def test_channelwise_convolution_in_bfloat16():
-    x, kernel = jnp.asarray(random(21, 2, 8, 8, 4), jnp.bfloat16), jnp.asarray(random(22, 3, 3, 4), jnp.bfloat16)
-    out = channelwise_convolution(x, kernel)
-    exact = np.asarray(channelwise_convolution(x.astype(jnp.float32), kernel.astype(jnp.float32)))
-    assert out.dtype == jnp.bfloat16
-    # Nine products and their partial sums, each rounded by at most 2^-9: 2 % of the largest is safe.
-    assert np.abs(np.asarray(out, np.float32) - exact).max() < 0.02 * np.abs(exact).max()
-
-
-def lax_channelwise(x, kernel):
-    """XLA's own depthwise convolution, which JAX differentiates."""
-    pads = [((k - 1) // 2, k // 2) for k in kernel.shape[:2]]
-    dims = ('NHWC', 'HWIO', 'NHWC')
-    return jax.lax.conv_general_dilated(
-        x, kernel[:, :, None], (1, 1), pads, dimension_numbers=dims, feature_group_count=x.shape[-1]
-    )
-
-
-@pytest.mark.parametrize('kernel_size', [(1, 1), (3, 3), (2, 4), (5, 2)], ids=str)
-def test_gradients_of_the_channelwise_convolution(kernel_size):
-    x, kernel = jnp.asarray(random(25, 2, 6, 5, 3)), jnp.asarray(random(26, *kernel_size, 3))
-
-    def first(convolution):
-        return jax.jit(jax.grad(lambda x, kernel: (convolution(x, kernel) ** 3).sum(), (0, 1)))
-
-    def second(convolution):
-        def penalty(x, kernel):
-            by_x, by_kernel = first(convolution)(x, kernel)
-            return (by_x**2).sum() + (by_kernel**2).sum()
-
-        return jax.jit(jax.grad(penalty, (0, 1)))
-
-    for order in (first, second):
-        expected = order(lax_channelwise)(x, kernel)
-        found = order(channelwise_convolution)(x, kernel)
-        for a, b in zip(found, expected):
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
-
-
-def test_channelwise_convolution_under_vmap():
-    x, kernel = jnp.asarray(random(27, 4, 2, 6, 5, 3)), jnp.asarray(random(28, 3, 3, 3))
-    grad = jax.grad(lambda x, kernel: (channelwise_convolution(x, kernel) ** 2).sum(), (0, 1))
-    for i, parts in enumerate(zip(*jax.vmap(grad, (0, None))(x, kernel))):
-        for a, b in zip(parts, grad(x[i], kernel)):
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
-
-
-@pytest.mark.parametrize('grid', [(6, 7), (12, 13)], ids=['dense', 'separable'])
-def test_jit_equals_eager(grid):
-    kernel, y = jnp.asarray(random(23, 3, 3, 2, 3)), jnp.asarray(random(24, 2, *grid, 3))
-    kept = spectral.crop_indices(grid, (3, 3), ((1, 1), (1, 1)), (2, 2))
-
-    def run(kernel, y):
-        return filters.filter_and_crop(y, spectral.preconditioner(kernel, grid), kept)
-
-    eager, jitted = run(kernel, y), jax.jit(run)(kernel, y)
-    # Fusion may change the order of float32 sums, nothing else.
-    np.testing.assert_allclose(jitted, eager, rtol=0, atol=3e-6 * np.abs(eager).max())
