@@ -80,8 +80,6 @@ def compile_case(case, text_file=None):
       without; 'main_memory_bytes' are our count of what does not stay on the chip.
     """
     mesh = mesh_lib.create_mesh(devices(case.target, case.chips))
-    # To be removed once the platform is asked for while lowering: `layers.once` and `attacks.parts` ask here.
-    jax.default_backend = lambda: 'gpu' if case.target == 'h100' else 'tpu'
     function, donated, arguments = _gan(case, mesh) if case.what in GAN_PROGRAMS else _classifier(case, mesh)
     start = time.perf_counter()
     # (Without `mesh.compiler_options()`: those are the CPU's.)

@@ -75,9 +75,8 @@ def _rows_of_three(a, b, c):
 @functools.lru_cache(maxsize=256)
 def plan(geometry):
     """The `Plan` of a `Geometry`."""
-    made = _dense_plan(geometry) if _is_dense(geometry) else _separable_plan(geometry)
-    # int32: an index must not depend on whether 64-bit types are enabled.
-    return dataclasses.replace(made, frequency=made.frequency.astype(np.int32), power=made.power.astype(np.int32))
+    # Its indices are int32: they must not depend on whether 64-bit types are enabled.
+    return _dense_plan(geometry) if _is_dense(geometry) else _separable_plan(geometry)
 
 
 def _is_dense(geometry):
