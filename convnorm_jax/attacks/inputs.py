@@ -126,12 +126,14 @@ def check_ball(epsilon: float | jax.Array | None, norm: str) -> None:
     """Raises UserError for an unknown norm or an impossible radius (a traced one is not looked at)."""
     if norm not in NORMS:
         raise UserError(f'norm={norm!r}: expected one of {", ".join(NORMS)}')
-    _check_length(epsilon, 'epsilon', norm, '8/255, not 8', lambda values: values >= 0, '0 or more')
+    words = '0 to 1, in units of [0, 1] (8/255, not 8)' if norm == 'linf' else '0 or more'
+    _check_length(epsilon, 'epsilon', norm, words, lambda values: values >= 0)
 
 
 def check_step_size(step_size: float | jax.Array, norm: str) -> None:
     """Raises UserError for an impossible length of a step (a traced one is not looked at)."""
-    _check_length(step_size, 'step_size', norm, '2/255, not 2', lambda values: values > 0, 'above 0')
+    words = 'above 0, up to 1, in units of [0, 1] (2/255, not 2)' if norm == 'linf' else 'above 0'
+    _check_length(step_size, 'step_size', norm, words, lambda values: values > 0)
 
 
 def check_count(value: int, name: str) -> None:
@@ -251,7 +253,7 @@ def _classes_in_range(classes, count, name, known):
     return None
 
 
-def _check_length(value, name, norm, example, allowed, words):
+def _check_length(value, name, norm, words, allowed):
     if value is None or isinstance(value, jax.core.Tracer):
         return
     try:
@@ -260,5 +262,4 @@ def _check_length(value, name, norm, example, allowed, words):
         raise UserError(f'{name}={value!r}: expected a number') from error
     wrong = values[~(allowed(values) & (values <= (1 if norm == 'linf' else np.inf)))]
     if wrong.size:
-        words = f'{words}, at most 1, in units of [0, 1] ({example})' if norm == 'linf' else words
-        raise UserError(f'{name}={wrong[0]:.9g}: expected {words}')
+        raise UserError(f'{name}={wrong[0] if np.ndim(value) else value}: expected {words}')

@@ -11,6 +11,7 @@ Lengths are computed in float32 or wider, whatever the dtype of the images: squa
 numbers are zero, sums of large ones infinite.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -163,12 +164,12 @@ def project(perturbed: jax.Array, images: jax.Array, epsilon: float | jax.Array,
 
 def wide_dtype(x: jax.Array):
     """The dtype that lengths of `x` are computed in: float32, or its own where that is wider."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
 
 
 def wide(x: jax.Array) -> jax.Array:
     """`x` in `wide_dtype`."""
-    return x.astype(wide_dtype(x))
+    return jnp.asarray(x).astype(wide_dtype(x))
 
 
 def l2_norm(x: jax.Array) -> jax.Array:
@@ -196,13 +197,16 @@ def steepest(gradient: jax.Array, norm: str) -> jax.Array:
 
     NaN says nothing about the way and counts as 0.
     """
-    gradient = finite(gradient)
-    return jnp.sign(gradient) if norm == 'linf' else unit(gradient, norm)
+    if norm == 'linf':
+        return jnp.where(jnp.isnan(gradient), 0, jnp.sign(gradient))
+    return unit(finite(gradient), norm).astype(gradient.dtype)
 
 
 def finite(x: jax.Array) -> jax.Array:
-    """0 in the place of NaN, the largest numbers of the dtype in that of infinities."""
-    return jnp.nan_to_num(x, nan=0)
+    """In float32 or wider: 0 in the place of NaN, very large numbers in that of infinities."""
+    x = wide(x)
+    largest = float(jnp.finfo(x.dtype).max) / 4  # its reciprocal does not underflow
+    return jnp.where(jnp.isnan(x), 0, jnp.clip(x, -largest, largest))
 
 
 def expand(per_example: jax.Array, ndim: int = 4) -> jax.Array:
@@ -231,7 +235,7 @@ def uniform_start(rng: jax.Array, images: jax.Array, epsilon: float | jax.Array,
     if norm == 'linf':
         draw = lambda key: jax.random.uniform(key, shape, dtype, -1, 1)
     else:
-        draw = lambda key: jax.random.ball(key, images[0].size, dtype=dtype).reshape(shape)
+        draw = lambda key: jax.random.ball(key, math.prod(shape), dtype=dtype).reshape(shape)
     noise = jax.vmap(draw)(example_keys(rng, images.shape[0]))
     return noise.astype(images.dtype) * per_image(epsilon, images, 'epsilon')
 

@@ -119,7 +119,9 @@ def _checked_file(path, identity):
     try:
         _, found = _parsed(content)
     except _DAMAGED as error:
-        raise UserError(f'{path}: damaged, or not a state of an evaluation; delete it to start again') from error
+        raise UserError(
+            f'{path}: not a readable state of an evaluation (damaged?); delete it to start again'
+        ) from error
     given = _plain(identity)
     changed = [name for name in given if found.get(name) != given[name]]
     if not changed:

@@ -105,6 +105,7 @@ def simba(
     state = simba_start(
         logits_fn, images, labels, steps=steps, basis=basis, frequencies=frequencies, stride=stride, rng=rng
     )
+    images = parts.clip_pixels(jnp.asarray(images))  # looked at by now: this is rounding
     most = 2 * state.order.shape[1]
     most = most if queries is None else min(most, queries)
     options = {'step_size': step_size, 'queries': queries, 'basis': basis, 'epsilon': epsilon}

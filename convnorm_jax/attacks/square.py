@@ -74,6 +74,7 @@ def square(
     inputs.check_count(queries, 'queries')
     options = {'epsilon': epsilon, 'norm': norm, 'rng': rng}
     start = square_start(logits_fn, images, labels, **options)
+    images = parts.clip_pixels(jnp.asarray(images))  # looked at by now: this is rounding
 
     def advance(state, first_query, count):
         return square_advance(
@@ -243,7 +244,7 @@ def _propose_linf(images, best, numbers, stage, epsilon):
 
     def one(image, best, numbers, epsilon):
         rows, columns, _, signs = _moves(numbers, side, shape)
-        moved = parts.clip_pixels(image + epsilon * signs.astype(image.dtype))
+        moved = parts.clip_pixels(image + epsilon * signs.astype(image.dtype)[None, None])
         return jnp.where(_window(rows[0], columns[0], side, shape), moved, best)
 
     return jax.vmap(one)(images, best, numbers, epsilon)
@@ -265,7 +266,7 @@ def _propose_l2(images, best, numbers, stage, epsilon):
         target = _window(rows[0], columns[0], side, shape)
         source = _window(rows[1], columns[1], side, shape)
         placed = _placed(jnp.where(coin, pattern.T, pattern), rows[0], columns[0], target)
-        delta = _moved_mass(best - image, target, source, placed * signs.astype(image.dtype), epsilon)
+        delta = _moved_mass(best - image, target, source, placed * signs.astype(image.dtype)[None, None], epsilon)
         return parts.clip_pixels(image + delta * (epsilon / jnp.maximum(_length(delta, None), _SMALLEST_NORM)))
 
     return jax.vmap(one)(images, best, numbers, epsilon).astype(dtype)
