@@ -212,7 +212,7 @@ def test_only_short_attacks_are_unrolled_and_only_for_a_cpu():
     assert parts.unrolls(50) and not parts.unrolls(51)
     images, labels = batch(4)
     convolve = lambda x: jax.lax.conv_general_dilated(
-        x, jnp.ones((3, 3, 3, 5)), (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        x, jnp.ones((3, 3, images.shape[3], 5)), (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
     attack = jax.jit(
         lambda x: attacks.pgd(
