@@ -18,7 +18,7 @@ import numpy as np
 
 from convnorm_jax.attacks import checks, inputs, parts
 from convnorm_jax.attacks.members import Member, check_names, make_member
-from convnorm_jax.attacks.saved import Progress, check_state_path, load_progress, save_progress
+from convnorm_jax.attacks.saved import Progress, check_place_of_state, load_progress, save_progress
 from convnorm_jax.errors import UserError
 
 STANDARD = ('apgd-ce', 'apgd-t', 'fab-t', 'square')
@@ -116,7 +116,7 @@ def run_ensemble(
     members = [make_member(name, norm, classes, platform=platform, **sizes) for name in attacks]
     keys = inputs.typed_key(rng)
     if state_path:
-        check_state_path(state_path)
+        check_place_of_state(state_path)
     run = _Run(logits_fn, images, labels, float(epsilon), norm, keys, batch_size, sharding, log, progress)
     clean = parts.correct(run.clean, labels)
     identity = run.identity(attacks, sizes, members) if state_path else None

@@ -69,7 +69,7 @@ def save_progress(path, identity, progress):
     write_atomically(path, lambda file: np.savez(file, **content))
 
 
-def check_state_path(path):
+def check_place_of_state(path):
     """Raises UserError, in all processes, unless the first one can write a file there."""
     from_leader(lambda: check_place(path, 'state_path') or b'')
 

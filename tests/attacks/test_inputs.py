@@ -214,7 +214,7 @@ def test_dlr_of_two_classes_is_refused_before_the_net_runs(batch, attack):
         jax.debug.callback(lambda: ran.append(1))
         return logits_fn(images)[:, :2]
 
-    with pytest.raises(UserError, match='at least 3|at least three'):
+    with pytest.raises(UserError, match=r'at least 3|at least three'):
         attack(two, batch[0], np.zeros(BATCH, int))
     jax.effects_barrier()
     assert not ran
