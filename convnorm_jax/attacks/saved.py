@@ -137,14 +137,14 @@ def _checked_file(path, identity):
 def _parsed(content):
     """(Progress, plain identity) of the bytes of a file."""
     if not zipfile.is_zipfile(io.BytesIO(content)):
-        raise ValueError('not an npz file')
+        raise zipfile.BadZipFile('not an npz file')
     with np.load(io.BytesIO(content)) as file:
         arrays = {name: file[name] for name in file.files}
     words = json.loads(str(arrays['words']))
     kept = [arrays[f'kept_{i}'] for i in range(len(arrays) - 3)] if words['kept'] else None
     images, robust = arrays['images'], arrays['robust']
     if robust.dtype != bool or robust.shape != images.shape[:1]:
-        raise ValueError('images and robust do not belong together')
+        raise zipfile.BadZipFile('images and robust do not belong together')
     return Progress(images, robust, kept=kept, **words['progress']), dict(words['identity'])
 
 

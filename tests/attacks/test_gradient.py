@@ -222,9 +222,10 @@ def test_only_short_attacks_are_unrolled_and_only_for_a_cpu():
     loops = {}
     for platform in ('cpu', 'cuda', 'tpu'):
         exported = jax.export.export(attack, platforms=[platform])(jax.ShapeDtypeStruct(images.shape, jnp.float32))
-        assert 'case' not in exported.mlir_module()
         loops[platform] = exported.mlir_module().count('stablehlo.while')
     assert loops == {'cpu': 0, 'cuda': 1, 'tpu': 1}
+    # The compiler sees no choice: a convolution within a conditional may be slow, too.
+    assert ' conditional(' not in attack.lower(images).compile().as_text()
     both = jax.export.export(attack, platforms=['cpu', 'tpu'])(jax.ShapeDtypeStruct(images.shape, jnp.float32))
     found = jax.export.deserialize(both.serialize()).call(images)
     np.testing.assert_allclose(found, attack(images), atol=1e-6)
