@@ -227,7 +227,7 @@ def test_only_short_attacks_are_unrolled_and_only_for_a_cpu():
     # The compiler sees no choice: a convolution within a conditional may be slow, too.
     assert ' conditional(' not in attack.lower(images).compile().as_text()
     both = jax.export.export(attack, platforms=['cpu', 'tpu'])(jax.ShapeDtypeStruct(images.shape, jnp.float32))
-    found = jax.export.deserialize(both.serialize()).call(images)
+    found = both.call(images)
     np.testing.assert_allclose(found, attack(images), atol=1e-6)
 
 
