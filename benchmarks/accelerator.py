@@ -101,10 +101,9 @@ def _cases(options):
     """What to compile, programs to be compared next to each other."""
     of_gans = [net for net in options.nets if net in GANS] or ['sngan']
     classifiers = [net for net in options.nets if net not in GANS] or ['resnet18']
+    rest = options.batch_size, options.size, options.width or None, options.method
     return [
-        aot.Case(
-            target, chips, net, layer, what, options.batch_size, dtype, options.size, options.width or None, options.method
-        )
+        aot.Case(target, chips, net, layer, what, dtype, *rest)
         for target in options.targets
         for chips in (options.chips if target == 'v5e' else [1])
         for what in options.what
@@ -147,8 +146,7 @@ def _reason(done):
 
 
 def _file_name(case):
-    parts = [case.target, case.chips, case.net, case.layer, case.method, case.what, case.batch_size, case.dtype, case.size]
-    return '_'.join(str(part) for part in parts if part) + '.hlo'
+    return '_'.join(str(part) for part in case if part) + '.hlo'
 
 
 def _say(row, top):

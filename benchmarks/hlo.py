@@ -9,10 +9,8 @@ import numpy as np
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'collective-permute', 'all-to-all')
 
 # Instructions that move nothing: names for what is there, or control flow, whose bodies are counted instead.
-_FREE = frozenset(
-    'parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id iota opt-barrier'.split()
-)
-_CONTROL = frozenset(('while', 'conditional', 'call'))
+_FREE = ('parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'iota')
+_FREE += ('after-all', 'partition-id', 'replica-id', 'opt-barrier')
 _PARTIAL_READS = ('copy-start', 'slice-start', 'dynamic-slice-start')
 _BITS = {'pred': 8, 'bf16': 16, 's4': 4, 'u4': 4}
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
@@ -27,7 +25,7 @@ Moved = collections.namedtuple('Moved', 'bytes times operation name type')
 
 
 def size(text, on_chip=True):
-    """Bytes of the arrays in a type; without `on_chip` of those in a TPU's main memory only (no `S(1)` in the layout)."""
+    """Bytes of the arrays in a type; without `on_chip` those in a TPU's on-chip memory (`S(1)`) are left out."""
     total = 0
     for name, shape, layout in _ARRAY.findall(text):
         bits = _BITS.get(name) or int((re.match(r'[a-z]+(\d+)', name) or [0, 0])[1])

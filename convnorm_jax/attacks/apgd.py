@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from convnorm_jax.attacks import parts
-from convnorm_jax.attacks.parts import LogitsFn
+from convnorm_jax.attacks import inputs, parts
+from convnorm_jax.attacks.inputs import LogitsFn
 from convnorm_jax.errors import UserError
 
 _FIRST_STEP = 2.0  # in units of epsilon
@@ -36,7 +36,7 @@ class ApgdState:
       best_at_check: [B], `best_loss` at the last check of the step size.
       increases: int32 [B], iterations since the last check in which the loss rose.
       reduced: bool [B], whether the last check halved the step; true before the first.
-      step_size: [B], in units of the pixels.
+      step_size: [B], in units of the pixels, float32 or wider.
       fooled: bool [B], whether `perturbed` is predicted wrong; such an example no longer moves.
     """
 
@@ -83,7 +83,7 @@ def apgd(
       images: float [B, H, W, C] in [0, 1].
       labels: int [B], the true classes.
       epsilon: radius of the ball, in pixel units of [0, 1] (l2: Euclidean length over all pixels
-        and channels); a number or a traced scalar.
+        and channels); a number, or one an image, [B]; may be traced.
       norm: 'linf' or 'l2' (static).
       steps: number of iterations, at least 1 (static).
       rng: a PRNG key for the start, or one key an image.
@@ -97,14 +97,14 @@ def apgd(
       wrong, or, if none is, its point of highest loss.
 
     Raises:
-      ValueError: an argument of the wrong shape, dtype, range or name.
+      UserError: an argument of the wrong shape, dtype, range or name.
     """
-    images, labels = parts.checked_batch(images, labels)
-    parts.check_count(steps, 'steps')
+    inputs.check_count(steps, 'steps')
+    images, labels = _checked_problem(logits_fn, images, labels, targets, epsilon, norm, loss)
     goal = {'epsilon': epsilon, 'norm': norm, 'loss': loss, 'targets': targets}
-    state = apgd_start(logits_fn, images, labels, rng=rng, **goal)
+    state = _start(logits_fn, images, labels, rng=rng, **goal)
     state = apgd_advance(logits_fn, images, labels, state, steps=steps, count=steps, **goal)
-    clean = jnp.argmax(logits_fn(images), axis=-1) == labels
+    clean = parts.correct(logits_fn(images), labels)
     return jax.lax.stop_gradient(parts.choose(clean, state.adversarial, images))
 
 
@@ -120,9 +120,13 @@ def apgd_start(
     targets: jax.Array | None = None,
 ) -> ApgdState:
     """The state before the first iteration; one pass forward and back. Arguments: see `apgd`."""
-    images, labels = parts.checked_batch(images, labels)
-    loss_fn = _checked_goal(labels, targets, epsilon, norm, loss)
-    epsilon = jnp.asarray(epsilon, images.dtype)
+    images, labels = _checked_problem(logits_fn, images, labels, targets, epsilon, norm, loss)
+    return _start(logits_fn, images, labels, epsilon=epsilon, norm=norm, rng=rng, loss=loss, targets=targets)
+
+
+def _start(logits_fn, images, labels, *, epsilon, norm, rng, loss, targets):
+    loss_fn = _goal(labels, targets, loss)
+    epsilon = inputs.per_image(epsilon, images, 'epsilon')
     start = parts.clip_pixels(images + epsilon * _surface(rng, images, norm))
     value, logits, gradient = parts.value_and_gradient(logits_fn, start, loss_fn)
     return ApgdState(
@@ -137,8 +141,8 @@ def apgd_start(
         best_at_check=value,
         increases=jnp.zeros(labels.shape, jnp.int32),
         reduced=jnp.ones(labels.shape, bool),
-        step_size=jnp.broadcast_to(_FIRST_STEP * epsilon, labels.shape),
-        fooled=jnp.argmax(logits, axis=-1) != labels,
+        step_size=jnp.broadcast_to(parts.wide(_FIRST_STEP * epsilon).ravel(), labels.shape),
+        fooled=~parts.correct(logits, labels),
     )
 
 
@@ -168,15 +172,17 @@ def apgd_advance(
       Others: see `apgd`.
 
     Raises:
-      ValueError: as `apgd`, or a state of another batch.
+      UserError: as `apgd`, or a state of another batch.
     """
-    images, labels = parts.checked_batch(images, labels)
-    loss_fn = _checked_goal(labels, targets, epsilon, norm, loss)
-    parts.check_count(steps, 'steps')
-    parts.check_count(count, 'count')
+    images, labels = inputs.checked_batch(images, labels)
+    inputs.check_loss(loss)
+    inputs.check_ball(epsilon, norm)
+    inputs.check_count(steps, 'steps')
+    inputs.check_count(count, 'count')
+    loss_fn = _goal(labels, targets, loss)
     if state.perturbed.shape != images.shape:
         raise UserError(f'state.perturbed.shape={state.perturbed.shape}: expected {images.shape}, as images')
-    epsilon = jnp.asarray(epsilon, images.dtype)
+    epsilon = inputs.per_image(epsilon, images, 'epsilon')
     windows = jnp.asarray(_windows(steps))
 
     def body(_, state):
@@ -190,25 +196,30 @@ def apgd_advance(
     return parts.repeat(count, body, state)
 
 
-def _checked_goal(labels, targets, epsilon, norm, loss):
-    """logits -> loss [B], after a look at what was given."""
-    parts.check_loss(loss)
-    parts.check_ball(epsilon, norm)
+def _checked_problem(logits_fn, images, labels, targets, epsilon, norm, loss):
+    inputs.check_loss(loss)
+    inputs.check_ball(epsilon, norm)
+    fewest = inputs.fewest_classes(loss, targeted=targets is not None)
+    return inputs.checked_problem(logits_fn, images, labels, targets, classes=fewest)
+
+
+def _goal(labels, targets, loss):
+    """logits -> loss [B]."""
     if targets is None:
         return lambda logits: parts.attack_loss(logits, labels, loss)
     targets = jnp.asarray(targets)
-    parts.check_classes(targets, labels.shape[0], 'targets')
+    inputs.check_classes(targets, labels.shape[0], 'targets')
     return lambda logits: parts.targeted_loss(logits, labels, targets, loss)
 
 
 def _surface(rng, images, norm):
     """Noise of norm 1: uniform in a cube or normal, divided by its norm."""
-    keys, shape, dtype = parts.example_keys(rng, images.shape[0]), images.shape[1:], images.dtype
+    keys, shape, dtype = parts.example_keys(rng, images.shape[0]), images.shape[1:], parts.wide_dtype(images)
     if norm == 'linf':
         noise = jax.vmap(lambda key: jax.random.uniform(key, shape, dtype, -1, 1))(keys)
     else:
         noise = jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
-    return noise / parts.expand(jnp.maximum(parts.norm_of(noise, norm), jnp.finfo(dtype).tiny))
+    return parts.unit(noise, norm).astype(images.dtype)
 
 
 def _windows(steps):
@@ -225,7 +236,7 @@ def _windows(steps):
 
 def _moved(state, images, epsilon, norm):
     """The next iterate: a projected step up, then `_MOMENTUM` of it and the rest of the last move."""
-    ascent = parts.expand(state.step_size) * parts.steepest(state.gradient, norm)
+    ascent = parts.expand(state.step_size).astype(images.dtype) * parts.steepest(state.gradient, norm)
     target = parts.project(state.perturbed + ascent, images, epsilon, norm)
     share = jnp.where(state.iteration == 0, 1, _MOMENTUM).astype(images.dtype)
     mixed = state.perturbed + share * (target - state.perturbed) + (1 - share) * (state.perturbed - state.previous)
@@ -243,8 +254,8 @@ def _judged(state, moved, loss, logits, gradient, labels):
         best_gradient=parts.choose(better, gradient, state.best_gradient),
         best_loss=jnp.where(better, loss, state.best_loss),
         last_loss=loss,
-        increases=state.increases + (loss > state.last_loss),
-        fooled=jnp.argmax(logits, axis=-1) != labels,
+        increases=state.increases + (loss > state.last_loss).astype(jnp.int32),
+        fooled=~parts.correct(logits, labels),
     )
 
 
@@ -255,7 +266,7 @@ def _checked_step(state, window):
       window: int scalar, see `_windows`.
     """
     due = window > 0
-    oscillates = state.increases <= _RHO * window
+    oscillates = state.increases.astype(jnp.float32) <= _RHO * window.astype(jnp.float32)
     stands_still = ~state.reduced & (state.best_at_check >= state.best_loss)
     halve = due & (oscillates | stands_still)
     # What has just been fooled must be handed out as it is.

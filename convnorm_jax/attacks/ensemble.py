@@ -16,15 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convnorm_jax.attacks import checks, parts
-from convnorm_jax.attacks.members import Member, make_member
-from convnorm_jax.attacks.saved import Progress, load_progress, save_progress
+from convnorm_jax.attacks import checks, inputs, parts
+from convnorm_jax.attacks.members import Member, check_names, make_member
+from convnorm_jax.attacks.saved import Progress, check_place_of_state, load_progress, save_progress
 from convnorm_jax.errors import UserError
-from convnorm_jax.files import check_place
 
 STANDARD = ('apgd-ce', 'apgd-t', 'fab-t', 'square')
 
-_SAVE_EVERY = 30.0  # seconds, beside the end of every attack
+_SAVE_EVERY = 30.0  # seconds, next to the end of every attack
 # Rounding may carry a point on the ball's surface so far outside, relative to its radius.
 _ROUNDING = 1e-4
 # Between chunks the host keeps states of about so many pictures an example; beyond so many bytes none are
@@ -38,7 +37,8 @@ class EnsembleResult:
 
     Attributes:
       images: float32 [N, H, W, C]: adversarial where one was found, else the clean image.
-      robust: bool [N]: rightly classified and not broken by any attack.
+      robust: bool [N]: rightly classified and not broken by any attack. Logits that are not finite
+        classify nothing.
       clean_accuracy, robust_accuracy: in [0, 1].
       attacks: for each attack, in order: {'name', 'attacked', 'broken', 'robust_accuracy' after it,
         'seconds'}.
@@ -93,28 +93,39 @@ def run_ensemble(
       attacks: names among `members.MEMBERS`, in the order to run them.
       batch_size: examples at a time, cut over the devices of `sharding`.
       steps, queries, targets, restarts: see `members.make_member`; the defaults are AutoAttack's.
-      state_path: a file; the state is saved there, and a run of the same arguments goes on from it.
+      state_path: a file; the state is saved there, and a run of the same arguments and net goes on from
+        it. Another net is known by its logits, to the last bit, of all images and of the first batch
+        moved at random; other logits are refused. On a GPU the same net may have others where
+        algorithms are chosen by timing: XLA_FLAGS=--xla_gpu_autotune_level=0 fixes them.
       sharding: of the batch axis, for several devices.
       log: takes a line of text.
       progress: called with (attack, examples done, examples in all) of a round.
 
     Raises:
-      ValueError: an argument of the wrong shape, dtype, range or name, or a state of other arguments.
+      UserError: an argument of the wrong shape, dtype, range or name, or a state of other arguments.
     """
-    if state_path and not jax.process_index():
-        check_place(state_path, 'state_path')
     images, labels = _checked(images, labels, epsilon, norm, batch_size)
     logits_fn = logits_fn if isinstance(logits_fn, jax.tree_util.Partial) else jax.tree_util.Partial(logits_fn)
-    run = _Run(logits_fn, images, labels, float(epsilon), norm, rng, batch_size, sharding, log, progress)
+    # All that can be refused is, before the net has run once.
+    one_batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), jnp.float32)
+    classes = inputs.class_count(logits_fn, one_batch)
+    inputs.check_classes(labels, len(images), 'labels', classes)
+    check_names(attacks, classes)
     sizes = {'steps': steps, 'queries': queries, 'targets': targets, 'restarts': restarts}
-    members = [make_member(name, norm, run.clean.shape[1], **sizes) for name in attacks]
-    identity = run.identity(attacks, sizes)
+    platform = _platform(sharding)
+    members = [make_member(name, norm, classes, platform=platform, **sizes) for name in attacks]
+    keys = inputs.typed_key(rng)
+    if state_path:
+        check_place_of_state(state_path)
+    run = _Run(logits_fn, images, labels, float(epsilon), norm, keys, batch_size, sharding, log, progress)
+    clean = parts.correct(run.clean, labels)
+    identity = run.identity(attacks, sizes, members) if state_path else None
     state = load_progress(state_path, identity) if state_path else None
     if state is None:
-        state = Progress(images.copy(), run.clean.argmax(-1) == labels, warnings=run.first_warnings())
+        state = Progress(images.copy(), clean.copy(), warnings=run.first_warnings())
     else:
         log(f'going on from {state_path}: {state.robust.mean():.2%} robust so far')
-    clean_accuracy = float((run.clean.argmax(-1) == labels).mean())
+    clean_accuracy = float(clean.mean())
     log(f'clean accuracy {clean_accuracy:.2%} of {len(labels)} examples, {norm} epsilon {epsilon:.4g}')
     for warning in state.warnings:
         log(f'warning: {warning}')
@@ -155,7 +166,7 @@ class _Run:
 
     def __init__(self, logits_fn, images, labels, epsilon, norm, rng, batch_size, sharding, log, progress):
         self.logits_fn, self.images, self.labels = logits_fn, images, labels
-        self.epsilon, self.norm, self.rng = epsilon, norm, parts.typed_key(rng)
+        self.epsilon, self.norm, self.rng = epsilon, norm, rng
         self.batch_size, self.sharding, self.log, self.progress = batch_size, sharding, log, progress
         self.saver = None
         keys = parts.example_keys(self.rng, len(labels))
@@ -190,7 +201,7 @@ class _Run:
             chosen = examples[first : first + self.batch_size]
             yield chosen, np.concatenate([chosen, np.repeat(chosen[:1], self.batch_size - len(chosen))])
 
-    def identity(self, attacks, sizes):
+    def identity(self, attacks, sizes, members):
         """What must be the same for a saved state to be gone on from."""
         return {
             'attacks': list(attacks),
@@ -198,10 +209,19 @@ class _Run:
             'norm': self.norm,
             'rng': np.asarray(jax.random.key_data(self.rng)),
             **sizes,
+            'chunks': [member.chunks for member in members],
             'images': self.images,
             'labels': self.labels,
             'predictions': self.clean.argmax(-1),
+            'logits': self.clean,
+            'logits next to the images': self._logits_nearby(),
         }
+
+    def _logits_nearby(self):
+        """The logits of the first batch moved at random: nets that agree on the images seldom agree next to them."""
+        _, pack = next(self.packs(np.arange(len(self.labels))))
+        moved = self.images[pack] + np.random.default_rng(0).uniform(-0.05, 0.05, self.images[pack].shape)
+        return self._logits(moved.clip(0, 1).astype(np.float32))
 
     def first_warnings(self):
         """What is seen before any attack, on the first batch."""
@@ -285,7 +305,7 @@ class _Run:
         if not bool(fooled.any()):
             return
         found = jnp.clip(found, 0, 1)
-        wrong = self._logits(found).argmax(-1) != self.labels[pack]
+        wrong = ~parts.correct(self._logits(found), self.labels[pack])
         inside = parts.to_host(self._length(found, self.place(self.images[pack]))) <= self.epsilon * (1 + _ROUNDING)
         broken = (wrong & inside)[: len(chosen)]
         state.robust[chosen[broken]] = False
@@ -309,15 +329,21 @@ def _stay(kept, robust):
     return [np.concatenate(leaves)[robust] if np.ndim(leaves[0]) else leaves[0] for leaves in zip(*kept)]
 
 
+def _platform(sharding):
+    """Of the devices that the programs will run on."""
+    devices = jnp.zeros(()).devices() if sharding is None else sharding.device_set
+    return next(iter(devices)).platform
+
+
 def _checked(images, labels, epsilon, norm, batch_size):
     images, labels = np.asarray(images), np.asarray(labels)
-    parts.checked_batch(images[:1], labels[:1])
-    parts.check_classes(labels, len(images), 'labels')
-    parts.check_ball(epsilon, norm)
-    parts.check_count(batch_size, 'batch_size')
+    inputs.checked_batch(images[:1], labels[:1])
+    inputs.check_classes(labels, len(images), 'labels')
+    inputs.check_ball(epsilon, norm)
+    if np.ndim(epsilon) or epsilon is None:
+        raise UserError(f'epsilon of shape {np.shape(epsilon)}: expected one number for all images')
+    inputs.check_count(batch_size, 'batch_size')
     if not len(images):
         raise UserError('images: expected at least one')
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):
-        raise UserError(f'images: pixels between {low:g} and {high:g}, expected 0 to 1')
-    return images.astype(np.float32), labels.astype(np.int32)
+    inputs.check_pixels(images)
+    return np.clip(images, 0, 1).astype(np.float32), labels.astype(np.int32)

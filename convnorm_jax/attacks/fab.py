@@ -13,13 +13,14 @@ examples can be packed into other batches between them.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from convnorm_jax.attacks import parts
-from convnorm_jax.attacks.parts import LogitsFn
+from convnorm_jax.attacks import inputs, parts
+from convnorm_jax.attacks.inputs import LogitsFn
 from convnorm_jax.errors import UserError
 
 # The settings of the paper and of AutoAttack.
@@ -39,8 +40,8 @@ class FabState(NamedTuple):
       current: float [B, H, W, C], the point of the next linearisation, in [0, 1].
       nearest: float [B, H, W, C], the image nearest to the clean one that fools the model; the
         clean image where there is none yet.
-      distance: float [B], norm of `nearest` minus the clean image, inf where there is none yet and
-        0 where the clean image itself is misclassified.
+      distance: float32 [B] or wider, norm of `nearest` minus the clean image, inf where there is none yet
+        and 0 where the clean image itself is misclassified.
     """
 
     current: jax.Array
@@ -61,7 +62,7 @@ def fab(
 ) -> jax.Array:
     """The smallest perturbation found that makes the model predict another class than the label.
 
-    Fooled means any wrong class, reached on the way to the target or not.
+    Fooled means any wrong class, reached on the way to the target or not, and logits that are not finite.
 
     Args:
       logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K].
@@ -80,10 +81,11 @@ def fab(
       where it is misclassified or where nothing was found. A constant to differentiation.
 
     Raises:
-      ValueError: an argument of the wrong shape, dtype, range or name.
+      UserError: an argument of the wrong shape, dtype, range or name.
     """
-    images, labels = parts.checked_batch(images, labels)
-    parts.check_count(steps, 'steps')
+    inputs.check_count(steps, 'steps')
+    _check_goal(epsilon, norm, rng)
+    images, labels = inputs.checked_problem(logits_fn, images, labels, targets)
     targets = jnp.asarray(targets)
     targets = targets[None] if targets.ndim == 1 else targets
     keys = None if rng is None else parts.example_keys(rng, images.shape[0])
@@ -91,13 +93,13 @@ def fab(
     def attempt(number, best):
         goal = jax.lax.dynamic_index_in_dim(targets, number, keepdims=False)
         start_rng = None if keys is None else parts.fold_in(keys, number)
-        state = fab_start(logits_fn, images, labels, epsilon=epsilon, norm=norm, rng=start_rng, targets=goal)
+        state = _first_state(logits_fn, images, labels, epsilon, norm, start_rng)
         state = fab_advance(logits_fn, images, labels, state, norm=norm, targets=goal, count=steps)
         better = state.distance < best.distance
         return jax.tree.map(functools.partial(parts.choose, better), state, best)
 
     turns = targets.shape[0]
-    nothing = FabState(images, images, jnp.full(images.shape[0], jnp.inf, images.dtype))
+    nothing = FabState(images, images, jnp.full(images.shape[0], jnp.inf, parts.wide_dtype(images)))
     return parts.repeat(turns, attempt, nothing, turns * (_PASSES * steps + 1)).nearest
 
 
@@ -115,22 +117,18 @@ def fab_start(
 
     Args:
       logits_fn, images, labels, norm: as for `fab`.
-      epsilon: radius in pixel units of [0, 1]. The random start lies at half of it from the clean
-        image (before clipping to [0, 1]), in a random direction; not used, and may be None, without `rng`.
+      epsilon: radius in pixel units of [0, 1], one or one an image, [B]. The random start lies at half of
+        it from the clean image (before clipping to [0, 1]), in a random direction; not used, and may be
+        None, without `rng`.
       rng: as for `fab`.
       targets: int [B], checked here; `fab_advance` uses them.
 
     Raises:
-      ValueError: an argument of the wrong shape, dtype, range or name.
+      UserError: an argument of the wrong shape, dtype, range or name.
     """
-    images, labels = parts.checked_batch(images, labels)
-    parts.check_ball(epsilon, norm)
-    parts.check_classes(jnp.asarray(targets), images.shape[0], 'targets')
-    if rng is not None and epsilon is None:
-        raise UserError('epsilon=None: expected the radius of the random start, as rng is given')
-    wrong = _fooled(logits_fn, images, labels)
-    distance = jnp.where(wrong, 0, jnp.inf).astype(images.dtype)
-    return FabState(_start(images, epsilon, norm, rng), images, distance)
+    _check_goal(epsilon, norm, rng)
+    images, labels = inputs.checked_problem(logits_fn, images, labels, targets)
+    return _first_state(logits_fn, images, labels, epsilon, norm, rng)
 
 
 def fab_advance(
@@ -142,20 +140,26 @@ def fab_advance(
     norm: str,
     targets: jax.Array,
     count: int,
+    limit: int | jax.Array | None = None,
 ) -> FabState:
     """The state `count` iterations (static) later; pieces add up to the whole.
 
     An iteration costs a gradient and a forward pass of the network. Arguments and errors are those
     of `fab_start`.
-    """
-    images, labels = parts.checked_batch(images, labels)
-    parts.check_ball(None, norm)
-    parts.check_count(count, 'count')
-    targets = jnp.asarray(targets)
-    parts.check_classes(targets, images.shape[0], 'targets')
 
-    def body(_, state):
-        return _iterate(logits_fn, images, labels, targets, state, norm)
+    Args:
+      limit: of the `count` iterations, those past so many change nothing (may be traced): the last
+        piece can be the program of the others. None: all count.
+    """
+    images, labels = inputs.checked_batch(images, labels)
+    inputs.check_ball(None, norm)
+    inputs.check_count(count, 'count')
+    targets = jnp.asarray(targets)
+    inputs.check_classes(targets, images.shape[0], 'targets')
+
+    def body(turn, state):
+        new = _iterate(logits_fn, images, labels, targets, state, norm)
+        return new if limit is None else jax.tree.map(lambda a, b: jnp.where(turn < limit, a, b), new, state)
 
     return parts.repeat(count, body, state, _PASSES * count)
 
@@ -180,47 +184,64 @@ def project_on_hyperplane(points: jax.Array, normals: jax.Array, offsets: jax.Ar
       delta, float [B, D].
 
     Raises:
-      ValueError: shapes that do not belong together, or an unknown norm.
+      UserError: shapes that do not belong together, or an unknown norm.
     """
-    parts.check_ball(None, norm)
+    inputs.check_ball(None, norm)
     points, normals, offsets = jnp.asarray(points), jnp.asarray(normals), jnp.asarray(offsets)
     if points.ndim != 2 or normals.shape != points.shape or offsets.shape != points.shape[:1]:
         shapes = f'points.shape={points.shape}, normals.shape={normals.shape}, offsets.shape={offsets.shape}'
         raise UserError(f'{shapes}: expected [B, D], [B, D] and [B]')
-    return _shortest_move(points, normals, jnp.sum(normals * points, axis=-1) - offsets, norm)
+    dtype = points.dtype
+    points, normals, offsets = parts.wide(points), parts.wide(normals), parts.wide(offsets)
+    return _shortest_move(points, normals, jnp.sum(normals * points, axis=-1) - offsets, norm).astype(dtype)
+
+
+def _check_goal(epsilon, norm, rng):
+    inputs.check_ball(epsilon, norm)
+    if rng is not None and epsilon is None:
+        raise UserError('epsilon=None: expected the radius of the random start, as rng is given')
+
+
+def _first_state(logits_fn, images, labels, epsilon, norm, rng):
+    wrong = ~parts.correct(logits_fn(images), labels)
+    distance = jnp.where(wrong, 0, jnp.inf).astype(parts.wide_dtype(images))
+    return FabState(_start(images, epsilon, norm, rng), images, distance)
 
 
 def _iterate(logits_fn, images, labels, targets, state, norm):
-    """One turn of the paper's algorithm 1."""
+    """One turn of the paper's algorithm 1, in float32 or wider."""
 
     def lead(logits):
-        logits = _wide(logits)
+        logits = parts.wide(logits)
         return parts.at_label(logits, targets) - parts.at_label(logits, labels)
 
     gap, _, slope = parts.value_and_gradient(logits_fn, state.current, lead)
+    points = parts.wide(jnp.stack([state.current, images]))
     # Adversarial training must not differentiate through the loop of the projection.
-    gap, slope = jax.lax.stop_gradient((gap.astype(images.dtype), slope))
-    clean_gap = gap + jnp.sum(slope * (images - state.current), axis=(1, 2, 3))
-    points = jnp.stack([state.current, images])
+    gap, slope = jax.lax.stop_gradient((gap.astype(points.dtype), parts.finite(slope).astype(points.dtype)))
+    clean_gap = gap + jnp.sum(slope * (points[1] - points[0]), axis=(1, 2, 3))
+    pixels = math.prod(images.shape[1:])
     moves = _shortest_move(
-        points.reshape(*points.shape[:2], -1),
-        slope.reshape(slope.shape[0], -1),
+        points.reshape(2, images.shape[0], pixels),
+        slope.reshape(1, images.shape[0], pixels),
         jnp.stack([gap, clean_gap]),
         norm,
     ).reshape(points.shape)
     lengths = [jnp.maximum(parts.norm_of(move, norm), _SHORTEST_MOVE) for move in moves]
     weight = parts.expand(jnp.minimum(lengths[0] / (lengths[0] + lengths[1]), ALPHA_MAX))
     past = points + ETA * moves
-    moved = parts.clip_pixels(past[0] * (1 - weight) + past[1] * weight)
-    return _record(images, moved, _fooled(logits_fn, moved, labels), state, norm)
+    moved = parts.clip_pixels(past[0] * (1 - weight) + past[1] * weight).astype(images.dtype)
+    fooled = ~parts.correct(logits_fn(moved), labels)
+    return _record(images, moved, fooled, state, norm)
 
 
 def _record(images, moved, fooled, state, norm):
     """The state after a move: the nearest kept, a step back where the model is fooled."""
-    distance = parts.norm_of(moved - images, norm)
+    delta = moved - images
+    distance = parts.norm_of(delta, norm)
     better = fooled & (distance < state.distance)
     return FabState(
-        parts.choose(fooled, images + BETA * (moved - images), moved),
+        parts.choose(fooled, images + BETA * delta, moved),
         parts.choose(better, moved, state.nearest),
         jnp.where(better, distance, state.distance),
     )
@@ -229,9 +250,8 @@ def _record(images, moved, fooled, state, norm):
 def _start(images, epsilon, norm, rng):
     if rng is None:
         return images
-    noise = parts.uniform_start(rng, images, 1, norm)
-    noise = noise / parts.expand(parts.norm_of(noise, norm))
-    return parts.clip_pixels(images + 0.5 * jnp.asarray(epsilon, images.dtype) * noise)
+    noise = parts.unit(parts.uniform_start(rng, images, 1, norm), norm)
+    return parts.clip_pixels(images + 0.5 * inputs.per_image(epsilon, images, 'epsilon') * noise)
 
 
 def _shortest_move(points, normals, excess, norm):
@@ -244,7 +264,7 @@ def _shortest_move(points, normals, excess, norm):
     scale = jnp.max(jnp.abs(normals), axis=-1)
     scale = jnp.where(scale > 0, scale, 1)
     normals, excess = normals / scale[..., None], excess / scale
-    direction = jnp.sign(normals) * jnp.where(excess > 0, -1, 1)[..., None]
+    direction = jnp.sign(normals) * jnp.where(excess > 0, -1, 1).astype(normals.dtype)[..., None]
     room = jnp.where(direction > 0, 1 - points, points)
     room = jnp.where(direction == 0, 0, jnp.maximum(room, 0))
     slopes = jnp.broadcast_to(jnp.abs(normals), room.shape)
@@ -278,14 +298,3 @@ def _level(weights, limits, total):
         return jnp.where(rises, new, level), rises.any()
 
     return jax.lax.while_loop(lambda state: state[1], body, (jnp.zeros_like(total), jnp.array(True)))[0]
-
-
-def _fooled(logits_fn, images, labels):
-    logits = logits_fn(images)
-    if logits.ndim != 2 or logits.shape[0] != labels.shape[0] or logits.shape[1] < 2:
-        raise UserError(f'logits.shape={logits.shape}: expected [{labels.shape[0]}, K] with K at least 2')
-    return jnp.argmax(logits, axis=-1) != labels
-
-
-def _wide(logits):
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -8,14 +8,13 @@ An attack is start x step x projection x loss; the pieces are in `parts.py`.
 """
 
 import functools
-import numbers
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from convnorm_jax.attacks import parts
-from convnorm_jax.attacks.parts import LogitsFn
+from convnorm_jax.attacks import inputs, parts
+from convnorm_jax.attacks.inputs import LogitsFn
 from convnorm_jax.errors import UserError
 
 
@@ -33,19 +32,20 @@ def fgsm(
       logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K].
       images: float [B, H, W, C] in [0, 1].
       labels: int [B], the true classes.
-      epsilon: radius of the ball, in pixel units of [0, 1]; a number or a traced scalar.
+      epsilon: radius of the ball, in pixel units of [0, 1]; a number, or one an image, [B]; may be traced.
       loss: what goes up, one of `LOSSES` (static).
 
     Returns:
-      Adversarial images, shape and dtype of `images`, in [0, 1]; a constant to differentiation.
+      Adversarial images, shape and dtype of `images`, in [0, 1]; a constant to differentiation. NaN
+      where pixels or classes are out of range that were traced (see `inputs`).
 
     Raises:
-      ValueError: an argument of the wrong shape, dtype, range or name.
+      UserError: an argument of the wrong shape, dtype, range or name.
     """
-    images, labels = parts.checked_batch(images, labels)
-    parts.check_loss(loss)
-    parts.check_ball(epsilon, 'linf')
-    epsilon = jnp.asarray(epsilon, images.dtype)
+    inputs.check_loss(loss)
+    inputs.check_ball(epsilon, 'linf')
+    images, labels = inputs.checked_problem(logits_fn, images, labels, classes=inputs.fewest_classes(loss))
+    epsilon = inputs.per_image(epsilon, images, 'epsilon')
     loss_fn = functools.partial(parts.attack_loss, labels=labels, loss=loss)
     return _step(logits_fn, images, images, loss_fn, epsilon, epsilon, 'linf')
 
@@ -82,8 +82,8 @@ def pgd(
       images: float [B, H, W, C] in [0, 1].
       labels: int [B], the true classes.
       epsilon: radius of the ball, in pixel units of [0, 1] (l2: Euclidean length over all pixels
-        and channels); a number or a traced scalar.
-      step_size: length of a step, same units; a number or a traced scalar.
+        and channels); a number, or one an image, [B]; may be traced.
+      step_size: length of a step, same units; a number, or one an image, [B]; may be traced.
       steps: number of steps, at least 1 (static).
       norm: 'linf' or 'l2' (static).
       rng: a PRNG key for the start noise, or one key an image.
@@ -93,20 +93,25 @@ def pgd(
         the cross-entropy, the margin has a gradient that does not vanish where the model is very
         sure of itself.
       targets: int [B], classes to reach; an example then counts as fooled when its target is
-        predicted. None: any wrong class will do.
+        predicted. None: any wrong class will do, and so will logits that are not finite.
 
     Returns:
-      Adversarial images, shape and dtype of `images`, in [0, 1]; a constant to differentiation.
+      Adversarial images, shape and dtype of `images`, in [0, 1]; a constant to differentiation. NaN
+      where pixels or classes are out of range that were traced (see `inputs`).
 
     Raises:
-      ValueError: an argument of the wrong shape, dtype, range or name.
+      UserError: an argument of the wrong shape, dtype, range or name.
     """
-    images, labels = parts.checked_batch(images, labels)
-    parts.check_ball(epsilon, norm)
-    _check_schedule(step_size, steps, norm)
+    if not callable(loss):
+        inputs.check_loss(loss)
+    inputs.check_ball(epsilon, norm)
+    inputs.check_step_size(step_size, norm)
+    inputs.check_count(steps, 'steps')
+    fewest = 2 if callable(loss) else inputs.fewest_classes(loss, targeted=targets is not None)
+    images, labels = inputs.checked_problem(logits_fn, images, labels, targets, classes=fewest)
     _check_start(images, rng, init, restarts)
-    epsilon = jnp.asarray(epsilon, images.dtype)
-    step_size = jnp.asarray(step_size, images.dtype)
+    epsilon = inputs.per_image(epsilon, images, 'epsilon')
+    step_size = inputs.per_image(step_size, images, 'step_size')
     keys = None if rng is None else parts.example_keys(rng, images.shape[0])
     loss_fn, fooled = _goal(labels, targets, loss)
     copies = steps * restarts
@@ -129,7 +134,8 @@ def pgd(
 
     def judged(perturbed):
         logits = logits_fn(perturbed)
-        return perturbed, fooled(logits), loss_fn(logits)
+        loss = loss_fn(logits)
+        return perturbed, fooled(logits), jnp.where(jnp.isnan(loss), -jnp.inf, loss)
 
     def body(index, best):
         return _stronger(best, judged(attempt(index + 1)))
@@ -141,11 +147,11 @@ def _goal(labels, targets, loss):
     """(logits -> loss [B], logits -> is it fooled [B]) of an attack away from labels or towards targets."""
     if targets is None:
         loss_fn = loss if callable(loss) else functools.partial(parts.attack_loss, labels=labels, loss=loss)
-        return loss_fn, lambda logits: jnp.argmax(logits, axis=-1) != labels
+        return loss_fn, lambda logits: ~parts.correct(logits, labels)
     targets = jnp.asarray(targets)
-    parts.check_classes(targets, labels.shape[0], 'targets')
+    inputs.check_classes(targets, labels.shape[0], 'targets')
     loss_fn = loss if callable(loss) else lambda logits: parts.targeted_loss(logits, labels, targets, loss)
-    return loss_fn, lambda logits: jnp.argmax(logits, axis=-1) == targets
+    return loss_fn, lambda logits: parts.correct(logits, targets)
 
 
 def _start(images, noise, epsilon, norm, given):
@@ -168,16 +174,8 @@ def _stronger(best, candidate):
     return parts.choose(better, images, best_images), best_fooled | fooled, jnp.where(better, loss, best_loss)
 
 
-def _check_schedule(step_size, steps, norm):
-    largest = 1 if norm == 'linf' else float('inf')
-    if isinstance(step_size, numbers.Real) and not 0 < step_size <= largest:
-        words = 'above 0, up to 1, in units of [0, 1] (2/255, not 2)' if norm == 'linf' else 'above 0'
-        raise UserError(f'step_size={step_size}: expected {words}')
-    parts.check_count(steps, 'steps')
-
-
 def _check_start(images, rng, init, restarts):
-    parts.check_count(restarts, 'restarts')
+    inputs.check_count(restarts, 'restarts')
     if restarts > 1 and (rng is None or init is not None):
         raise UserError(f'restarts={restarts}: more than one needs rng, and no init')
     if init is not None and jnp.shape(init) != images.shape:

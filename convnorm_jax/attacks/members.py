@@ -1,18 +1,19 @@
 """The attacks that an ensemble runs, each cut into short jitted programs.
 
 A member's run over a batch is: start, then chunks of iterations. Chunks are short enough to be
-written out in full on a CPU (`parts.unrolls`), and let the host stop when all are fooled. A round
-is one run: of a target class, or of a random start.
+written out in full on a CPU (`parts.unrolls`), and let the host stop when all are fooled. What the
+last chunk has beyond the run changes nothing. A round is one run: of a target class, or of a random
+start.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from convnorm_jax.attacks import parts
+from convnorm_jax.attacks import inputs
 from convnorm_jax.attacks.apgd import apgd_advance, apgd_start
 from convnorm_jax.attacks.fab import fab_advance, fab_start
 from convnorm_jax.attacks.square import square_advance, square_start
@@ -54,7 +55,17 @@ class Member:
 
 
 @functools.lru_cache(maxsize=64)  # the programs of a member are compiled once, whatever the radius
-def make_member(name: str, norm: str, classes: int, *, steps: int, queries: int, targets: int, restarts: int) -> Member:
+def make_member(
+    name: str,
+    norm: str,
+    classes: int,
+    *,
+    steps: int,
+    queries: int,
+    targets: int,
+    restarts: int,
+    platform: str = 'cpu',
+) -> Member:
     """A member by its name.
 
     Args:
@@ -64,36 +75,50 @@ def make_member(name: str, norm: str, classes: int, *, steps: int, queries: int,
       steps: iterations of APGD and FAB; queries: of Square.
       targets: classes that a targeted attack tries; all wrong ones where there are fewer.
       restarts: runs of an untargeted attack.
+      platform: that it will run on, 'cpu' or another: sets how long its programs are.
 
     Raises:
-      ValueError: another name or norm, a number below 1, too few classes for the DLR loss.
+      UserError: another name or norm, a number below 1, too few classes for the DLR loss.
     """
-    if name not in MEMBERS:
-        raise UserError(f'attacks: {name!r}, expected some of {", ".join(MEMBERS)}')
-    parts.check_ball(0, norm)
+    check_names((name,), classes)
+    inputs.check_ball(0, norm)
     for value, word in ((steps, 'steps'), (queries, 'queries'), (targets, 'targets'), (restarts, 'restarts')):
-        parts.check_count(value, word)
+        inputs.check_count(value, word)
     targets = min(targets, classes - 1)
+    chunk = functools.partial(_chunk, on_cpu=platform == 'cpu')
     if name == 'fab-t':
-        return _fab(norm, steps, targets)
+        return _fab(norm, steps, targets, chunk)
     if name == 'square':
-        return _square(norm, queries, restarts)
+        return _square(norm, queries, restarts, chunk)
     if name == 'apgd-t':
         # The targeted DLR loss needs four classes.
-        return _apgd(name, norm, 'dlr' if classes >= 4 else 'margin', steps, targets, targeted=True)
-    if name == 'apgd-dlr' and classes < 3:
+        return _apgd(name, norm, 'dlr' if classes >= 4 else 'margin', steps, targets, chunk, targeted=True)
+    loss = {'apgd-ce': 'cross_entropy', 'apgd-dlr': 'dlr'}[name]
+    return _apgd(name, norm, loss, steps, restarts, chunk, targeted=False)
+
+
+def check_names(names: Sequence[str], classes: int) -> None:
+    """Raises UserError unless all are of `MEMBERS`, and a model of so many classes can be attacked by them."""
+    if isinstance(names, str):
+        raise UserError(f'attacks={names!r}: expected a sequence of names, such as ({names!r},)')
+    for name in names:
+        if name not in MEMBERS:
+            raise UserError(f'attacks: {name!r}, expected some of {", ".join(MEMBERS)}')
+    if classes < 2:
+        raise UserError(f'attacks: need at least two classes, the model has {classes}')
+    if 'apgd-dlr' in names and classes < inputs.fewest_classes('dlr'):
         raise UserError(f"attacks: 'apgd-dlr' needs at least three classes, the model has {classes}")
-    return _apgd(name, norm, {'apgd-ce': 'cross_entropy', 'apgd-dlr': 'dlr'}[name], steps, restarts, targeted=False)
 
 
-def _chunk(family, total, otherwise=None):
-    """Iterations in one program: a divisor of all of them."""
-    most = _CPU_CHUNK[family] if parts.unrolls(1) else otherwise or total
-    return next(count for count in range(min(most, total), 0, -1) if total % count == 0)
+def _chunk(family, total, otherwise, on_cpu):
+    """(iterations in one program, programs in turn) for at least `total`; as little beyond as there can be."""
+    most = _CPU_CHUNK[family] if on_cpu else otherwise
+    chunks = -(-total // most)
+    return -(-total // chunks), chunks
 
 
-def _apgd(name, norm, loss, steps, rounds, *, targeted):
-    count = _chunk('apgd', steps, 25)
+def _apgd(name, norm, loss, steps, rounds, chunk, *, targeted):
+    count, chunks = chunk('apgd', steps, 25)
 
     def goal(targets, epsilon):
         return {'epsilon': epsilon, 'norm': norm, 'loss': loss, 'targets': targets if targeted else None}
@@ -106,14 +131,13 @@ def _apgd(name, norm, loss, steps, rounds, *, targeted):
     def advance(logits_fn, images, labels, keys, targets, epsilon, state, chunk):
         return apgd_advance(logits_fn, images, labels, state, steps=steps, count=count, **goal(targets, epsilon))
 
-    chunks = steps // count
     return Member(
         name, rounds, chunks, 1, targeted, True, start, advance, lambda state, _: (state.adversarial, state.fooled)
     )
 
 
-def _fab(norm, steps, rounds):
-    count = _chunk('fab', steps, 25)
+def _fab(norm, steps, rounds, chunk):
+    count, chunks = chunk('fab', steps, 25)
 
     @jax.jit
     def start(logits_fn, images, labels, keys, targets, epsilon):
@@ -121,9 +145,9 @@ def _fab(norm, steps, rounds):
 
     @jax.jit
     def advance(logits_fn, images, labels, keys, targets, epsilon, state, chunk):
-        return fab_advance(logits_fn, images, labels, state, norm=norm, targets=targets, count=count)
+        limit = steps - chunk * count
+        return fab_advance(logits_fn, images, labels, state, norm=norm, targets=targets, count=count, limit=limit)
 
-    chunks = steps // count
     return Member(
         'fab-t',
         rounds,
@@ -137,8 +161,8 @@ def _fab(norm, steps, rounds):
     )
 
 
-def _square(norm, queries, rounds):
-    count = _chunk('square', queries, 100)
+def _square(norm, queries, rounds, chunk):
+    count, chunks = chunk('square', queries, 100)
     options = {'norm': norm}
 
     @jax.jit
@@ -163,7 +187,7 @@ def _square(norm, queries, rounds):
     return Member(
         'square',
         rounds,
-        queries // count,
+        chunks,
         max(1, 100 // count),
         False,
         False,

@@ -1,14 +1,17 @@
-"""What attacks are made of: losses, balls, random numbers, loops, checks of what is given.
+"""What attacks are made of: losses, balls, directions, start noise, loops.
 
 An attack sees a model only as `logits_fn`: images [B, H, W, C] with pixels in [0, 1] -> logits
-[B, K]. Normalisation, `train=False`, the parameters: all inside it. `epsilon` and step sizes are
-in the same units as the pixels: 8/255, not 8.
+[B, K]. Normalization, `train=False`, the parameters: all inside it. `epsilon` and step sizes are
+in the same units as the pixels: 8/255, not 8; each is one number, or one an image, [B].
 
 Every example has its own random numbers (`example_keys`) and its own loss (sums, not means), so
 that what becomes of it depends neither on the batch it is packed in nor on the batch's size.
+
+Lengths are computed in float32 or wider, whatever the dtype of the images: squares of small float16
+numbers are zero, sums of large ones infinite.
 """
 
-import numbers
+import math
 from collections.abc import Callable
 
 import jax
@@ -16,17 +19,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from convnorm_jax.attacks.inputs import (  # noqa: F401 (some are for those who import from here)
+    LOSSES,
+    NORMS,
+    LogitsFn,
+    check_loss,
+    example_keys,
+    fewest_classes,
+    fold_in,
+    per_image,
+)
 from convnorm_jax.errors import UserError
-
-LogitsFn = Callable[[jax.Array], jax.Array]
-
-LOSSES = ('cross_entropy', 'margin', 'dlr')
-NORMS = ('linf', 'l2')
 
 # A program holds at most this many copies of the network (the paper runs PGD-20).
 UNROLLED_COPIES = 50
 
 _SMALLEST_NORM = 1e-12
+
+
+def correct(logits: jax.Array, classes: jax.Array) -> jax.Array:
+    """Whether the largest logit is that of the class, and all are finite, bool [B].
+
+    An output that is not finite is no prediction: argmax would call NaN the class 0. JAX arrays or NumPy's.
+    """
+    numpy = np if isinstance(logits, np.ndarray) else jnp
+    return (logits.argmax(-1) == classes) & numpy.isfinite(logits).all(-1)
 
 
 def attack_loss(logits: jax.Array, labels: jax.Array, loss: str) -> jax.Array:
@@ -46,10 +63,10 @@ def attack_loss(logits: jax.Array, labels: jax.Array, loss: str) -> jax.Array:
       float [B].
 
     Raises:
-      ValueError: an unknown loss, or logits that are not [B, K] with K large enough.
+      UserError: an unknown loss, or logits that are not [B, K] with K large enough.
     """
     check_loss(loss)
-    logits = _checked_logits(logits, labels, 3 if loss == 'dlr' else 2)
+    logits = _checked_logits(logits, labels, fewest_classes(loss))
     if loss == 'cross_entropy':
         return -at_label(jax.nn.log_softmax(logits), labels)
     margin = _best_other(logits, labels) - at_label(logits, labels)
@@ -73,10 +90,10 @@ def targeted_loss(logits: jax.Array, labels: jax.Array, targets: jax.Array, loss
       float [B].
 
     Raises:
-      ValueError: as `attack_loss`.
+      UserError: as `attack_loss`.
     """
     check_loss(loss)
-    logits = _checked_logits(logits, labels, 4 if loss == 'dlr' else 2)
+    logits = _checked_logits(logits, labels, fewest_classes(loss, targeted=True))
     if loss == 'cross_entropy':
         return at_label(jax.nn.log_softmax(logits), targets)
     if loss == 'margin':
@@ -119,21 +136,25 @@ def clip_pixels(images: jax.Array) -> jax.Array:
 def project_linf(perturbed: jax.Array, images: jax.Array, epsilon: float | jax.Array) -> jax.Array:
     """The nearest point to `perturbed` within +-`epsilon` of `images` and within [0, 1].
 
-    All of shape [B, H, W, C]. Clipping to the ball and then to [0, 1] is exact, because both are
-    boxes and `images` lies in both.
+    Both of shape [B, H, W, C], `epsilon` one number or one an image, [B]. Clipping to the ball and
+    then to [0, 1] is exact, because both are boxes and `images` lies in both.
     """
+    epsilon = per_image(epsilon, images, 'epsilon')
     return clip_pixels(images + jnp.clip(perturbed - images, -epsilon, epsilon))
 
 
 def project_l2(perturbed: jax.Array, images: jax.Array, epsilon: float | jax.Array) -> jax.Array:
     """A point within the Euclidean distance `epsilon` of `images` and within [0, 1].
 
-    The difference is shortened to `epsilon`, then pixels are clipped to [0, 1], which brings them
-    closer still: in both sets, though not always the nearest such point (as in AutoAttack's code).
+    Arguments as `project_linf`'s. The difference is shortened to `epsilon`, then pixels are clipped
+    to [0, 1], which brings them closer still: in both sets, though not always the nearest such point
+    (as in AutoAttack's code).
     """
-    delta = perturbed - images
+    delta, dtype = wide(perturbed - images), images.dtype
     length = expand(l2_norm(delta))
-    return clip_pixels(images + delta * jnp.minimum(1, epsilon / jnp.maximum(length, _SMALLEST_NORM)))
+    epsilon = per_image(epsilon, images, 'epsilon').astype(delta.dtype)
+    shortened = delta * jnp.minimum(1, epsilon / jnp.maximum(length, _SMALLEST_NORM))
+    return clip_pixels(images + shortened.astype(dtype))
 
 
 def project(perturbed: jax.Array, images: jax.Array, epsilon: float | jax.Array, norm: str) -> jax.Array:
@@ -141,21 +162,51 @@ def project(perturbed: jax.Array, images: jax.Array, epsilon: float | jax.Array,
     return {'linf': project_linf, 'l2': project_l2}[norm](perturbed, images, epsilon)
 
 
+def wide_dtype(x: jax.Array):
+    """The dtype that lengths of `x` are computed in: float32, or its own where that is wider."""
+    return x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """`x` in `wide_dtype`."""
+    return jnp.asarray(x).astype(wide_dtype(x))
+
+
 def l2_norm(x: jax.Array) -> jax.Array:
-    """Euclidean norm of every example, [B]; its gradient is not used."""
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))))
+    """Euclidean norm of every example, [B], in float32 or wider; its gradient is not used."""
+    scaled, scale = _scaled(x)
+    return scale * _length(scaled)
 
 
 def norm_of(x: jax.Array, norm: str) -> jax.Array:
-    """Norm of every example, [B]: 'linf' or 'l2'."""
-    return l2_norm(x) if norm == 'l2' else jnp.abs(x).max(axis=tuple(range(1, x.ndim)))
+    """Norm of every example, [B], in float32 or wider: 'linf' or 'l2'."""
+    return l2_norm(x) if norm == 'l2' else jnp.abs(wide(x)).max(axis=tuple(range(1, x.ndim)))
+
+
+def unit(x: jax.Array, norm: str) -> jax.Array:
+    """Every example divided by its norm, however small or large that is; zeros stay zeros."""
+    scaled, _ = _scaled(x)  # its largest entry is 1
+    if norm == 'l2':
+        length = _length(scaled)
+        scaled = scaled / expand(jnp.where(length > 0, length, 1), x.ndim)
+    return scaled.astype(x.dtype)
 
 
 def steepest(gradient: jax.Array, norm: str) -> jax.Array:
-    """The direction of steepest ascent of length 1: the sign, or the gradient over its norm."""
+    """The direction of steepest ascent of length 1: the sign, or the gradient over its norm.
+
+    NaN says nothing about the way and counts as 0.
+    """
     if norm == 'linf':
-        return jnp.sign(gradient)
-    return gradient / jnp.maximum(expand(l2_norm(gradient)), _SMALLEST_NORM)
+        return jnp.where(jnp.isnan(gradient), 0, jnp.sign(gradient))
+    return unit(finite(gradient), norm).astype(gradient.dtype)
+
+
+def finite(x: jax.Array) -> jax.Array:
+    """In float32 or wider: 0 in the place of NaN, very large numbers in that of infinities."""
+    x = wide(x)
+    largest = float(jnp.finfo(x.dtype).max) / 4  # its reciprocal does not underflow
+    return jnp.where(jnp.isnan(x), 0, jnp.clip(x, -largest, largest))
 
 
 def expand(per_example: jax.Array, ndim: int = 4) -> jax.Array:
@@ -173,55 +224,41 @@ def at_label(values: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.take_along_axis(values, labels[:, None], axis=-1)[:, 0]
 
 
-def example_keys(rng: jax.Array, batch: int) -> jax.Array:
-    """One PRNG key an example, [batch].
-
-    Args:
-      rng: a key, split by the example's place in the batch, or already one key an example.
-
-    Raises:
-      ValueError: another number of keys.
-    """
-    rng = typed_key(rng)
-    if rng.ndim == 0:
-        return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(batch))
-    if rng.shape != (batch,):
-        raise UserError(f'rng.shape={rng.shape}: expected one key, or {batch}, one an image')
-    return rng
-
-
-def typed_key(rng: jax.Array) -> jax.Array:
-    """A key of `jax.random.key`, from one of `jax.random.PRNGKey` too."""
-    return rng if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(rng)
-
-
-def fold_in(keys: jax.Array, number: int | jax.Array) -> jax.Array:
-    """`jax.random.fold_in` of every key."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-
-
 def uniform_start(rng: jax.Array, images: jax.Array, epsilon: float | jax.Array, norm: str = 'linf') -> jax.Array:
     """Start noise, uniform in the ball of radius `epsilon`: shape and dtype of `images`.
 
     Args:
       rng: see `example_keys`.
+      epsilon: one radius, or one an image, [B].
     """
-    keys = example_keys(rng, images.shape[0])
-    shape, dtype = images.shape[1:], images.dtype
+    shape, dtype = images.shape[1:], wide_dtype(images)
     if norm == 'linf':
-        return jax.vmap(lambda key: jax.random.uniform(key, shape, dtype, -1, 1))(keys) * epsilon
-    return jax.vmap(lambda key: jax.random.ball(key, images[0].size, dtype=dtype).reshape(shape))(keys) * epsilon
+        draw = lambda key: jax.random.uniform(key, shape, dtype, -1, 1)
+    else:
+        draw = lambda key: jax.random.ball(key, math.prod(shape), dtype=dtype).reshape(shape)
+    noise = jax.vmap(draw)(example_keys(rng, images.shape[0]))
+    return noise.astype(images.dtype) * per_image(epsilon, images, 'epsilon')
 
 
 def unrolls(copies: int) -> bool:
-    """Whether a loop over `copies` passes of the network is written out in full.
+    """Whether a loop over `copies` passes of the network is written out in full where it runs on a CPU.
 
     XLA:CPU runs a convolution inside a while loop 2 to 15 times slower than outside it: 2 times on
     five steps of a ResNet-18, 15 times on twenty of 17 convolutions of 32 channels (2 cores, jax
     0.10.2). Written out they cost compile time (that net: 0.2 s a copy): hence the limit. Other
     backends get the loop, which compiles in a moment.
     """
-    return jax.default_backend() == 'cpu' and copies <= UNROLLED_COPIES
+    return copies <= UNROLLED_COPIES
+
+
+def by_platform(copies: int, written_out: Callable, loop: Callable, *args):
+    """`written_out(*args)` in a program for a CPU, if it `unrolls` so many copies; else `loop(*args)`.
+
+    Decided when the program is lowered for its platform, not where it is traced: `jax.export` to another one is right.
+    """
+    if not unrolls(copies):
+        return loop(*args)
+    return jax.lax.platform_dependent(*args, cpu=written_out, default=loop)
 
 
 def repeat(count: int, body: Callable, start, copies: int | None = None):
@@ -232,23 +269,11 @@ def repeat(count: int, body: Callable, start, copies: int | None = None):
     """
     if count == 1:  # a loop of one turn stays a loop, whatever `unroll` says
         return body(0, start)
-    return jax.lax.fori_loop(0, count, body, start, unroll=unrolls(count if copies is None else copies))
-
-
-def checked_batch(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both as JAX arrays of a good shape and dtype; images as constants to differentiation.
-
-    Raises:
-      ValueError: images that are not float [B, H, W, C], labels that are not int [B].
-    """
-    images, labels = jnp.asarray(images), jnp.asarray(labels)
-    if images.ndim != 4:
-        raise UserError(f'images.shape={images.shape}: expected [B, H, W, C]')
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise UserError(f'images.dtype={images.dtype}: expected floating pixels in [0, 1]')
-    check_classes(labels, images.shape[0], 'labels')
-    # Adversarial training must not differentiate through the attack.
-    return jax.lax.stop_gradient(images), labels
+    body = jax.jit(body)  # traced once for both of the loops
+    loops = [
+        lambda carry, unroll=unroll: jax.lax.fori_loop(0, count, body, carry, unroll=unroll) for unroll in (True, False)
+    ]
+    return by_platform(count if copies is None else copies, *loops, start)
 
 
 def to_host(array: jax.Array) -> np.ndarray:
@@ -258,34 +283,16 @@ def to_host(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def check_classes(classes: jax.Array, batch: int, name: str) -> None:
-    """Raises ValueError unless `classes` (labels, targets) is int [batch]."""
-    if classes.shape != (batch,):
-        raise UserError(f'{name}.shape={classes.shape}: expected {(batch,)}, one an image')
-    if not jnp.issubdtype(classes.dtype, jnp.integer):
-        raise UserError(f'{name}.dtype={classes.dtype}: expected integers')
+def _scaled(x):
+    """(x in float32 or wider over its largest entry, that entry [B]), by example: its squares do not underflow."""
+    x = wide(x)
+    largest = jnp.abs(x).max(axis=tuple(range(1, x.ndim)))
+    scale = jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
+    return x / expand(scale, x.ndim), scale
 
 
-def check_loss(loss: str) -> None:
-    """Raises ValueError for a loss that is not among `LOSSES`."""
-    if loss not in LOSSES:
-        raise UserError(f'loss={loss!r}: expected one of {", ".join(LOSSES)}')
-
-
-def check_ball(epsilon: float | jax.Array, norm: str) -> None:
-    """Raises ValueError for an unknown norm or an impossible radius (a traced one is not looked at)."""
-    if norm not in NORMS:
-        raise UserError(f'norm={norm!r}: expected one of {", ".join(NORMS)}')
-    largest = 1 if norm == 'linf' else float('inf')
-    if isinstance(epsilon, numbers.Real) and not 0 <= epsilon <= largest:
-        words = '0 to 1, in units of [0, 1] (8/255, not 8)' if norm == 'linf' else '0 or more'
-        raise UserError(f'epsilon={epsilon}: expected {words}')
-
-
-def check_count(value: int, name: str) -> None:
-    """Raises ValueError unless `value` is an integer of at least 1."""
-    if not isinstance(value, numbers.Integral) or value < 1:
-        raise UserError(f'{name}={value}: expected an integer of at least 1')
+def _length(x):
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))))
 
 
 def _is_label(logits, labels):
@@ -299,4 +306,4 @@ def _best_other(logits, labels):
 def _checked_logits(logits, labels, classes):
     if logits.ndim != 2 or logits.shape[0] != labels.shape[0] or logits.shape[1] < classes:
         raise UserError(f'logits.shape={logits.shape}: expected [{labels.shape[0]}, K] with K at least {classes}')
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return wide(logits)

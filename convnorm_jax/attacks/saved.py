@@ -1,15 +1,28 @@
-"""The state of an ensemble's run, and its file."""
+"""The state of an ensemble's run, and its file.
+
+In a run of several processes the first one reads and writes the file, and tells the others what it found: the file may
+lie on a disk of its own.
+"""
 
 import dataclasses
 import hashlib
+import io
 import json
-import os
+import struct
 import zipfile
+import zlib
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from convnorm_jax.errors import UserError
-from convnorm_jax.files import write_atomically
+from convnorm_jax.files import check_place, write_atomically
+
+_DAMAGED = (ValueError, KeyError, TypeError, EOFError, NotImplementedError, RuntimeError, struct.error)
+_DAMAGED += (zipfile.BadZipFile, zlib.error)
+# What another net, or this one computed otherwise, changes.
+_OUTPUTS = ('predictions', 'logits', 'logits next to the images')
 
 
 @dataclasses.dataclass
@@ -51,31 +64,88 @@ def save_progress(path, identity, progress):
     """
     plain = {name: getattr(progress, name) for name in ('attacks', 'warnings', 'turn', 'chunk', 'attacked', 'seconds')}
     words = json.dumps({'identity': _plain(identity), 'progress': plain, 'kept': progress.kept is not None})
-    arrays = {f'kept_{i}': np.asarray(leaf) for i, leaf in enumerate(progress.kept or ())}
-    content = {'words': np.array(words), 'images': progress.images, 'robust': progress.robust, **arrays}
+    content = {f'kept_{i}': np.asarray(leaf) for i, leaf in enumerate(progress.kept or ())}
+    content |= {'words': np.array(words), 'images': progress.images, 'robust': progress.robust}
     write_atomically(path, lambda file: np.savez(file, **content))
+
+
+def check_place_of_state(path):
+    """Raises UserError, in all processes, unless the first one can write a file there."""
+    from_leader(lambda: check_place(path, 'state_path') or b'')
 
 
 def load_progress(path, identity):
     """The state in a file, or None if there is no such file.
 
     Raises:
-      ValueError: the file is damaged, or of a run of another identity.
+      UserError: the file cannot be read, is damaged, or is of a run of another identity.
     """
-    if not os.path.exists(path):
-        return None
+    content = from_leader(lambda: _checked_file(path, identity))
+    return _parsed(content)[0] if content else None
+
+
+def from_leader(make):
+    """What `make()`, bytes, returned in process 0 alone; an exception of it there is one everywhere."""
+    if jax.process_count() == 1:
+        return make()
+    content, caught = b'', None
+    if jax.process_index() == 0:
+        try:
+            content = make()
+        except Exception as error:
+            content, caught = str(error).encode(), error
+    kind = {type(None): 0, UserError: 1}.get(type(caught), 2)
+    kind, *size = (int(x) for x in multihost_utils.broadcast_one_to_all(np.array([kind, *divmod(len(content), 2**20)])))
+    buffer = np.zeros(size[0] * 2**20 + size[1], np.uint8)
+    if jax.process_index() == 0:
+        buffer[:] = np.frombuffer(content, np.uint8)
+    content = np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes() if buffer.size else b''
+    if caught is not None:
+        raise caught
+    if kind:
+        raise (UserError if kind == 1 else RuntimeError)(f'process 0: {content.decode()}')
+    return content
+
+
+def _checked_file(path, identity):
+    """The bytes of a file that holds a state of this identity; none if it is not there."""
     try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
-        words = json.loads(str(arrays['words']))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f'{path}: not a readable state of an evaluation ({error}); delete it to start anew') from error
+        with open(path, 'rb') as file:
+            content = file.read()
+    except FileNotFoundError:
+        return b''
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror}); expected a state of an evaluation') from error
+    try:
+        _, found = _parsed(content)
+    except _DAMAGED as error:
+        raise UserError(
+            f'{path}: not a readable state of an evaluation (damaged?); delete it to start again'
+        ) from error
     given = _plain(identity)
-    changed = [name for name in given if words['identity'].get(name) != given[name]]
-    if changed:
-        raise UserError(f'{path}: a state of other {", ".join(changed)}; delete it to start anew')
+    changed = [name for name in given if found.get(name) != given[name]]
+    if not changed:
+        return content
+    if set(changed) <= set(_OUTPUTS):
+        raise UserError(
+            f'{path}: a state of another net (other {", ".join(changed)}), or of this one on another device or version '
+            'of jax; delete it to start again'
+        )
+    raise UserError(f'{path}: a state of other {", ".join(changed)}; delete it to start again')
+
+
+def _parsed(content):
+    """(Progress, plain identity) of the bytes of a file."""
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        raise zipfile.BadZipFile('not an npz file')
+    with np.load(io.BytesIO(content)) as file:
+        arrays = {name: file[name] for name in file.files}
+    words = json.loads(str(arrays['words']))
     kept = [arrays[f'kept_{i}'] for i in range(len(arrays) - 3)] if words['kept'] else None
-    return Progress(arrays['images'], arrays['robust'], kept=kept, **words['progress'])
+    images, robust = arrays['images'], arrays['robust']
+    if robust.dtype != bool or robust.shape != images.shape[:1]:
+        raise zipfile.BadZipFile('images and robust do not belong together')
+    return Progress(images, robust, kept=kept, **words['progress']), dict(words['identity'])
 
 
 def _plain(identity):

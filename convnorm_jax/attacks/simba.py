@@ -8,15 +8,14 @@ Each pass of the network asks every example's own next question (+ or - of its o
 none waits for another and `queries` of an example are the passes it took part in.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convnorm_jax.attacks import parts
-from convnorm_jax.attacks.parts import LogitsFn
+from convnorm_jax.attacks import inputs, parts
+from convnorm_jax.attacks.inputs import LogitsFn
 from convnorm_jax.errors import UserError
 
 BASES = ('pixel', 'dct')
@@ -26,12 +25,12 @@ class SimbaState(NamedTuple):
     """Where the attack stands; every array has the batch as its first axis.
 
     delta: float [B, H, W, C], the sum of the steps taken, before any clipping.
-    odds: float [B], log(p / (1 - p)) of the label's probability p there.
+    odds: float32 [B] or wider, log(p / (1 - p)) of the label's probability p there.
     order: int32 [B, steps], each example's vectors, as numbers into [H, W, C].
     place: int32 [B], the step that each example is at.
     plus_failed: bool [B], whether +step was tried there already.
     queries: int32 [B], used so far, the clean image not counted.
-    fooled: bool [B], whether another class than the label is predicted.
+    fooled: bool [B], whether another class than the label is predicted, or logits are not finite.
     """
 
     delta: jax.Array
@@ -48,8 +47,8 @@ class SimbaResult(NamedTuple):
 
     images: float [B, H, W, C] in [0, 1].
     queries: int32 [B]; 0 exactly where the clean image was misclassified.
-    success: bool [B], whether another class than the label is predicted.
-    l2: float [B], Euclidean length of images - clean images, as clipped (the authors' code
+    success: bool [B], whether another class than the label is predicted, or logits are not finite.
+    l2: float32 [B] or wider, Euclidean length of images - clean images, as clipped (the authors' code
       measures it before the clipping to [0, 1]).
     """
 
@@ -66,6 +65,7 @@ def simba(
     *,
     step_size: float | jax.Array = 0.2,
     steps: int | None = None,
+    queries: int | None = None,
     basis: str = 'pixel',
     frequencies: int | None = None,
     stride: int | None = None,
@@ -81,36 +81,43 @@ def simba(
       logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K]. Never differentiated.
       images: float [B, H, W, C] in [0, 1].
       labels: int [B], the true classes.
-      step_size: length of a step, in pixel units of [0, 1]; a number or a traced scalar.
+      step_size: length of a step, in pixel units of [0, 1]; a number, or one an image, [B]; may be traced.
       steps: at most so many vectors, each tried once (static). None: all that the order has.
+      queries: at most so many by each example, even if it then has tried only +step of a vector (static).
+        None: two a vector.
       basis: 'pixel' or 'dct' (static).
       frequencies: 'dct': only the `frequencies` x `frequencies` lowest of each channel, in random
         order (static). None: all.
       stride: 'dct', with `frequencies`: all frequencies, first that lowest block, then blocks that
         reach `stride` further each, in random order within each (static).
-      epsilon: the perturbation is clipped to +-epsilon; None: not. A number or a traced scalar.
+      epsilon: the perturbation is clipped to +-epsilon; None: not. A number, or one an image, [B]; may
+        be traced.
       rng: a PRNG key, or one key an image.
 
     Returns:
       SimbaResult; a constant to differentiation.
 
     Raises:
-      ValueError: an argument of the wrong shape, dtype, range or name.
+      UserError: an argument of the wrong shape, dtype, range or name.
     """
+    if queries is not None:
+        inputs.check_count(queries, 'queries')
     state = simba_start(
         logits_fn, images, labels, steps=steps, basis=basis, frequencies=frequencies, stride=stride, rng=rng
     )
-    queries = 2 * state.order.shape[1]
+    images = parts.clip_pixels(jnp.asarray(images))  # looked at by now: this is rounding
+    most = 2 * state.order.shape[1]
+    most = most if queries is None else min(most, queries)
+    options = {'step_size': step_size, 'queries': queries, 'basis': basis, 'epsilon': epsilon}
 
     def advance(state, count):
-        return simba_advance(
-            logits_fn, images, labels, state, step_size=step_size, basis=basis, epsilon=epsilon, count=count
-        )
+        return simba_advance(logits_fn, images, labels, state, count=count, **options)
 
-    if parts.unrolls(queries):
-        state = advance(state, queries)
-    else:
-        state = jax.lax.while_loop(lambda state: jnp.any(simba_active(state)), lambda state: advance(state, 1), state)
+    def loop(state):
+        goes_on = lambda state: jnp.any(simba_active(state, queries))
+        return jax.lax.while_loop(goes_on, lambda state: advance(state, 1), state)
+
+    state = parts.by_platform(most, lambda state: advance(state, most), loop, state)
     return simba_result(images, state, epsilon)
 
 
@@ -129,14 +136,14 @@ def simba_start(
 
     Args, Raises: see `simba`.
     """
-    images, labels = parts.checked_batch(images, labels)
+    images, labels = inputs.checked_problem(logits_fn, images, labels)
     blocks = _blocks(images.shape[1:], basis, frequencies, stride)
     if steps is not None:
-        parts.check_count(steps, 'steps')
-    order = jax.vmap(_order, (0, None))(parts.example_keys(rng, len(images)), blocks)[:, :steps]
+        inputs.check_count(steps, 'steps')
+    order = jax.vmap(_order, (0, None))(parts.example_keys(rng, images.shape[0]), blocks)[:, :steps]
     odds, fooled = _judged(logits_fn, images, labels)
     zeros = jnp.zeros(labels.shape, jnp.int32)
-    return SimbaState(jnp.zeros_like(images), odds, order, zeros, zeros > 0, zeros, fooled)
+    return SimbaState(images - images, odds, order, zeros, zeros > 0, zeros, fooled)  # NaN where not valid
 
 
 def simba_advance(
@@ -146,6 +153,7 @@ def simba_advance(
     state: SimbaState,
     *,
     step_size: float | jax.Array = 0.2,
+    queries: int | jax.Array | None = None,
     basis: str = 'pixel',
     epsilon: float | jax.Array | None = None,
     count: int,
@@ -157,18 +165,18 @@ def simba_advance(
     Args:
       images, labels: the clean images and their classes, as given to `simba_start`.
       state: from `simba_start` (of the same basis) or an earlier call.
+      queries: of the whole attack, at most so many by each example; may be traced.
       logits_fn, step_size, basis, epsilon: see `simba`.
 
     Raises:
-      ValueError: an argument of the wrong shape, dtype, range or name.
+      UserError: an argument of the wrong shape, dtype, range or name.
     """
-    images, labels = parts.checked_batch(images, labels)
-    parts.check_count(count, 'count')
+    images, labels = inputs.checked_batch(images, labels)
+    inputs.check_count(count, 'count')
     _check_basis(basis)
-    if epsilon is not None:
-        parts.check_ball(epsilon, 'linf')
-    if not isinstance(step_size, jax.Array) and not 0 < step_size < math.inf:
-        raise UserError(f'step_size={step_size}: expected above 0, in units of [0, 1]')
+    inputs.check_step_size(step_size, 'l2')  # of a vector: no pixel need move so far
+    step_size = inputs.per_image(step_size, images, 'step_size')
+    epsilon = _checked_epsilon(epsilon, images)
     rows, columns = (jnp.asarray(_basis(size, basis), images.dtype) for size in images.shape[1:3])
 
     def body(_, state):
@@ -176,16 +184,18 @@ def simba_advance(
         row, column, channel = jnp.unravel_index(number, images.shape[1:])
         channels = jax.nn.one_hot(channel, images.shape[3], dtype=images.dtype)
         vector = rows[row][:, :, None, None] * columns[column][:, None, :, None] * channels[:, None, None, :]
-        step = jnp.where(state.plus_failed, -step_size, step_size).astype(images.dtype)
-        delta = state.delta + parts.expand(step) * vector
-        return _next(state, delta, *_judged(logits_fn, _applied(images, delta, epsilon), labels))
+        step = jnp.where(parts.expand(state.plus_failed), -step_size, step_size)
+        delta = state.delta + step * vector
+        active = simba_active(state, queries)
+        return _next(state, active, delta, *_judged(logits_fn, _applied(images, delta, epsilon), labels))
 
     return parts.repeat(count, body, state)
 
 
-def simba_active(state: SimbaState) -> jax.Array:
-    """Whether an example would still ask the network something, bool [B]."""
-    return ~state.fooled & (state.place < state.order.shape[1])
+def simba_active(state: SimbaState, queries: int | jax.Array | None = None) -> jax.Array:
+    """Whether an example would still ask the network something, bool [B], with so many queries in all (None: any)."""
+    active = ~state.fooled & (state.place < state.order.shape[1])
+    return active if queries is None else active & (state.queries < queries)
 
 
 def simba_result(images: jax.Array, state: SimbaState, epsilon: float | jax.Array | None = None) -> SimbaResult:
@@ -193,10 +203,11 @@ def simba_result(images: jax.Array, state: SimbaState, epsilon: float | jax.Arra
 
     Args:
       images: the clean images.
-      state: from `simba_advance`, with this `epsilon`.
+      state: from `simba_advance`, with this `epsilon`; NaN in it where `simba_start` was given a traced image,
+        or a label of it, out of range.
     """
     images = jax.lax.stop_gradient(jnp.asarray(images))
-    perturbed = _applied(images, state.delta, epsilon)
+    perturbed = _applied(images, state.delta, _checked_epsilon(epsilon, images))
     return SimbaResult(perturbed, state.queries, state.fooled, parts.l2_norm(perturbed - images))
 
 
@@ -234,17 +245,23 @@ def dct_matrix(size: int) -> np.ndarray:
     return matrix
 
 
-def _next(state, delta, odds, fooled):
+def _checked_epsilon(epsilon, images):
+    if epsilon is None:
+        return None
+    inputs.check_ball(epsilon, 'linf')
+    return inputs.per_image(epsilon, images, 'epsilon')
+
+
+def _next(state, active, delta, odds, fooled):
     """The state after each active example's candidate `delta` was judged."""
-    active = simba_active(state)
     taken = active & (odds < state.odds)
     done = taken | (active & state.plus_failed)
     return state._replace(
         delta=parts.choose(taken, delta, state.delta),
         odds=jnp.where(taken, odds, state.odds),
-        place=state.place + done,
+        place=state.place + done.astype(jnp.int32),
         plus_failed=jnp.where(active, ~done, state.plus_failed),
-        queries=state.queries + active,
+        queries=state.queries + active.astype(jnp.int32),
         fooled=state.fooled | (taken & fooled),
     )
 
@@ -257,7 +274,9 @@ def _judged(logits_fn, images, labels):
     others = jnp.where(jax.nn.one_hot(labels, logits.shape[-1], dtype=bool), -jnp.inf, logits.astype(margin.dtype))
     # They order as probabilities do, but still tell them apart where float32 rounds them all to 1.
     odds = -margin - jax.nn.logsumexp(others - others.max(axis=-1, keepdims=True), axis=-1)
-    return odds, jnp.argmax(logits, axis=-1) != labels
+    # An output that is not finite is no prediction: the lowest odds there are.
+    odds = jnp.where(jnp.isfinite(logits).all(-1), odds, -jnp.inf)
+    return odds, ~parts.correct(logits, labels)
 
 
 def _applied(images, delta, epsilon):
@@ -279,7 +298,7 @@ def _blocks(shape, basis, frequencies, stride):
         raise UserError(f'stride={stride}: expected None without frequencies')
     for name, value in (('frequencies', frequencies), ('stride', stride)):
         if value is not None:
-            parts.check_count(value, name)
+            inputs.check_count(value, name)
     if frequencies is not None and frequencies > largest:
         raise UserError(f'frequencies={frequencies}: expected at most {largest}, the longer side of the images')
     row, column, _ = np.indices(shape)

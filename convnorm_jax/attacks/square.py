@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convnorm_jax.attacks import parts
-from convnorm_jax.attacks.parts import LogitsFn
+from convnorm_jax.attacks import inputs, parts
+from convnorm_jax.attacks.inputs import LogitsFn
 
 # The share of pixels that a square covers: 0.8 at first, half of it past each of these queries of 10,000.
 _FIRST_SHARE = 0.8
@@ -28,9 +28,9 @@ class SquareState(NamedTuple):
     """Where the attack stands; every array has the batch as its first axis.
 
     images: float [B, H, W, C], the best perturbed images so far, in the ball and in [0, 1].
-    margin: float [B], their largest wrong logit minus the logit of the label.
+    margin: float32 [B] or wider, their largest wrong logit minus the logit of the label.
     queries: int32 [B], passes of the network that each example has used, its start included.
-    fooled: bool [B], whether another class than the label is predicted.
+    fooled: bool [B], whether another class than the label is predicted, or logits are not finite.
     """
 
     images: jax.Array
@@ -60,7 +60,7 @@ def square(
       images: float [B, H, W, C] in [0, 1].
       labels: int [B], the true classes.
       epsilon: radius of the ball, in pixel units of [0, 1] (l2: Euclidean length over all pixels
-        and channels); a number or a traced scalar.
+        and channels); a number, or one an image, [B]; may be traced.
       norm: 'linf' or 'l2' (static).
       queries: changes tried after the start, at least 1 (static); squares shrink in step with it.
       rng: a PRNG key, or one key an image.
@@ -69,25 +69,27 @@ def square(
       SquareState; its images are the adversarial ones. A constant to differentiation.
 
     Raises:
-      ValueError: an argument of the wrong shape, dtype, range or name.
+      UserError: an argument of the wrong shape, dtype, range or name.
     """
-    parts.check_count(queries, 'queries')
+    inputs.check_count(queries, 'queries')
     options = {'epsilon': epsilon, 'norm': norm, 'rng': rng}
     start = square_start(logits_fn, images, labels, **options)
+    images = parts.clip_pixels(jnp.asarray(images))  # looked at by now: this is rounding
 
     def advance(state, first_query, count):
         return square_advance(
             logits_fn, images, labels, state, first_query=first_query, queries=queries, count=count, **options
         )
 
-    if parts.unrolls(queries):
-        return advance(start, 0, queries)
-
     def goes_on(carry):
         query, state = carry
         return (query < queries) & ~jnp.all(state.fooled)
 
-    return jax.lax.while_loop(goes_on, lambda carry: (carry[0] + 1, advance(carry[1], carry[0], 1)), (0, start))[1]
+    def loop(start):
+        turn = lambda carry: (carry[0] + 1, advance(carry[1], carry[0], 1))
+        return jax.lax.while_loop(goes_on, turn, (jnp.int32(0), start))[1]
+
+    return parts.by_platform(queries, lambda start: advance(start, 0, queries), loop, start)
 
 
 def square_start(
@@ -106,11 +108,12 @@ def square_start(
 
     Args, Raises: see `square`.
     """
-    images, labels = parts.checked_batch(images, labels)
-    parts.check_ball(epsilon, norm)
+    inputs.check_ball(epsilon, norm)
+    images, labels = inputs.checked_problem(logits_fn, images, labels)
     keys = parts.fold_in(parts.example_keys(rng, images.shape[0]), 0)
     noise = jax.vmap({'linf': _stripes, 'l2': _grid}[norm], (0, None))(keys, images.shape[1:])
-    perturbed = parts.clip_pixels(images + jnp.asarray(epsilon, images.dtype) * noise.astype(images.dtype))
+    epsilon = inputs.per_image(epsilon, images, 'epsilon')
+    perturbed = parts.clip_pixels(images + epsilon * noise.astype(images.dtype))
     margin, fooled = _judged(logits_fn, perturbed, labels)
     return SquareState(perturbed, margin, jnp.ones(labels.shape, jnp.int32), fooled)
 
@@ -143,13 +146,13 @@ def square_advance(
       logits_fn, epsilon, norm, rng: see `square`.
 
     Raises:
-      ValueError: an argument of the wrong shape, dtype, range or name.
+      UserError: an argument of the wrong shape, dtype, range or name.
     """
-    images, labels = parts.checked_batch(images, labels)
-    parts.check_ball(epsilon, norm)
-    parts.check_count(queries, 'queries')
-    parts.check_count(count, 'count')
-    epsilon = jnp.asarray(epsilon, images.dtype)
+    images, labels = inputs.checked_batch(images, labels)
+    inputs.check_ball(epsilon, norm)
+    inputs.check_count(queries, 'queries')
+    inputs.check_count(count, 'count')
+    epsilon = jnp.broadcast_to(inputs.per_image(epsilon, images, 'epsilon').ravel(), labels.shape)
     keys = parts.example_keys(rng, images.shape[0])
     propose, corners = {'linf': (_propose_linf, 1), 'l2': (_propose_l2, 2)}[norm]
     # All at once: written out query by query, the generator would take most of the time to compile.
@@ -173,7 +176,7 @@ def _better(logits_fn, candidate, labels, state, in_time):
     return SquareState(
         parts.choose(taken, candidate, state.images),
         jnp.where(taken, margin, state.margin),
-        state.queries + active,
+        state.queries + active.astype(jnp.int32),
         state.fooled | (active & fooled),
     )
 
@@ -181,7 +184,7 @@ def _better(logits_fn, candidate, labels, state, in_time):
 def _judged(logits_fn, images, labels):
     # Without stop_gradient a training step around the attack would differentiate its loop.
     logits = jax.lax.stop_gradient(logits_fn(images))
-    return parts.attack_loss(logits, labels, 'margin'), jnp.argmax(logits, axis=-1) != labels
+    return parts.attack_loss(logits, labels, 'margin'), ~parts.correct(logits, labels)
 
 
 def _stage(query, queries):
@@ -221,7 +224,9 @@ def _moves(numbers, side, shape):
     height, width, channels = shape
     corners, coin, signs = numbers[: -channels - 1], numbers[-channels - 1], numbers[-channels:]
     rows, columns = corners.reshape(2, -1)
-    rows, columns = (rows * (height - side + 1)).astype(jnp.int32), (columns * (width - side + 1)).astype(jnp.int32)
+    # As floats: strict promotion does not mix them with integers.
+    reach = [jnp.asarray(size - side + 1).astype(numbers.dtype) for size in (height, width)]
+    rows, columns = ((place * size).astype(jnp.int32) for place, size in zip((rows, columns), reach))
     return rows, columns, coin < 0.5, jnp.where(signs < 0.5, -1.0, 1.0)
 
 
@@ -237,30 +242,34 @@ def _propose_linf(images, best, numbers, stage, epsilon):
     shape = images.shape[1:]
     side = jnp.asarray(_sides(*shape[:2], 'linf'))[stage]
 
-    def one(image, best, numbers):
+    def one(image, best, numbers, epsilon):
         rows, columns, _, signs = _moves(numbers, side, shape)
-        moved = parts.clip_pixels(image + epsilon * signs.astype(image.dtype))
+        moved = parts.clip_pixels(image + epsilon * signs.astype(image.dtype)[None, None])
         return jnp.where(_window(rows[0], columns[0], side, shape), moved, best)
 
-    return jax.vmap(one)(images, best, numbers)
+    return jax.vmap(one)(images, best, numbers, epsilon)
 
 
 def _propose_l2(images, best, numbers, stage, epsilon):
-    """Algorithm 3: what one square holds goes to another one, in a new pattern, [B, H, W, C]."""
-    shape = images.shape[1:]
+    """Algorithm 3: what one square holds goes to another one, in a new pattern, [B, H, W, C].
+
+    In float32 or wider: in float16 the length of a perturbation overflows, and the smallest norm is zero.
+    """
+    shape, dtype = images.shape[1:], images.dtype
+    images, best, epsilon = parts.wide(images), parts.wide(best), parts.wide(epsilon)
     sides = _sides(*shape[:2], 'l2')
     side = jnp.asarray(sides)[stage]
     pattern = jnp.asarray(_canvases(tuple(sides)), images.dtype)[stage]
 
-    def one(image, best, numbers):
+    def one(image, best, numbers, epsilon):
         rows, columns, coin, signs = _moves(numbers, side, shape)
         target = _window(rows[0], columns[0], side, shape)
         source = _window(rows[1], columns[1], side, shape)
         placed = _placed(jnp.where(coin, pattern.T, pattern), rows[0], columns[0], target)
-        delta = _moved_mass(best - image, target, source, placed * signs.astype(image.dtype), epsilon)
+        delta = _moved_mass(best - image, target, source, placed * signs.astype(image.dtype)[None, None], epsilon)
         return parts.clip_pixels(image + delta * (epsilon / jnp.maximum(_length(delta, None), _SMALLEST_NORM)))
 
-    return jax.vmap(one)(images, best, numbers)
+    return jax.vmap(one)(images, best, numbers, epsilon).astype(dtype)
 
 
 def _moved_mass(delta, target, source, pattern, epsilon):
@@ -269,10 +278,10 @@ def _moved_mass(delta, target, source, pattern, epsilon):
     The length that `target` gets, a channel: what both windows held, and an equal share of what the
     ball still had to spare (clipping to [0, 1] shortens perturbations).
     """
-    old = delta * target
+    old = jnp.where(target, delta, 0)
     new = pattern + old / jnp.maximum(_length(old), _SMALLEST_NORM)
     spare = jnp.maximum(epsilon**2 - jnp.sum(delta**2), 0) / delta.shape[-1]
-    length = jnp.sqrt(spare + _length(delta * (target | source)) ** 2)
+    length = jnp.sqrt(spare + _length(jnp.where(target | source, delta, 0)) ** 2)
     new = new * (length / jnp.maximum(_length(new), _SMALLEST_NORM))
     return jnp.where(target, new, jnp.where(source, 0, delta))
 
@@ -286,7 +295,8 @@ def _placed(pattern, row, column, target):
     """The pattern, in the upper left corner of [S, S], brought to (row, column): [H, W, 1], 0 out of `target`."""
     height, width, _ = target.shape
     rows, columns = jnp.arange(height) - row, jnp.arange(width) - column
-    return target * pattern.at[rows[:, None], columns].get(mode='clip', wrap_negative_indices=False)[:, :, None]
+    placed = pattern.at[rows[:, None], columns[None]].get(mode='clip', wrap_negative_indices=False)
+    return jnp.where(target, placed[:, :, None], 0)
 
 
 def _canvases(sides):

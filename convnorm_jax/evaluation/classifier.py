@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convnorm_jax import attacks
+from convnorm_jax.attacks import inputs, parts
 from convnorm_jax.data.augment import to_float
 from convnorm_jax.data.pipeline import padded_batches
 from convnorm_jax.data.streaming import EvaluationBatches, Pictures, read
@@ -81,7 +82,7 @@ class Evaluator:
         eval_step = make_eval_step(logits_fn)
         self._eval = jax.jit(lambda variables, *batch: eval_step(variables, self._gather(*batch)))
         self._eval_batch = jax.jit(eval_step)
-        self._predict = jax.jit(lambda variables, pixels: logits_fn(variables, shard_batch(mesh, pixels)).argmax(-1))
+        self._predict = jax.jit(lambda variables, pixels: _predicted(logits_fn(variables, shard_batch(mesh, pixels))))
         self._attack = functools.cache(self._make_attack)
 
     def _gather(self, images, labels, indices, mask):
@@ -109,11 +110,11 @@ class Evaluator:
                 yield jax.block_until_ready(self._eval_batch(variables, batch))
 
     def predict(self, variables, pixels):
-        """Predicted classes, NumPy int [N], of pixels in [0, 1]."""
-        parts = []
+        """Predicted classes, NumPy int [N], of pixels in [0, 1]; -1 where the logits are not finite."""
+        found = [np.zeros(0, np.int32)]
         for indices, mask in zip(*padded_batches(len(pixels), self.batch_size)):
-            parts.append(fetch(self._predict(variables, pixels[indices]))[mask > 0])
-        return np.concatenate(parts)
+            found.append(fetch(self._predict(variables, pixels[indices]))[mask > 0])
+        return np.concatenate(found)
 
     def robust_accuracy(self, variables, split, attack, *, seed, examples=0, progress=None):
         """Accuracy under an attack.
@@ -127,7 +128,8 @@ class Evaluator:
           progress: called with (done, total) after every batch.
 
         Returns:
-          {'accuracy', 'examples', 'seconds'}.
+          {'accuracy', 'examples', 'seconds'}; the accuracy of no examples is nan. Logits that are not
+          finite are wrong.
         """
         total = min(examples or len(split['labels']), len(split['labels']))
         correct, start = 0.0, time.perf_counter()
@@ -140,17 +142,18 @@ class Evaluator:
             correct += float(run(variables, split['images'], split['labels'], indices[i], mask[i], key))
             if progress:
                 progress(min((i + 1) * self.batch_size, total), total)
-        return {'accuracy': correct / total, 'examples': total, 'seconds': time.perf_counter() - start}
+        accuracy = correct / total if total else float('nan')
+        return {'accuracy': accuracy, 'examples': total, 'seconds': time.perf_counter() - start}
 
     def _make_attack(self, attack):
         def attacked_correct(epsilon, step_size, variables, images, labels, indices, mask, key):
             batch = self._gather(images, labels, indices, mask)
             logits_fn = functools.partial(self.logits_fn, variables)
             # Of the example, not of its place: the batch size changes nothing.
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
+            keys = inputs.numbered_keys(key, indices)
             attacked = attack.run(logits_fn, to_float(batch['images']), batch['labels'], keys, epsilon, step_size)
-            correct = logits_fn(attacked).argmax(-1) == batch['labels']
-            return (correct * batch['mask']).sum()
+            correct = parts.correct(logits_fn(attacked), batch['labels'])
+            return jnp.where(correct, batch['mask'], 0).sum()
 
         return jax.jit(attacked_correct)
 
@@ -158,3 +161,7 @@ class Evaluator:
         """Adversarial images, NumPy, of a few pictures given as pixels in [0, 1]."""
         run = jax.jit(lambda v, x, y, key: attack.run(functools.partial(self.logits_fn, v), x, y, key))
         return fetch(run(variables, pixels, labels, jax.random.key(seed)))
+
+
+def _predicted(logits):
+    return jnp.where(jnp.isfinite(logits).all(-1), logits.argmax(-1), -1)

@@ -29,7 +29,7 @@ from convnorm_jax.mesh import batch_sharded, is_leader, leader_says, replicate
 SUITES = ('', 'standard')
 PARTS = ('autoattack', 'curve', 'simba', 'corruptions')
 
-_SIMBA_CHUNK = 25  # queries in one program
+_SIMBA_CHUNK = 25  # queries in one program; those of the last beyond the budget are not made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,11 +173,12 @@ def run_simba(subject, *, examples, queries, step_size):
 def _simba(subject, basis, examples, queries, step_size):
     pixels, labels = jnp.asarray(subject.pixels[:examples]), jnp.asarray(subject.labels[:examples])
     start = jax.jit(functools.partial(simba_start, basis=basis))
-    advance = jax.jit(functools.partial(simba_advance, basis=basis, step_size=step_size, count=_SIMBA_CHUNK))
+    options = {'basis': basis, 'step_size': step_size, 'queries': queries, 'count': _SIMBA_CHUNK}
+    advance = jax.jit(functools.partial(simba_advance, **options))
     begun = time.perf_counter()
     state = start(subject.logits_fn, pixels, labels, rng=jax.random.key(subject.seed))
     for _ in range(-(-queries // _SIMBA_CHUNK)):
-        if not bool(simba_active(state).any()):
+        if not bool(simba_active(state, queries).any()):
             break
         state = advance(subject.logits_fn, pixels, labels, state)
     result = simba_result(pixels, state)

@@ -75,6 +75,7 @@ def _rows_of_three(a, b, c):
 @functools.lru_cache(maxsize=256)
 def plan(geometry):
     """The `Plan` of a `Geometry`."""
+    # Its indices are int32: they must not depend on whether 64-bit types are enabled.
     return _dense_plan(geometry) if _is_dense(geometry) else _separable_plan(geometry)
 
 

@@ -62,8 +62,18 @@ def tap_products(x: jax.Array, y: jax.Array, kernel_size: tuple[int, int]) -> ja
     wide = jnp.promote_types(x.dtype, jnp.float32)
     y = y.astype(wide)
     products = [jax.lax.mul(jax.lax.convert_element_type(part, wide), y) for part in shifted(x, kernel_size)]
-    sums = by_platform(*products, cpu=_sums_in_one_pass, accelerator=lambda *a: jnp.stack(a).sum((1, 2, 3)))
+    sums = by_platform(*products, cpu=_sums_in_one_pass, tpu=_sums_each, accelerator=_sums_of_stack)
     return sums.reshape(*kernel_size, -1)
+
+
+def _sums_of_stack(*products):
+    # A GPU's compiler makes one kernel of it, and nine, with their partial sums, of nine reductions.
+    return jnp.stack(products).sum((1, 2, 3))
+
+
+def _sums_each(*products):
+    # A TPU's would materialize the stack, and fuses the reductions.
+    return jnp.stack([product.sum((0, 1, 2)) for product in products])
 
 
 def _sums_in_one_pass(*products):

@@ -1,5 +1,7 @@
 """Batch normalization with a scale and a bias for each class."""
 
+import numbers
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -36,7 +38,7 @@ class ConditionalBatchNorm(nn.Module):
           ValueError: no labels, or of another shape than [B], where num_classes is not 0;
             num_classes below 0.
         """
-        if not isinstance(self.num_classes, int) or self.num_classes < 0:
+        if not isinstance(self.num_classes, numbers.Integral) or self.num_classes < 0:
             raise UserError(f'num_classes={self.num_classes!r}: expected 0 or a number of classes')
         norm = BatchNorm(
             use_running_average=self.use_running_average,

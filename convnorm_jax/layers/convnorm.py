@@ -167,7 +167,7 @@ class NormalizedConvolution(nn.Module):
         if use_running_average and self.has_variable(folding.COLLECTION, 'bias'):
             return self._folded(x, geometry)
         kernel = self.param('kernel', self.kernel_init, (*kernel_size, x.shape[-1], self.features), self.param_dtype)
-        v = self._preconditioner(kernel, geometry, use_running_average)
+        v = self._preconditioner(kernel, geometry, x.shape[0], use_running_average)
         y = self._normalized_convolution(x, kernel, v, geometry)
         affine = self._affine(kernel_size, y.dtype) if self.use_affine else None
         if self.use_batch_norm:
@@ -223,10 +223,10 @@ class NormalizedConvolution(nn.Module):
         # By the method 'frequency' the kernel is rounded only after its transform.
         return normalized_convolution(x, kernel, v, geometry, self.method, self.precision)
 
-    def _preconditioner(self, kernel, geometry, use_running_average):
+    def _preconditioner(self, kernel, geometry, batch, use_running_average):
         """V of this pass, [Hf, Wf, features]; updates the running average in training."""
         grid = geometry.grid
-        current = functools.partial(preconditioner, kernel, geometry, self.method)
+        current = functools.partial(preconditioner, kernel, geometry, self.method, batch)
         # At initialization the state is made in every mode, so that it never changes its shape.
         if self.spectrum == 'exact' and use_running_average and not self.is_initializing():
             return current()

@@ -13,10 +13,13 @@ the same form.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from convnorm_jax.layers.platforms import by_platform
 
 # Up to this many points one matrix transforms the whole grid: it moves half of the bytes that two matrices move, and
 # takes more operations. benchmarks/README.md has the measurements.
@@ -49,30 +52,47 @@ def _dense(y, v, kept, size):
     rows, columns = kept
     transform = hartley_columns((height, width), points(height, width))
     inverse = transform[np.add.outer(np.array(rows) * width, columns).reshape(-1)]
-    spectrum = _product(transform, y.reshape(-1, height * width, channels))
+    spectrum = _product(transform, y.reshape(-1, height * width, channels), 1)
     spectrum = spectrum * v.reshape(1, -1, channels).astype(y.dtype)
-    return _product(inverse, spectrum).reshape(-1, len(rows), len(columns), channels)
+    return _product(inverse, spectrum, 1).reshape(-1, len(rows), len(columns), channels)
 
 
 def _separable(y, v, kept, size):
     height, width, channels = size
-    rows, columns = kept
-    by_row, by_column, back_column, back_row = _separable_matrices(height, width, rows, columns)
-    half = height // 2 + 1
-    spectrum = _product(by_row, y.reshape(-1, height, width * channels))
-    spectrum = _product(by_column, spectrum.reshape(-1, half, 2 * width, channels))
+    by_row, by_column, back_column, back_row = _separable_matrices(height, width, *kept)
+    half, columns = height // 2 + 1, len(kept[1])
+    spectrum = _product(by_row, y, 1).reshape(-1, half, 2 * width, channels)
+    spectrum = _product(by_column, spectrum, 2)
     factor = jnp.concatenate([v[:half], v[:half]], axis=1)  # of the real and of the imaginary part
     spectrum = spectrum * factor[None].astype(y.dtype)
-    out = _product(back_column, spectrum).reshape(-1, 2 * half, len(columns) * channels)
-    return _product(back_row, out).reshape(-1, len(rows), len(columns), channels)
+    out = _product(back_column, spectrum, 2).reshape(-1, 2 * half, columns, channels)
+    return _product(back_row, out, 1)
 
 
-def _product(matrix, x):
-    """matrix @ x over the last axis but one, accumulated in float32 at least, the dtype of x."""
+def _product(matrix, x, axis):
+    """`matrix` applied along an axis of x, accumulated in float32 at least, the dtype of x."""
+    matrix, forms = jnp.asarray(matrix, x.dtype), (functools.partial(form, axis) for form in (_batched, _free))
+    batched, free = forms
+    return by_platform(matrix, x, cpu=batched, tpu=free, accelerator=batched)
+
+
+def _batched(axis, matrix, x):
     # The matrix is broadcast over the batch: cuBLAS reads it with a stride of 0, and nothing is transposed.
-    matrix = jnp.broadcast_to(jnp.asarray(matrix, x.dtype), (*x.shape[:-2], *matrix.shape))
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    matrix = jnp.broadcast_to(matrix, (*before, *matrix.shape))
+    return _narrow(jnp.matmul, matrix, x.reshape(*before, x.shape[axis], math.prod(after))).reshape(
+        *before, matrix.shape[-2], *after
+    )
+
+
+def _free(axis, matrix, x):
+    # A TPU's compiler chooses the layouts, with the batch inside; a batch of products would keep it outside.
+    return jnp.moveaxis(_narrow(functools.partial(jnp.tensordot, axes=(1, axis)), matrix, x), 0, axis)
+
+
+def _narrow(product, matrix, x):
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.matmul(matrix, x, precision=_EXACT, preferred_element_type=wide).astype(x.dtype)
+    return product(matrix, x, precision=_EXACT, preferred_element_type=wide).astype(x.dtype)
 
 
 def power_spectrum(kernel: jax.Array, grid: tuple[int, int]) -> jax.Array:

@@ -51,28 +51,32 @@ def normalized_convolution(
     return derivatives.call(_rule(geometry, precision, on_cpu, on_accelerator), x, kernel, jax.lax.stop_gradient(v))[0]
 
 
-def preconditioner(kernel: jax.Array, geometry: bilinear.Geometry, method: str | None = None) -> jax.Array:
+def preconditioner(
+    kernel: jax.Array, geometry: bilinear.Geometry, method: str | None = None, batch: int = 1
+) -> jax.Array:
     """V = (power spectrum)^(-1/2) of every output channel's filter, see `spectral.preconditioner`.
 
     Args:
       kernel: [kh, kw, cin, cout], float.
       geometry, method: see `normalized_convolution`.
+      batch: of the images that it is for. Where they are convolved in the frequency domain, V shares the filters'
+        transforms.
 
     Returns:
       float32 or float64 [Hf, Wf, cout], or [1, 1, cout] of a 1x1 kernel. A constant to differentiation.
     """
-    return _preconditioner(kernel, geometry, method)
+    on_cpu = method or choose_method(geometry, batch, *kernel.shape[2:])
+    return _preconditioner(jax.lax.stop_gradient(kernel), geometry, on_cpu)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for all layers of a shape
-def _preconditioner(kernel, geometry, method):
-    if method == 'reference':
+def _preconditioner(kernel, geometry, on_cpu):
+    if on_cpu == 'reference':
         return spectral.preconditioner(kernel, geometry.grid, reference.power_spectrum)
-    # A sum of squares that shares its transforms with the frequency domain's filters, where they are computed.
     shared = lambda kernel, _: frequency.power_spectrum(kernel, geometry)
-    power = {'spatial': spectral.power_spectrum}.get(method, shared)
+    power = shared if on_cpu == 'frequency' else spectral.power_spectrum
     return by_platform(
-        jax.lax.stop_gradient(kernel),
+        kernel,
         cpu=lambda k: spectral.preconditioner(k, geometry.grid, power),
         accelerator=lambda k: spectral.preconditioner(k, geometry.grid, filters.power_spectrum),
     )

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import jax
 
 
-def by_platform(*arguments, cpu: Callable, accelerator: Callable):
-    """`cpu(*arguments)` in a program for the CPU, `accelerator(*arguments)` in one for a GPU or a TPU.
+def by_platform(*arguments, cpu: Callable, accelerator: Callable, tpu: Callable | None = None):
+    """`cpu(*arguments)` in a program for the CPU, `accelerator(*arguments)` in one for a GPU or, without `tpu`, a TPU.
 
-    Both are traced; the program holds the one of its platform. (`jax.default_backend()` tells of the machine that
+    All are traced; the program holds the one of its platform. (`jax.default_backend()` tells of the machine that
     traces, which is another one for `jax.export` and for a CPU program on a GPU machine.)
     """
-    return jax.lax.platform_dependent(*arguments, cpu=cpu, default=accelerator)
+    others = {} if tpu is None else {'tpu': tpu}
+    return jax.lax.platform_dependent(*arguments, cpu=cpu, **others, default=accelerator)

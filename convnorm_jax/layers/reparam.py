@@ -6,6 +6,7 @@ follows. Spectral norm has a dense layer too. The mathematics is in `orthogonal`
 """
 
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 
 import jax
@@ -61,7 +62,7 @@ class _ReparametrizedConv(nn.Module):
         """(kernel, bias or None) for images x, checked."""
         if x.ndim != 4:
             raise UserError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
-        if not isinstance(self.features, int) or self.features < 1:
+        if not isinstance(self.features, numbers.Integral) or self.features < 1:
             raise UserError(f'features={self.features!r}: expected a positive int')
         kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
         init = self.kernel_init or (torch_transposed_kernel_init if self.transposed else torch_kernel_init)
@@ -197,7 +198,7 @@ class SpectralNormDense(nn.Module):
 
 def _check_iterations(module):
     for name, least in (('iterations', 1), ('init_iterations', 0)):
-        if not isinstance(getattr(module, name), int) or getattr(module, name) < least:
+        if not isinstance(getattr(module, name), numbers.Integral) or getattr(module, name) < least:
             raise UserError(f'{name}={getattr(module, name)!r}: expected an int of {least} or more')
 
 
@@ -305,7 +306,7 @@ class OWNConv(_ReparametrizedConv):
         if self.groups is None:
             most = min(most, MOST_FILTERS)
             return next(g for g in range(1, self.features + 1) if self.features % g == 0 and self.features // g <= most)
-        if not isinstance(self.groups, int) or self.groups < 1 or self.features % self.groups:
+        if not isinstance(self.groups, numbers.Integral) or self.groups < 1 or self.features % self.groups:
             raise UserError(f'groups={self.groups!r}: expected a divisor of features={self.features}, or None')
         if self.features // self.groups > most:
             raise UserError(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from convnorm_jax.attacks.parts import repeat
+from convnorm_jax.attacks.parts import correct, repeat
 from convnorm_jax.data.augment import normalize, to_float
 from convnorm_jax.steps.state import average, global_norm, without_counts
 
@@ -138,11 +138,14 @@ def update(state, loss_fn, tx, ema_decay, *inputs):
 
 
 def step_metrics(loss, logits, labels, grads):
-    """(sum, count) pairs of one update: 'loss', 'accuracy' and 'gradient_norm', float32 scalars."""
+    """(sum, count) pairs of one update: 'loss', 'accuracy' and 'gradient_norm', float32 scalars.
+
+    Logits that are not finite are wrong.
+    """
     count = jnp.float32(labels.shape[0])
     return {
         'loss': (loss * count, count),
-        'accuracy': (jnp.sum(logits.argmax(-1) == labels).astype(jnp.float32), count),
+        'accuracy': (jnp.sum(correct(logits, labels)).astype(jnp.float32), count),
         'gradient_norm': (global_norm(grads), jnp.float32(1)),
     }
 
@@ -206,9 +209,9 @@ def make_eval_step(logits_fn):
         logits = logits_fn(variables, to_float(batch['images']))
         mask, labels = batch['mask'], batch['labels']
         loss = classification_loss(logits, labels)
-        correct = (logits.argmax(-1) == labels).astype(jnp.float32)
         count = mask.sum()
         # where, not a product: a filled-up example that is not finite must not spread.
-        return {'loss': (jnp.where(mask > 0, loss, 0).sum(), count), 'accuracy': ((correct * mask).sum(), count)}
+        right = jnp.where(correct(logits, labels), mask, 0).sum()
+        return {'loss': (jnp.where(mask > 0, loss, 0).sum(), count), 'accuracy': (right, count)}
 
     return eval_step

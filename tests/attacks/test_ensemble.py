@@ -205,6 +205,129 @@ def test_a_state_of_something_else_is_refused(problem, whole, tmp_path):
         attacks.run_ensemble(logits_fn, images, labels, epsilon=epsilon, **options)
 
 
+def test_a_state_of_a_net_that_predicts_the_same_is_refused(problem, whole, tmp_path):
+    """The other net's logits differ in the last bit of one image, or only next to the images."""
+    images, labels, weights, _ = problem
+    logits_fn, epsilon, expected, _ = whole
+    path = str(tmp_path / 'state.npz')
+    options = {'epsilon': epsilon, 'rng': jax.random.key(0), 'log': quiet, 'state_path': path, **SMALL}
+    same(attacks.run_ensemble(logits_fn, images, labels, **options), expected)
+    last = np.float32(images[-1, 0, 0, 0])
+
+    def other_bit(x):
+        logits = logits_fn(x)
+        hit = (x[:, 0, 0, 0] == last)[:, None] & (jnp.arange(CLASSES) == 0)
+        return jnp.where(hit, jnp.nextafter(logits, jnp.inf), logits)
+
+    def broken_elsewhere(x):
+        known = (x[:, None] == jnp.asarray(images)).all((2, 3, 4)).any(1)
+        return jnp.where(known[:, None], logits_fn(x), jnp.eye(CLASSES)[0])
+
+    for net, words in ((other_bit, 'other logits'), (broken_elsewhere, 'other logits next to the images')):
+        with pytest.raises(ValueError, match='a state of another net') as caught:
+            attacks.run_ensemble(net, images, labels, **options)
+        assert words in str(caught.value) and '\n' not in str(caught.value)
+    lines = []
+    same(attacks.run_ensemble(linear(weights), images, labels, **{**options, 'log': lines.append}), expected)
+    assert lines[0].startswith('going on from')
+
+
+@pytest.mark.parametrize('damage', ['cut', 'text', 'pickle', 'empty', 'words', 'bytes'])
+def test_a_damaged_state(tmp_path, damage):
+    path = tmp_path / 'state.npz'
+    saved.save_progress(path, {}, saved.Progress(np.ones((3, 2, 2, 1), np.float32), np.ones(3, bool)))
+    content = path.read_bytes()
+    if damage == 'words':
+        with open(path, 'wb') as file:
+            np.savez(file, words='{}', images=np.ones((3, 2, 2, 1)), robust=np.ones(3, bool))
+    elif damage == 'bytes':
+        place = content.index(b'PK', 10) - 20
+        path.write_bytes(content[:place] + b'damage' + content[place + 6 :])
+    else:
+        path.write_bytes(
+            {'cut': content[: len(content) // 2], 'text': b'text', 'pickle': b'\x80\x04K\x01.', 'empty': b''}[damage]
+        )
+    if damage == 'empty':
+        assert path.stat().st_size == 0
+    with pytest.raises(ValueError, match=r'not a readable state of an evaluation.*delete it to start again') as caught:
+        saved.load_progress(path, {})
+    assert 'allow_pickle' not in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_the_place_of_the_state_is_looked_at_first(problem, tmp_path):
+    images, labels, *_ = problem
+    for path in (tmp_path / 'none' / 'state.npz', tmp_path):
+        ran = []
+        logits_fn = lambda x, ran=ran: ran.append(x) or x.reshape(len(x), -1)
+        with pytest.raises(ValueError, match=r'state_path=.*cannot be written'):
+            attacks.run_ensemble(
+                logits_fn, images, labels, epsilon=0.1, rng=jax.random.key(0), state_path=str(path), log=quiet
+            )
+        assert len(ran) == 1  # traced, for the number of classes
+
+
+def test_the_leader_reads_the_state_for_all(tmp_path, monkeypatch):
+    """The others are told what it found: the bytes of the file, no file, or what is wrong with it."""
+    path, identity = tmp_path / 'state.npz', {'epsilon': 0.1}
+    told = []
+
+    def as_process(number, messages):
+        monkeypatch.setattr(saved.jax, 'process_count', lambda: 2)
+        monkeypatch.setattr(saved.jax, 'process_index', lambda: number)
+        broadcast = (lambda x: told.append(x) or x) if number == 0 else (lambda x: messages.pop(0))
+        monkeypatch.setattr(saved.multihost_utils, 'broadcast_one_to_all', broadcast)
+
+    def outcomes(other_path):
+        found = []
+        for number, place in enumerate((path, other_path)):
+            as_process(number, list(told))
+            try:
+                found.append(saved.load_progress(place, identity))
+            except ValueError as error:
+                found.append(str(error).removeprefix('process 0: '))
+        told.clear()
+        return found
+
+    assert outcomes(tmp_path / 'elsewhere.npz') == [None, None]
+    state = saved.Progress(np.ones((3, 2, 2, 1), np.float32), np.array([True, False, True]), turn=2)
+    monkeypatch.undo()
+    saved.save_progress(path, identity, state)
+    for found in outcomes(tmp_path / 'elsewhere.npz'):  # not there for the other one
+        assert found.turn == 2
+        np.testing.assert_array_equal(found.robust, state.robust)
+    saved.save_progress(path, {'epsilon': 0.2}, state)
+    first, second = outcomes(tmp_path / 'elsewhere.npz')
+    assert first == second and 'a state of other epsilon' in first
+
+
+def test_a_prime_number_is_cut_into_few_programs():
+    sizes = {'steps': 101, 'queries': 4999, 'targets': 1, 'restarts': 1}
+    chunks = {name: make_member(name, 'linf', 10, **sizes).chunks for name in members.MEMBERS}
+    assert chunks == {'apgd-ce': 51, 'apgd-dlr': 51, 'apgd-t': 51, 'fab-t': 51, 'square': 500}
+    assert make_member('square', 'linf', 10, **sizes, platform='tpu').chunks == 50
+
+
+@pytest.mark.parametrize('name', ['apgd-ce', 'fab-t', 'square'])
+def test_what_the_last_program_has_beyond_the_run_changes_nothing(problem, name, monkeypatch):
+    """Seven iterations, in programs of 7 and of 3."""
+    images, labels, weights, _ = problem
+    logits_fn = jax.tree_util.Partial(linear(weights))
+    common = [jax.tree_util.Partial(logits_fn), *map(jnp.asarray, (images, labels))]
+    common += [jax.random.split(jax.random.key(0), N), jnp.asarray((labels + 1) % CLASSES), jnp.float32(0.001)]
+    found = []
+    for size in (7, 3):
+        monkeypatch.setattr(members, '_CPU_CHUNK', dict.fromkeys(('apgd', 'fab', 'square'), size))
+        make_member.cache_clear()
+        member = make_member(name, 'linf', CLASSES, steps=7, queries=7, targets=1, restarts=1)
+        assert member.chunks == {7: 1, 3: 3}[size]
+        state = member.start(*common)
+        for chunk in range(member.chunks):
+            state = member.advance(*common, state, chunk)
+        found.append(state)
+    make_member.cache_clear()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), *found)
+
+
 def test_nothing_is_compiled_twice(problem):
     images, labels, weights, _ = problem
     traces = []
@@ -270,6 +393,7 @@ def test_warning_about_a_black_box_that_leads():
         ({'epsilon': 8.0}, 'epsilon=8.0: expected 0 to 1'),
         ({'norm': 'l1'}, "norm='l1'"),
         ({'attacks': ('apgd',)}, "'apgd', expected some of"),
+        ({'attacks': 'apgd-ce'}, r"attacks='apgd-ce': expected a sequence of names, such as \('apgd-ce',\)"),
         ({'batch_size': 0}, 'batch_size=0'),
         ({'steps': 0}, 'steps=0'),
         ({'images': np.full((2, *SHAPE), 255.0)}, 'pixels between 255 and 255, expected 0 to 1'),

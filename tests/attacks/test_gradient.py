@@ -207,11 +207,40 @@ def test_unrolled_equals_loop(monkeypatch, restarts):
     np.testing.assert_allclose(results[True], results[False], atol=1e-6)
 
 
-def test_only_short_attacks_on_the_cpu_are_unrolled(monkeypatch):
-    assert parts.unrolls(50) == (jax.default_backend() == 'cpu')
-    assert not parts.unrolls(51)
-    monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
-    assert not parts.unrolls(2)
+def test_only_short_attacks_are_unrolled_and_only_for_a_cpu():
+    """As the platform is that the program is for, not the one that traces it."""
+    assert parts.unrolls(50) and not parts.unrolls(51)
+    images, labels = batch(4)[0], np.zeros(4, int)
+    convolve = lambda x: jax.lax.conv_general_dilated(
+        x, jnp.ones((3, 3, images.shape[3], 5)), (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+    attack = jax.jit(
+        lambda x: attacks.pgd(
+            lambda x: convolve(x).mean((1, 2)), x, labels, epsilon=EPSILON, step_size=STEP_SIZE, steps=4
+        )
+    )
+    loops = {}
+    for platform in ('cpu', 'cuda', 'tpu'):
+        exported = jax.export.export(attack, platforms=[platform])(jax.ShapeDtypeStruct(images.shape, jnp.float32))
+        loops[platform] = exported.mlir_module().count('stablehlo.while')
+    assert loops == {'cpu': 0, 'cuda': 1, 'tpu': 1}
+    # The compiler sees no choice: a convolution within a conditional may be slow, too.
+    assert ' conditional(' not in attack.lower(images).compile().as_text()
+    both = jax.export.export(attack, platforms=['cpu', 'tpu'])(jax.ShapeDtypeStruct(images.shape, jnp.float32))
+    found = both.call(images)
+    np.testing.assert_allclose(found, attack(images), atol=1e-6)
+
+
+def test_an_attack_in_a_loop_is_traced_once_for_all_platforms():
+    images, labels = batch(4)
+    traces = []
+
+    def logits_fn(x):
+        traces.append(1)
+        return network()(x)
+
+    jax.jit(lambda x: attacks.pgd(logits_fn, x, labels, epsilon=EPSILON, step_size=STEP_SIZE, steps=4)).lower(images)
+    assert len(traces) == 2  # for the number of classes, and the body of both loops
 
 
 def test_more_restarts_never_find_less():

@@ -297,6 +297,23 @@ def test_written_out_equals_a_loop(monkeypatch):
     assert 2 <= results[True].queries.max() <= 4
 
 
+@pytest.mark.parametrize('budget', [1, 4, 5, 1000])
+def test_no_query_beyond_the_budget(budget):
+    """Within a chunk too, and between + and - of a vector."""
+    images, labels = batch()
+    keys = jax.random.key(3)
+    without, _ = attacked('pixel', images, labels, keys)
+    whole = jax.jit(functools.partial(module.simba, LOGITS_FN, step_size=STEP, queries=budget))(
+        images, labels, rng=keys
+    )
+    np.testing.assert_array_equal(whole.queries, np.minimum(without.queries, budget))
+    state = start_fn('pixel')(images, labels, rng=keys)
+    advance = jax.jit(functools.partial(module.simba_advance, LOGITS_FN, step_size=STEP, queries=budget, count=3))
+    while module.simba_active(state, budget).any():
+        state = advance(images, labels, state)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), module.simba_result(images, state), whole)
+
+
 def test_an_example_does_not_depend_on_its_batch():
     images, labels = batch()
     keys = parts.example_keys(jax.random.key(3), 6)
@@ -353,6 +370,7 @@ def test_no_gradient_is_taken():
         ({'basis': 'fourier'}, "basis='fourier': expected one of pixel, dct"),
         ({'step_size': 0}, 'step_size=0'),
         ({'steps': 0}, 'steps=0'),
+        ({'queries': 0}, 'queries=0'),
         ({'epsilon': 8}, 'epsilon=8'),
         ({'frequencies': 2}, "frequencies=2, stride=None: expected None with basis='pixel'"),
         ({'basis': 'dct', 'frequencies': 0}, 'frequencies=0'),

@@ -108,3 +108,46 @@ def test_attack_images_stay_in_the_ball(net):
     assert isinstance(found, np.ndarray) and found.min() >= 0 and found.max() <= 1
     distance = np.abs(found - pixels).max()
     assert 0.9 * EPSILON < distance < EPSILON + 1e-6
+
+
+@pytest.fixture
+def broken(net):
+    """The net with NaN for all logits of every third picture, and the label 0 for all: argmax of NaN is 0."""
+    logits_fn, variables, split = net
+    mean = np.asarray(split['images'], np.float32).mean((1, 2, 3)) / 255
+    limit = float(np.sort(mean)[N // 3])
+
+    def some_nan(variables, pixels):
+        logits = logits_fn(variables, pixels).at[:, 0].add(1000)
+        return jnp.where(pixels.mean((1, 2, 3))[:, None] < limit, jnp.nan, logits)
+
+    return some_nan, variables, {**split, 'labels': jnp.zeros_like(split['labels'])}
+
+
+def test_logits_that_are_not_finite_are_wrong(broken):
+    found = evaluator(broken, 8)
+    assert found.evaluate(broken[1], broken[2])['accuracy'] == pytest.approx(18 / 27)
+    weak = AttackSettings('pgd', 1e-7, 1e-7, 1, 1, 'cross_entropy')
+    assert found.robust_accuracy(broken[1], broken[2], weak, seed=0)['accuracy'] == pytest.approx(18 / 27)
+    predicted = found.predict(broken[1], np.asarray(broken[2]['images'], np.float32) / 255)
+    assert (predicted == -1).sum() == 9 and (predicted == 0).sum() == 18
+
+
+def test_the_accuracy_of_nothing(net):
+    empty = {'images': net[2]['images'][:0], 'labels': net[2]['labels'][:0]}
+    found = evaluator(net, 8).robust_accuracy(net[1], empty, PGD, seed=0)
+    assert np.isnan(found['accuracy']) and found['examples'] == 0
+    assert evaluator(net, 8).predict(net[1], np.zeros((0, 8, 8, 1), np.float32)).shape == (0,)
+
+
+def test_an_example_keeps_its_start_with_another_generator(net):
+    with jax.default_prng_impl('rbg'):
+        found = [evaluator(net, size).robust_accuracy(net[1], net[2], PGD, seed=5)['accuracy'] for size in (4, N)]
+    assert found[0] == pytest.approx(found[1], abs=1e-7) and 0 < found[0] < 20 / 27
+
+
+def test_strict_promotion(net):
+    with jax.numpy_dtype_promotion('strict'):
+        found = evaluator(net, 8).robust_accuracy(net[1], net[2], PGD, seed=5)
+        assert evaluator(net, 8).evaluate(net[1], net[2])['accuracy'] == 20 / 27
+    assert 0 < found['accuracy'] < 20 / 27

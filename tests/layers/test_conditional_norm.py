@@ -71,3 +71,9 @@ def test_wrong_labels(labels):
 def test_wrong_number_of_classes():
     with pytest.raises(ValueError, match='num_classes=-1'):
         ConditionalBatchNorm(-1, use_running_average=True).init(jax.random.key(0), jnp.zeros((4, 2)))
+
+
+def test_a_numpy_integer_is_a_number_of_classes():
+    x, labels = np.ones((2, 3, 3, 4), np.float32), np.array([0, 2])
+    layer = ConditionalBatchNorm(np.int64(3), use_running_average=True)
+    assert layer.init(jax.random.key(0), x, labels)['params']['scale'].shape == (3, 4)

@@ -535,3 +535,11 @@ def test_weight_norm_is_torch():
     close(y, expected.detach().numpy().transpose(0, 2, 3, 1), 1e-5)
     close(gradients['kernel'], hwio(reference.weight_v.grad.numpy()), 1e-4)
     close(gradients['scale'], reference.weight_g.grad.numpy().reshape(-1), 1e-4)
+
+
+def test_numpy_integers_are_taken():
+    x = random(0, 2, 4, 4, 3)
+    layer = ONIConv(np.int64(4), (3, 3), iterations=np.int64(2), groups=np.int64(2))
+    assert layer.init_with_output(jax.random.key(0), x)[0].shape == (2, 4, 4, 4)
+    layer = SpectralNormConv(np.int32(4), (3, 3), iterations=np.int64(1))
+    assert layer.init_with_output(jax.random.key(0), x, use_running_average=True)[0].shape == (2, 4, 4, 4)

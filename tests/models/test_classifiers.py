@@ -308,7 +308,9 @@ def test_wrong_options(options, message):
 
 
 @pytest.mark.parametrize('name,depth', [('resnet18', (1, 2)), ('simple_cnn', (1, 2)), ('simple_cnn2', None)])
-@pytest.mark.parametrize('layer,option', [('spectralnorm', 'iterations'), ('groupnorm', 'groups'), ('oni', 'iterations')])
+@pytest.mark.parametrize(
+    'layer,option', [('spectralnorm', 'iterations'), ('groupnorm', 'groups'), ('oni', 'iterations')]
+)
 @pytest.mark.parametrize('kind', [np.int64, np.uint8])
 def test_numpy_integers_are_taken(name, depth, layer, option, kind):
     sizes = {'num_classes': 10, 'width': 6, option: 6}

@@ -71,7 +71,7 @@ def run(problem, make_step, carried=0, **options):
     """(state after two batches, their metrics, the reference at the start)."""
     with jax.enable_x64(True):
         model, tx = Linear(), make_optimizer('sgd', LEARNING_RATE, momentum=MOMENTUM, weight_decay=DECAY)
-        state = create_state(model, tx, SHAPE, 0, carried_batch=carried)
+        state = create_state(model, tx, SHAPE, 0, carried_batch=carried, use_ema='ema_decay' in options)
         reference, metrics = Reference(state.params), []
         step = make_step(
             model, tx, mean=MEAN, std=STD, augment_fn=lambda key, images: images, epsilon=EPSILON, **options
@@ -112,6 +112,37 @@ def test_free_is_the_published_algorithm(problem, carry_over):
         np.testing.assert_allclose(state.perturbation, perturbation, atol=1e-6)
     else:
         assert state.perturbation is None
+
+
+def test_the_average_counts_every_replay(problem):
+    options = {'step_size': 0.03, 'replays': 3, 'ema_decay': 0.3}
+    state, _, reference = run(problem, adversarial.make_free_step, **options)
+    expected = reference.weights.copy()
+    for batch, (images, labels) in enumerate(zip(*problem)):
+        pixels, perturbation = images / 255.0, np.zeros((BATCH, *SHAPE))
+        for i in range(3):
+            attacked, moved = np.clip(pixels + perturbation, 0, 1), pixels + perturbation
+            by_logits = reference.by_logits(attacked, labels)
+            by_pixel = reference.pixel_gradient(by_logits) * ((moved >= 0) & (moved <= 1))
+            reference.update((attacked, by_logits / BATCH))
+            perturbation = np.clip(perturbation + 0.03 * np.sign(by_pixel), -EPSILON, EPSILON)
+            keep = min(0.3, (1 + 3 * batch + i) / (10 + 3 * batch + i))
+            expected = keep * expected + (1 - keep) * reference.weights
+    np.testing.assert_allclose(state.ema['Dense_0']['kernel'], expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ('make_step', 'options', 'passes'),
+    [
+        (adversarial.make_free_step, {'replays': 3}, 6),
+        (adversarial.make_pgd_step, {'steps': 2}, 2),
+        (adversarial.make_trades_step, {'steps': 2, 'beta': 6.0}, 4),
+    ],
+)
+def test_the_averages_statistics_are_of_the_same_passes(problem, make_step, options, passes):
+    state, *_ = run(problem, make_step, step_size=0.03, ema_decay=0.9, **options)
+    for statistics in (state.model_state, state.ema_state):
+        assert statistics['batch_stats']['passes'] == passes
 
 
 def ascend(reference, pixels, start, labels, step_size, steps, gradient=None):

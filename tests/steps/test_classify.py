@@ -292,3 +292,15 @@ def test_microbatches_have_their_own_statistics_one_after_another(batch):
     close(found.model_state, model_state)
     close(found.params, jax.tree.map(lambda p, a, b: p - (a + b) / 2, state.params, *grads), atol=1e-4)
     assert float(metrics['loss'][0]) == pytest.approx(8 * sum(losses), rel=1e-4)
+
+
+def test_logits_that_are_not_finite_are_wrong():
+    """In training and in evaluation; argmax would call NaN the class 0."""
+    logits = jnp.zeros((6, CLASSES)).at[:, 0].set(1).at[0].set(jnp.nan).at[1, 5].set(jnp.nan).at[2, 0].set(jnp.inf)
+    labels, count = jnp.zeros(6, int), 6
+    found = classify.step_metrics(jnp.float32(0), logits, labels, {})['accuracy']
+    assert (float(found[0]), float(found[1])) == (3, count)
+    step = classify.make_eval_step(lambda variables, pixels: logits)
+    images = jnp.zeros((6, *SHAPE), jnp.uint8)
+    found = step({}, {'images': images, 'labels': labels, 'mask': jnp.array([1, 1, 1, 1, 1, 0.0])})['accuracy']
+    assert (float(found[0]), float(found[1])) == (2, 5)

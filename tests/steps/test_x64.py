@@ -17,10 +17,12 @@ SHAPE = (8, 8, 3)
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope='module', autouse=True)
 def x64():
+    jax.clear_caches()  # JAX's cache of indexing by NumPy arrays takes no notice of the switch
     with jax.enable_x64(True):
         yield
+    jax.clear_caches()
 
 
 def batch(count=8):

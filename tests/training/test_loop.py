@@ -235,43 +235,6 @@ def test_the_average_is_what_is_evaluated(varied):
     assert rows(workdir)[-1]['validation_loss'] == found['loss']
 
 
-@pytest.fixture
-def formerly(varied, tmp_path):
-    """The folder of such a run at step 6, as it was before the average had statistics of its own."""
-    experiment, workdir = varied
-    shutil.copytree(workdir, tmp_path / 'run', ignore=shutil.ignore_patterns('checkpoints'))
-    arrays, progress = saved(experiment, workdir, 6)
-    checkpointer = Checkpointer(str(tmp_path / 'run'))
-    checkpointer.save(6, {**arrays, 'state': arrays['state'].replace(ema_state=None)}, progress, 0.5)
-    checkpointer.close()
-    return experiment, str(tmp_path / 'run'), arrays['state']
-
-
-def test_a_checkpoint_without_statistics_of_the_average_is_evaluated(formerly):
-    experiment, workdir, state = formerly
-    variables, progress, _ = loop.restore_variables(experiment, workdir, 'best')
-    assert progress.step == 6
-    same(variables['params'], state.ema)
-    # BatchNorm's are those of the average over the training set, the spectrum is that of its kernel.
-    found, unfit = (tree['batch_stats']['conv1_1'] for tree in (variables, state.model_state))
-    images = experiment.data['train']['images'][:256] / np.float32(255)
-    images = (images - experiment.source.mean[0]) / experiment.source.std[0]
-    given = {'params': state.ema, **state.model_state}
-    truth = experiment.model.apply(given, images, train=True, mutable=['batch_stats'])[1]['batch_stats']['conv1_1']
-    mean = lambda layer: np.asarray(layer['batch_norm']['mean'])
-    batch_mean = 10 * (mean(truth) - 0.9 * mean(unfit))
-    assert np.abs(mean(found) - batch_mean).max() < 0.3 * np.abs(mean(unfit) - batch_mean).max()
-    np.testing.assert_allclose(found['preconditioner'], truth['preconditioner'], rtol=1e-3)
-    same(loop.restore_variables(experiment, workdir, 'best')[0], variables)
-
-
-def test_a_checkpoint_without_statistics_of_the_average_is_resumed(formerly):
-    experiment, workdir, _ = formerly
-    assert loop.train(experiment, workdir).step == STEPS
-    state = loop.restore_state(experiment, workdir, 'latest')[0]
-    assert jax.tree.structure(state) == jax.tree.structure(experiment.initial_state())
-
-
 def test_label_noise_and_subset_reach_the_run(varied):
     experiment, workdir = varied
     record = splits.load_record(os.path.join(workdir, 'splits.npz'))
