@@ -163,9 +163,11 @@ def with_variables(name, method, dtype):
 def test_the_layer_of_an_accelerator(name, dtype, request):
     expected = results(*with_variables(name, 'reference', None))
     request.getfixturevalue('as_on_an_accelerator')
-    text = jax.jit(lambda v, x: with_variables(name, None, dtype)[0].apply(v, x, True)).lower(
-        *with_variables(name, None, dtype)[1:]
-    ).as_text()
+    text = (
+        jax.jit(lambda v, x: with_variables(name, None, dtype)[0].apply(v, x, True))
+        .lower(*with_variables(name, None, dtype)[1:])
+        .as_text()
+    )
     assert 'stablehlo.convolution' in text and 'fft' not in text
     found = results(*with_variables(name, None, dtype))
     assert found[0].dtype == (dtype or 'float32')
