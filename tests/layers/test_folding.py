@@ -18,10 +18,16 @@ pytestmark = pytest.mark.usefixtures('quick_compilation')
 def shaken(variables, seed=0):
     """Variables with every number moved: statistics and scales that are not those of the start."""
     random = np.random.default_rng(seed)
-    move = lambda leaf: (
-        leaf * random.uniform(0.5, 1.5, leaf.shape).astype(np.float32) + 0.1 * random.random(leaf.shape, np.float32)
-    )
-    return jax.tree.map(move, variables)
+
+    def move(path, leaf):
+        leaf = leaf * random.uniform(0.5, 1.5, leaf.shape).astype(np.float32) + 0.1 * random.random(
+            leaf.shape, np.float32
+        )
+        if path[-1].key == 'preconditioner':  # of a real filter: even
+            leaf = (leaf + np.roll(np.flip(leaf, (-3, -2)), 1, (-3, -2))) / 2
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(move, variables)
 
 
 def evaluate(model, variables, x):
