@@ -41,9 +41,7 @@ def plain(layer, params, x):
     kernel = params['kernel']
     pair = lambda value: (value, value) if isinstance(value, int) else value
     size, strides = kernel.shape[:2], pair(layer.strides)
-    geometry = layer._geometry(
-        x.shape[1:3], size, strides, layer._canonical_padding(x.shape[1:3], size, strides)
-    )
+    geometry = layer._geometry(x.shape[1:3], size, strides, layer._canonical_padding(x.shape[1:3], size, strides))
     v = spectral.preconditioner(kernel, geometry.grid, reference.power_spectrum)
     y = reference.normalized_convolution(x, kernel, v, geometry)
     pads = [((k - 1) // 2, k // 2) for k in size]
@@ -70,9 +68,7 @@ def close(found, expected, tolerance=1e-4):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         scale = max(1.0, float(np.abs(np.asarray(b, np.float64)).max()))
-        np.testing.assert_allclose(
-            np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance * scale
-        )
+        np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=tolerance * scale)
 
 
 def loss(function, params, x):
