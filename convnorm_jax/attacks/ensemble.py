@@ -224,7 +224,10 @@ class _Run:
         return self._logits(moved.clip(0, 1).astype(np.float32))
 
     def first_warnings(self):
-        """What is seen before any attack, on the first batch."""
+        """What is seen before any attack, on the first batch; of outputs that are not finite, on all."""
+        lost = int((~np.isfinite(self.clean).all(-1)).sum())
+        if lost:
+            return [f'the outputs are not all finite for {lost} of {len(self.labels)} images, which count as wrong']
         batch = slice(0, self.batch_size)
         images, labels = self.images[batch], self.labels[batch]
         found = checks.check_outputs(lambda x: self._predict(self.logits_fn, jnp.asarray(x)), images)
