@@ -194,7 +194,7 @@ def _batched(matrix, x):
     """matrix @ x[i] for every i, accumulated in float32 at least and rounded to the dtype of x."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     # The matrix is repeated (it is small): for a product of one matrix with many XLA:CPU transposes the many.
-    matrix = jnp.broadcast_to(jnp.asarray(matrix, x.dtype), (len(x), *matrix.shape))
+    matrix = jnp.broadcast_to(jnp.asarray(matrix, x.dtype), (x.shape[0], *matrix.shape))
     return jnp.matmul(matrix, x, precision=_EXACT, preferred_element_type=wide).astype(x.dtype)
 
 

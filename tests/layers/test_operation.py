@@ -1,0 +1,205 @@
+"""The forms of ConvNorm's operation agree: those of an accelerator, too, run here on the CPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convnorm_jax import ConvNorm, ConvNormTranspose
+from convnorm_jax.layers import (
+    channelwise,
+    channelwise_norm,
+    convolution,
+    derivatives,
+    filters,
+    materialize,
+    operation,
+    reference,
+    spectral,
+)
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def of_convolution(size, kernel_size=(3, 3), strides=(1, 1), padding=((1, 1), (1, 1))):
+    return ConvNorm(1, kernel_size)._geometry(size, kernel_size, strides, padding)
+
+
+def of_transposed(size, kernel_size=(4, 4), strides=(2, 2), padding=((1, 1), (1, 1))):
+    return ConvNormTranspose(1, kernel_size)._geometry(size, kernel_size, strides, padding)
+
+
+GEOMETRIES = {
+    'dense': of_convolution((7, 6)),
+    'separable': of_convolution((9, 12)),
+    'strided': of_convolution((9, 8), strides=(2, 2)),
+    'even kernel': of_convolution((6, 9), (2, 4), (1, 2), ((0, 1), (3, 0))),
+    'flat kernel': of_convolution((8, 9), (1, 3), (2, 1), ((0, 0), (2, 0))),
+    'wide kernel': of_convolution((7, 7), (5, 5), padding=((4, 1), (0, 2))),
+    'one row': of_convolution((1, 8), padding=((2, 2), (1, 1))),
+    'transposed': of_transposed((4, 5)),
+    'transposed, odd': of_transposed((5, 3), (3, 3), (2, 1), ((1, 0), (1, 1))),
+    'transposed, gaps': of_transposed((3, 4), (2, 2), (3, 3), ((0, 0), (0, 0))),
+    'transposed, stride 1': of_transposed((5, 5), (3, 3), (1, 1)),
+    'transposed, one row': of_transposed((1, 6)),
+}
+FORMS = {
+    'accelerator': operation._Spatial,
+    'spatial on the CPU': operation._SpatialOnCpu,
+    'frequency': operation._Frequency,
+}
+
+
+@functools.lru_cache
+def case(name, dtype):
+    """(x, kernel, v, cotangent; output and both gradients of the reference in float32, by JAX)."""
+    geometry = GEOMETRIES[name]
+    x = jnp.asarray(random(0, 3, *map(len, geometry.inputs), 4), dtype)
+    kernel = jnp.asarray(random(1, *map(len, geometry.taps), 4, 5))
+    v = spectral.preconditioner(kernel, geometry.grid, reference.power_spectrum)
+    cotangent = jnp.asarray(random(2, 3, *map(len, geometry.kept), 5), dtype)
+    exact = lambda x, kernel: operation.normalized_convolution(x, kernel, v, geometry, 'reference')
+    y, back = jax.vjp(exact, x.astype(jnp.float32), kernel)
+    return (x, kernel, v, cotangent), (y, *back(cotangent.astype(jnp.float32)))
+
+
+def error(found, expected):
+    """Root mean square of the difference, of that of the expected."""
+    found, expected = (np.asarray(a, np.float64) for a in (found, expected))
+    assert found.shape == expected.shape
+    return np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('name', GEOMETRIES)
+# bfloat16 rounds to 2^-9 = 0.2 %: x or the cotangent (exact here), the kernel, two or three products, V weighs them.
+@pytest.mark.parametrize('dtype,tolerance', [('float32', 1e-5), ('bfloat16', 0.015)])
+def test_forms_agree_with_the_reference(name, form, dtype, tolerance):
+    (x, kernel, v, cotangent), (y, by_x, by_kernel) = case(name, dtype)
+    geometry, form = GEOMETRIES[name], FORMS[form]
+    found = jax.jit(lambda x, k: form.forward(x, k, v, geometry, None))(x, kernel)
+    assert found.dtype == dtype and error(found, y) < tolerance
+    found = jax.jit(lambda *a: form.gradients(*a, (0, 1), geometry, None))(x, kernel, v, cotangent)
+    assert [g.dtype for g in found] == [x.dtype, kernel.dtype]
+    assert error(found[0], by_x) < tolerance and error(found[1], by_kernel) < tolerance
+    for i in (0, 1):
+        (alone,) = jax.jit(lambda *a, i=i: form.gradients(*a, (i,), geometry, None))(x, kernel, v, cotangent)
+        assert error(alone, found[i]) < 1e-6 or dtype == 'bfloat16'
+
+
+@pytest.mark.parametrize('name', GEOMETRIES)
+def test_power_spectra_agree(name):
+    geometry = GEOMETRIES[name]
+    kernel = jnp.asarray(random(3, *map(len, geometry.taps), 3, 4))
+    exact = reference.power_spectrum(kernel, geometry.grid)
+    for power in (filters.power_spectrum, spectral.power_spectrum):
+        assert error(jax.jit(lambda k, p=power: p(k, geometry.grid))(kernel), exact) < 1e-6
+    assert error(jax.jit(lambda k: operation.frequency.power_spectrum(k, geometry))(kernel), exact) < 1e-6
+
+
+# --- the whole layer, as an accelerator computes it ----------------------------------------------------------------
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch):
+    """Every choice by platform takes the accelerator's form; functions traced before are traced again, and after."""
+
+    def form(*arguments, cpu, accelerator):
+        del cpu
+        return accelerator(*arguments)
+
+    forget = (operation._rule, channelwise_norm._rule, convolution._pointwise, derivatives._differentiable)
+    for cached in forget:
+        cached.cache_clear()
+    jax.clear_caches()
+    for module in (operation, channelwise, channelwise_norm, derivatives, materialize):
+        monkeypatch.setattr(module, 'by_platform', form)
+    yield
+    monkeypatch.undo()
+    for cached in forget:
+        cached.cache_clear()
+    jax.clear_caches()
+
+
+LAYERS = {
+    'convolution': functools.partial(ConvNorm, 5, (3, 3), (2, 1), 1),
+    'even kernels': functools.partial(ConvNorm, 5, (2, 4), padding=1),
+    '1x1': functools.partial(ConvNorm, 5, (1, 1), (2, 2)),
+    '1x1 without BatchNorm': functools.partial(ConvNorm, 5, (1, 1), (2, 2), use_batch_norm=False),
+    'transposed': functools.partial(ConvNormTranspose, 5, (4, 4), (2, 2)),
+    'transposed without BatchNorm': functools.partial(ConvNormTranspose, 5, (3, 3), (1, 2), use_batch_norm=False),
+}
+
+
+def results(layer, variables, x):
+    """Output, statistics and gradients of a pass in training."""
+
+    @jax.jit
+    def run(params, x):
+        def output(params, x):
+            return layer.apply({**variables, 'params': params}, x, False, mutable=['batch_stats'])
+
+        y, back, update = jax.vjp(output, params, x, has_aux=True)
+        return y, update, back(jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape).astype(y.dtype))
+
+    return run(variables['params'], x)
+
+
+def with_variables(name, method, dtype):
+    layer, x = LAYERS[name](method=method, dtype=dtype), jnp.asarray(random(4, 4, 7, 6, 3))
+    variables = jax.jit(lambda x: layer.init(jax.random.key(0), x, True))(x)
+    shaken = jax.tree.map(lambda p: p + 0.1 * random(5, *p.shape), variables['params'])
+    return layer, {**variables, 'params': shaken}, x
+
+
+@pytest.mark.parametrize('name', LAYERS)
+@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
+def test_the_layer_of_an_accelerator(name, dtype, request):
+    expected = results(*with_variables(name, 'reference', None))
+    request.getfixturevalue('as_on_an_accelerator')
+    text = (
+        jax.jit(lambda v, x: with_variables(name, None, dtype)[0].apply(v, x, True))
+        .lower(*with_variables(name, None, dtype)[1:])
+        .as_text()
+    )
+    assert 'stablehlo.convolution' in text and 'fft' not in text
+    found = results(*with_variables(name, None, dtype))
+    assert found[0].dtype == (dtype or 'float32')
+    # Gradients that are what is left of sums that cancel, as in front of BatchNorm: on the scale of the largest.
+    largest = max(np.sqrt(np.mean(g**2)) for g in jax.tree.leaves(expected[2][0]))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        size = np.sqrt(np.mean(b**2))
+        assert error(a, b) * size < (0.04 if dtype else 1e-5) * max(size, 0.1 * largest)
+
+
+# --- normalization after the channel-wise convolution --------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kernel_size', [(1, 1), (3, 3), (2, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize('dtype,tolerance', [('float32', 2e-5), ('bfloat16', 0.01)])
+def test_the_forms_of_the_normalization(kernel_size, dtype, tolerance, request):
+    z = jnp.asarray(1 + random(6, 4, 6, 5, 3), dtype)
+    others = [jnp.asarray(random(7, *kernel_size, 3)), *(jnp.asarray(1 + 0.3 * random(i, 3)) for i in (8, 9, 10))]
+    exact, back = jax.vjp(channelwise_norm._rule(1e-5, 'float32').ordinary, z.astype(jnp.float32), *others)
+    cotangents = [jnp.asarray(random(11 + i, *y.shape)) for i, y in enumerate(exact)]
+    expected = back(tuple(cotangents))
+    on_the_cpu = jax.jit(channelwise_norm._rule(1e-5, dtype).function)(z, *others)
+    request.getfixturevalue('as_on_an_accelerator')
+    accelerated = jax.jit(channelwise_norm._rule(1e-5, dtype).function)(z, *others)
+    for outputs in (on_the_cpu, accelerated):
+        assert outputs[0].dtype == dtype and all(error(a, b) < tolerance for a, b in zip(outputs, exact))
+    given = (z, *others, *exact[1:], cotangents[0].astype(dtype), *cotangents[1:])
+    largest = max(np.abs(g).max() for g in expected)
+    for form in (channelwise_norm._gradients, channelwise_norm._gradients_cpu):
+        for wanted in ((0, 1, 2, 3, 4), (0,), (1, 3)):
+            found = jax.jit(lambda *a, f=form, w=wanted: f(w, 1e-5, *a))(*given)
+            for i, gradient in zip(wanted, found, strict=True):
+                scale = max(np.abs(expected[i]).max(), 0.01 * largest)
+                assert gradient.dtype == (z, *others)[i].dtype
+                assert np.abs(np.asarray(gradient, np.float64) - expected[i]).max() < 3 * tolerance * scale
