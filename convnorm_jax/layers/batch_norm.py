@@ -7,6 +7,7 @@ from flax.linen.module import merge_param
 
 from convnorm_jax.layers.channelwise import channelwise_convolution, over_channels
 from convnorm_jax.layers.channelwise_norm import normalize_by_batch
+from convnorm_jax.layers.dtypes import at_least_float32
 
 
 class BatchNorm(nn.Module):
@@ -43,8 +44,8 @@ class BatchNorm(nn.Module):
             first, as in `ConvNorm`: its result need not exist in memory then.
         """
         use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
-        channels, wide = x.shape[-1], jnp.promote_types(x.dtype, jnp.float32)
-        kept_as = jnp.promote_types(self.param_dtype, jnp.float32)
+        channels, wide = x.shape[-1], at_least_float32(x.dtype)
+        kept_as = at_least_float32(self.param_dtype)
         mean_state = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), kept_as)
         var_state = self.variable('batch_stats', 'var', jnp.ones, (channels,), kept_as)
         scale, bias = jnp.ones(channels, wide), jnp.zeros(channels, wide)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from convnorm_jax.layers import derivatives
+from convnorm_jax.layers.dtypes import at_least_float32
 from convnorm_jax.layers.platforms import by_platform
 
 
@@ -26,7 +27,7 @@ def channelwise_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def weighted_sum(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`channelwise_convolution` by JAX's own derivatives, not rounded to the dtype of x: float32 at least."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)  # k*k terms would each be rounded
+    wide = at_least_float32(x.dtype)  # k*k terms would each be rounded
     taps = kernel.astype(wide).reshape(-1, kernel.shape[-1])
     # `jax.lax`, here and below: jax.numpy's operators take five times as long to trace.
     products = [
@@ -59,7 +60,7 @@ def transpose(y: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def tap_products(x: jax.Array, y: jax.Array, kernel_size: tuple[int, int]) -> jax.Array:
     """Sums over batch and image of y times each shifted x, [kh, kw, C]: the gradient with respect to the kernel."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     y = y.astype(wide)
     products = [jax.lax.mul(jax.lax.convert_element_type(part, wide), y) for part in shifted(x, kernel_size)]
     sums = by_platform(*products, cpu=_sums_in_one_pass, tpu=_sums_each, accelerator=_sums_of_stack)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from convnorm_jax.layers import channelwise, derivatives
 from convnorm_jax.layers.channelwise import over_channels
+from convnorm_jax.layers.dtypes import at_least_float32
 from convnorm_jax.layers.materialize import materialize
 from convnorm_jax.layers.platforms import by_platform
 
@@ -74,7 +75,7 @@ def _rule(epsilon, dtype):
 
 
 def _wide(x):
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return at_least_float32(x.dtype)
 
 
 def _axes(x):

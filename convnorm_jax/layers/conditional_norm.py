@@ -7,6 +7,7 @@ from flax import linen as nn
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers.batch_norm import BatchNorm
+from convnorm_jax.layers.dtypes import at_least_float32
 
 
 class ConditionalBatchNorm(nn.Module):
@@ -45,7 +46,7 @@ class ConditionalBatchNorm(nn.Module):
             momentum=self.momentum,
             epsilon=self.epsilon,
             use_affine=self.num_classes == 0,
-            dtype=self.dtype if self.num_classes == 0 else jnp.float32,
+            dtype=self.dtype if self.num_classes == 0 else at_least_float32(x.dtype),
             param_dtype=self.param_dtype,
             name='batch_norm',
         )
@@ -59,5 +60,5 @@ class ConditionalBatchNorm(nn.Module):
         scale = self.param('scale', nn.initializers.ones, shape, self.param_dtype)
         bias = self.param('bias', nn.initializers.zeros, shape, self.param_dtype)
         ones = (1,) * (x.ndim - 2)
-        scale, bias = (p[labels].reshape(-1, *ones, x.shape[-1]) for p in (scale, bias))
+        scale, bias = (p[labels].reshape(-1, *ones, x.shape[-1]).astype(y.dtype) for p in (scale, bias))
         return (y * scale + bias).astype(self.dtype or x.dtype)

@@ -14,6 +14,7 @@ from convnorm_jax.errors import UserError
 from convnorm_jax.layers import bilinear, convolution, folding, frequency, spectral
 from convnorm_jax.layers.batch_norm import BatchNorm
 from convnorm_jax.layers.channelwise import channelwise_convolution, over_channels
+from convnorm_jax.layers.dtypes import at_least_float32, widened
 from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init
 from convnorm_jax.layers.materialize import materialized_output
 from convnorm_jax.layers.method import METHODS
@@ -167,6 +168,7 @@ class NormalizedConvolution(nn.Module):
         if use_running_average and self.has_variable(folding.COLLECTION, 'bias'):
             return self._folded(x, geometry)
         kernel = self.param('kernel', self.kernel_init, (*kernel_size, x.shape[-1], self.features), self.param_dtype)
+        kernel = widened(kernel, self.dtype or x.dtype)
         v = self._preconditioner(kernel, geometry, x.shape[0], use_running_average)
         y = self._normalized_convolution(x, kernel, v, geometry)
         affine = self._affine(kernel_size, y.dtype) if self.use_affine else None
@@ -230,7 +232,8 @@ class NormalizedConvolution(nn.Module):
         # At initialization the state is made in every mode, so that it never changes its shape.
         if self.spectrum == 'exact' and use_running_average and not self.is_initializing():
             return current()
-        running = self.variable('batch_stats', 'preconditioner', current)
+        kept_as = at_least_float32(self.param_dtype)
+        running = self.variable('batch_stats', 'preconditioner', lambda: current().astype(kept_as))
         # float32: loops that average batch_stats over devices leave its dtype alone.
         count = self.variable('batch_stats', 'count', lambda: jnp.zeros((), jnp.float32))
         self._check_size(running.value.shape[:2], grid, kernel.shape[:2], use_running_average)
@@ -240,7 +243,8 @@ class NormalizedConvolution(nn.Module):
         if not self.is_initializing():
             count.value = count.value + 1
             weight = update_weight(count.value) if self.momentum is None else 1 - self.momentum
-            running.value = weight * v + (1 - weight) * running.value
+            weight, new = jnp.asarray(weight, kept_as), v.astype(kept_as)
+            running.value = weight * new + (1 - weight) * running.value
         return v
 
     def _check_size(self, stored, grid, kernel_size, use_running_average):

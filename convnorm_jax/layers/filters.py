@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convnorm_jax.layers.dtypes import at_least_float32
 from convnorm_jax.layers.platforms import by_platform
 
 # Up to this many points one matrix transforms the whole grid: it moves half of the bytes that two matrices move, and
@@ -91,7 +92,7 @@ def _free(axis, matrix, x):
 
 
 def _narrow(product, matrix, x):
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     return product(matrix, x, precision=_EXACT, preferred_element_type=wide).astype(x.dtype)
 
 
@@ -107,7 +108,7 @@ def power_spectrum(kernel: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """
     kh, kw, _, cout = kernel.shape
     height, width = grid
-    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    kernel = kernel.astype(at_least_float32(kernel.dtype))
     columns = hartley_columns((height, width), points(kh, kw)) * np.sqrt(height * width)
     columns = jnp.asarray(columns, kernel.dtype)
     taps = zip(columns.T, kernel.reshape(kh * kw, -1, cout))

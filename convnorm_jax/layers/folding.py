@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers import bilinear, frequency
+from convnorm_jax.layers.channelwise import over_channels
 from convnorm_jax.layers.method import choose_method
 
 # The collection that `ConvNorm` takes its folded values from, where a net's variables have one.
@@ -106,22 +107,23 @@ def folded_values(kernel, v, params, statistics, epsilon, geometry, method):
       'filters' [R, cin, cout] (method 'frequency'), or 'kernel' (and 'v', unless it is 1x1);
       'affine_kernel' [kh, kw, cout] where there is one, unless it is 1x1; 'bias' [cout].
     """
-    scale, shift = 1.0, jnp.zeros(kernel.shape[-1:])
+    scale, shift = jnp.ones(kernel.shape[-1:]), jnp.zeros(kernel.shape[-1:])
     if 'batch_norm' in statistics:
         scale, shift = _batch_norm_factors(statistics['batch_norm'], params.get('batch_norm', {}), epsilon)
     folded, pointwise = {'grid': jnp.zeros(geometry.grid, bool)}, kernel.shape[:2] == (1, 1)
     if 'affine_kernel' in params:
-        affine = params['affine_kernel'][:, :, 0] * scale
+        affine = params['affine_kernel'][:, :, 0]
+        affine = affine * over_channels(scale, affine)
         shift = params['affine_bias'] * scale + shift
         if pointwise:
             v = v * affine
         else:
             folded['affine_kernel'] = affine
     else:
-        v = v * scale
+        v = v * over_channels(scale, v)
     folded['bias'] = shift
     if pointwise:
-        return folded | {'kernel': kernel * v}
+        return folded | {'kernel': kernel * v[None]}
     if method != 'frequency':
         return folded | {'kernel': kernel, 'v': v}
     return folded | {'filters': frequency.kernel_filters(kernel, geometry) * frequency.on_rows(v, geometry)}

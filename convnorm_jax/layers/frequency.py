@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from convnorm_jax.layers import bilinear, spectral
+from convnorm_jax.layers.dtypes import at_least_float32
 from convnorm_jax.layers.materialize import materialize
 
 _EXACT = jax.lax.Precision.HIGHEST
@@ -39,7 +40,7 @@ def kernel_filters(kernel, geometry):
     Returns:
       [R, cin, cout], float32 at least.
     """
-    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    kernel = kernel.astype(at_least_float32(kernel.dtype))
     matrix = jnp.asarray(bilinear.plan(geometry).kernel, kernel.dtype)
     flat = jnp.dot(matrix, kernel.reshape(matrix.shape[1], -1), precision=_EXACT)
     return flat.reshape(-1, *kernel.shape[2:])
@@ -94,17 +95,18 @@ def gradients(x, kernel, v, cotangent, wanted, geometry, precision=None):
     The transform of the image is computed again instead of kept (it is 1.5 to 3 times the image), and the kernel's
     side is made in the layout that the product wants.
     """
-    (kernel, v, size), plan = _sized(kernel, v), bilinear.plan(geometry)
+    dtype, plan = kernel.dtype, bilinear.plan(geometry)
+    kernel, v, size = _sized(kernel, v)
     # Only once the cotangent is there: XLA would take the transform of the forward pass, and keep it until now.
     x, cotangent = jax.lax.optimization_barrier((x, cotangent))
     spectrum = _analyze(materialize(x, cotangent[:, :1, :1, :1]), plan.analysis)
-    response = (_analyze(cotangent, _transposed(plan.synthesis)) * on_rows(v, geometry)).astype(x.dtype)
+    response = (_analyze(cotangent, _transposed(plan.synthesis)).astype(v.dtype) * on_rows(v, geometry)).astype(x.dtype)
     found = {}
     if 1 in wanted:
         by_kernel = _kernel_gradient(spectrum, response, plan, precision).reshape(kernel.shape)
         # Only after it: XLA:CPU may put off the gradients of all kernels, and keep all responses until then.
         kernel = materialize(kernel, by_kernel[0, 0, 0, 0])
-        found[1] = (by_kernel / size).astype(kernel.dtype)
+        found[1] = (by_kernel / size.astype(by_kernel.dtype)).astype(dtype)
     if 0 in wanted:
         filters = kernel_filters(kernel.swapaxes(2, 3), geometry).astype(x.dtype)
         by_spectrum = _channels('rbo,roi->rbi', response, filters, precision).astype(x.dtype)
@@ -114,6 +116,7 @@ def gradients(x, kernel, v, cotangent, wanted, geometry, precision=None):
 
 def _sized(kernel, v):
     """Kernel and V with filters of size 1, as `spectral.preconditioner` has them, and their sizes."""
+    kernel = kernel.astype(at_least_float32(kernel.dtype))
     size = jax.lax.stop_gradient(spectral.filter_sizes(kernel)[0])
     return kernel / _as_last(size, 4), v * _as_last(size, 3).astype(v.dtype), _as_last(size, 4)
 
@@ -162,7 +165,7 @@ def _batch_shards(batch):
 
 def _channels(equation, a, b, precision):
     """A batch of matrix products over channels or pictures, accumulated in float32 at least."""
-    wide = jnp.promote_types(a.dtype, jnp.float32)
+    wide = at_least_float32(a.dtype)
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=wide)
 
 
@@ -192,7 +195,7 @@ def _synthesize(x, matrices, size):
 
 def _batched(matrix, x):
     """matrix @ x[i] for every i, accumulated in float32 at least and rounded to the dtype of x."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     # The matrix is repeated (it is small): for a product of one matrix with many XLA:CPU transposes the many.
     matrix = jnp.broadcast_to(jnp.asarray(matrix, x.dtype), (x.shape[0], *matrix.shape))
     return jnp.matmul(matrix, x, precision=_EXACT, preferred_element_type=wide).astype(x.dtype)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convnorm_jax.layers import bilinear, convolution, derivatives, filters, frequency, reference, spectral
+from convnorm_jax.layers.dtypes import at_least_float32, widened
 from convnorm_jax.layers.method import METHODS, choose_method
 from convnorm_jax.layers.platforms import by_platform
 
@@ -43,12 +44,14 @@ def normalized_convolution(
     Returns:
       [B, len(kept rows), len(kept columns), cout], the dtype of x.
     """
+    kernel = widened(kernel, x.dtype)
+    v = jax.lax.stop_gradient(v).astype(at_least_float32(x.dtype))
     x, kernel, v = derivatives.varying_alike(x, kernel, v)
     if method == 'reference':
-        return reference.normalized_convolution(x, kernel, jax.lax.stop_gradient(v), geometry, precision)
+        return reference.normalized_convolution(x, kernel, v, geometry, precision)
     on_cpu = method or choose_method(geometry, x.shape[0], *kernel.shape[2:])
     on_accelerator = method or 'spatial'
-    return derivatives.call(_rule(geometry, precision, on_cpu, on_accelerator), x, kernel, jax.lax.stop_gradient(v))[0]
+    return derivatives.call(_rule(geometry, precision, on_cpu, on_accelerator), x, kernel, v)[0]
 
 
 def preconditioner(

@@ -177,7 +177,7 @@ def oni(kernel, iterations=3, groups=1, eps=1e-5, rows=None, bounded_columns=Fal
     rows = matrix.shape[0] <= matrix.shape[1] if rows is None else rows
     z = _centred_groups(matrix, groups)
     s = _product('gik,gjk->gij' if rows else 'gki,gkj->gij', z, z)
-    eye = jnp.eye(s.shape[-1])
+    eye = jnp.eye(s.shape[-1])[None]
     s = s + eps * eye
     norm = jnp.sqrt(jnp.square(s).sum((1, 2), keepdims=True))
     if rows or bounded_columns:
@@ -285,4 +285,5 @@ def weight_norm(kernel, scale):
       float32 [kh, kw, cin, cout].
     """
     norms = filter_norms(kernel)
-    return kernel.astype(jnp.float32) * (scale.astype(jnp.float32) / jnp.where(norms == 0, 1.0, norms))
+    factor = scale.astype(jnp.float32) / jnp.where(norms == 0, 1.0, norms)
+    return kernel.astype(jnp.float32) * factor.reshape(1, 1, 1, -1)

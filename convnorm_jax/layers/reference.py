@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convnorm_jax.layers.bilinear import Geometry
+from convnorm_jax.layers.dtypes import at_least_float32
 
 
 def normalized_convolution(
@@ -33,8 +34,9 @@ def normalized_convolution(
     """
     y = full_convolution(x, kernel.astype(x.dtype), geometry, precision)
     height, width = geometry.grid
-    spectrum = jnp.fft.rfft2(y.astype(jnp.promote_types(y.dtype, jnp.float32)), axes=(1, 2))
-    filtered = jnp.fft.irfft2(spectrum * v[None, :, : width // 2 + 1], s=(height, width), axes=(1, 2))
+    spectrum = jnp.fft.rfft2(y.astype(at_least_float32(y.dtype)), axes=(1, 2))
+    half = v[None, :, : width // 2 + 1].astype(spectrum.dtype)
+    filtered = jnp.fft.irfft2(spectrum * half, s=(height, width), axes=(1, 2))
     rows, columns = geometry.kept
     return filtered[:, np.array(rows)][:, :, np.array(columns)].astype(x.dtype)
 

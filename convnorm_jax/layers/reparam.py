@@ -17,6 +17,7 @@ from flax.linen.module import merge_param
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers import orthogonal
+from convnorm_jax.layers.channelwise import over_channels
 from convnorm_jax.layers.convnorm import canonical_padding, pair_of_ints
 from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init, torch_transposed_kernel_init
 from convnorm_jax.layers.transposed import canonical_transposed_padding, transposed_convolution
@@ -91,13 +92,14 @@ class _ReparametrizedConv(nn.Module):
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         convolve = transposed_convolution if self.transposed else orthogonal.convolve
         y = convolve(x, kernel, strides, padding, self.precision)
-        return y if bias is None else y + bias
+        return y if bias is None else y + over_channels(bias, y)
 
     def _scale(self, init_scale, learn_scale):
-        """Factor of every output channel, learned or constant."""
+        """Factor of every output channel, learned or constant, for a kernel."""
         if not learn_scale:
             return init_scale
-        return self.param('scale', nn.initializers.constant(init_scale), (self.features,), self.param_dtype)
+        scale = self.param('scale', nn.initializers.constant(init_scale), (self.features,), self.param_dtype)
+        return scale.astype(jnp.float32).reshape(1, 1, 1, -1)
 
 
 class SpectralNormConv(_ReparametrizedConv):
@@ -193,7 +195,7 @@ class SpectralNormDense(nn.Module):
         kernel = kernel.astype(jnp.float32) / orthogonal.safe_divisor(norm)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = jnp.dot(x, kernel)
-        return y if bias is None else y + bias
+        return y if bias is None else y + over_channels(bias, y)
 
 
 def _check_iterations(module):

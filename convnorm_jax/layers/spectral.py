@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convnorm_jax.layers import filters
+from convnorm_jax.layers.dtypes import at_least_float32
 
 # The spectrum is floored at this share of the filter's energy (its mean value over
 # the grid), so that a spectral null cannot amplify rounding errors without bound.
@@ -55,7 +56,7 @@ def power_spectrum(kernel, grid):
     kh, kw, cin, cout = kernel.shape
     height, width = grid
     points = height * width
-    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    wide = at_least_float32(kernel.dtype)
     transform = jnp.asarray(filters.hartley_columns(tuple(grid), filters.points(kh, kw)) * np.sqrt(points), wide)
 
     def energy_of(kernels):  # [kh * kw, channels, cout] -> [points, cout]
@@ -89,8 +90,8 @@ def filter_sizes(kernel):
 
     The size of a filter of zeros is 1. Squares of an unscaled kernel could leave float32's range.
     """
-    largest = jnp.abs(kernel).max(axis=(0, 1, 2))
-    dead = largest < np.finfo(np.float32).tiny
+    largest = jnp.abs(kernel).max(axis=(0, 1, 2)).astype(at_least_float32(kernel.dtype))
+    dead = largest < float(np.finfo(np.float32).tiny)
     return jnp.where(dead, 1.0, largest), dead
 
 
@@ -110,7 +111,7 @@ def preconditioner(kernel, grid, power_fn=power_spectrum):
       [Hf, Wf, cout], or [1, 1, cout] for a 1x1 kernel, float32 at least.
     """
     kernel = jax.lax.stop_gradient(kernel)
-    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    kernel = kernel.astype(at_least_float32(kernel.dtype))
     size, dead = filter_sizes(kernel)
     kernel = kernel / size.reshape(1, 1, 1, -1)
     flat = kernel.shape[:2] == (1, 1)

@@ -6,6 +6,8 @@ from flax import linen as nn
 from flax.linen.module import merge_param
 
 from convnorm_jax.errors import UserError
+from convnorm_jax.layers.channelwise import over_channels
+from convnorm_jax.layers.dtypes import at_least_float32
 
 
 class SwitchNorm(nn.Module):
@@ -44,26 +46,30 @@ class SwitchNorm(nn.Module):
         if x.ndim < 3:
             raise UserError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
         channels = x.shape[-1]
-        mean_state = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), jnp.float32)
-        var_state = self.variable('batch_stats', 'var', jnp.zeros, (channels,), jnp.float32)
-        y = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
+        wide, kept_as = at_least_float32(x.dtype), at_least_float32(self.param_dtype)
+        mean_state = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), kept_as)
+        var_state = self.variable('batch_stats', 'var', jnp.zeros, (channels,), kept_as)
+        y = x.astype(wide).reshape(x.shape[0], -1, channels)
         instance = _instance_moments(y)
-        batch = mean_state.value, var_state.value
+        batch = tuple(jnp.asarray(state.value, wide).reshape(1, 1, -1) for state in (mean_state, var_state))
         if not use_running_average:
             batch = _pooled_moments(*instance, axis=0)
             if not self.is_initializing():
                 for state, new in zip((mean_state, var_state), batch):
-                    state.value = self.momentum * state.value + (1 - self.momentum) * new.reshape(channels)
+                    new = new.reshape(channels).astype(kept_as)
+                    state.value = self.momentum * state.value + (1 - self.momentum) * new
         means, variances = zip(instance, _pooled_moments(*instance, axis=-1), batch)
         mean, var = self._mixed('mean_weight', means), self._mixed('var_weight', variances)
         scale = self.param('scale', nn.initializers.ones, (channels,), self.param_dtype)
         bias = self.param('bias', nn.initializers.zeros, (channels,), self.param_dtype)
+        scale, bias = (over_channels(a.astype(wide), y) for a in (scale, bias))
         y = (y - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
         return y.reshape(x.shape).astype(self.dtype or x.dtype)
 
     def _mixed(self, name, statistics):
         """Sum of the three statistics with the softmax of a learned vector."""
-        weight = jax.nn.softmax(self.param(name, nn.initializers.ones, (3,), self.param_dtype).astype(jnp.float32))
+        weight = self.param(name, nn.initializers.ones, (3,), self.param_dtype)
+        weight = jax.nn.softmax(weight.astype(statistics[0].dtype))
         return sum(w * s for w, s in zip(weight, statistics))
 
 

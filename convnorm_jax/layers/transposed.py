@@ -10,6 +10,7 @@ from flax.linen.dtypes import promote_dtype
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers import bilinear
+from convnorm_jax.layers.channelwise import over_channels
 from convnorm_jax.layers.convnorm import NormalizedConvolution, padding_pairs, pair_of_ints
 from convnorm_jax.layers.convolution import full_transposed_convolution, transposed_grid_size
 from convnorm_jax.layers.initializers import torch_bias_init, torch_transposed_kernel_init
@@ -94,7 +95,7 @@ class ConvTranspose(nn.Module):
             bias = self.param('bias', bias_init, (self.features,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = transposed_convolution(x, kernel, strides, padding, self.precision)
-        return y if bias is None else y + bias
+        return y if bias is None else y + over_channels(bias, y)
 
 
 class ConvNormTranspose(NormalizedConvolution):

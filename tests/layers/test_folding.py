@@ -1,5 +1,6 @@
 """fold_for_inference: equal to the net it came from, and less to do."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 from flax import linen as nn
 
 from convnorm_jax import ConvNorm, ConvNormTranspose, fold_for_inference
+from convnorm_jax.errors import UserError
+from convnorm_jax.layers.method import METHODS
 from convnorm_jax.models import create_model
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -37,7 +40,7 @@ class Layers(nn.Module):
         return ConvNormTranspose(3, **self.options)(x, not train)
 
 
-@pytest.mark.parametrize('method', ['frequency', 'spatial'])
+@pytest.mark.parametrize('method', [None, *METHODS])
 @pytest.mark.parametrize('affine,batch_norm', [(True, True), (True, False), (False, True), (False, False)])
 def test_layers(method, affine, batch_norm):
     model = Layers({'method': method, 'use_affine': affine, 'use_batch_norm': batch_norm})
@@ -86,6 +89,110 @@ def test_training_goes_on_without_it():
     np.testing.assert_array_equal(y, expected)
     assert set(update) == {'batch_stats'}
     assert set(model.apply(variables, x, train=False, mutable=True)[1]) == {'params', 'batch_stats'}
+
+
+@pytest.mark.parametrize('mutable', [True, flax.core.DenyList('params'), ['batch_stats', 'folded']], ids=str)
+def test_nothing_is_written_unasked(mutable):
+    # Issue 13.1: with a DenyList every collection is mutable, and inference would take stale values ever after.
+    model, x = Layers({}), np.random.default_rng(3).random((4, 8, 8, 2), np.float32)
+    variables = model.init(jax.random.key(0), x, train=True)
+    assert set(variables) == {'params', 'batch_stats'}
+    for train in (True, False):
+        update = model.apply(variables, x, train=train, mutable=mutable)[1]
+        assert 'folded' not in update
+    # A net that was folded can be trained further; its folded values stay as they are.
+    folded = fold_for_inference(model, shaken(variables), x)
+    update = model.apply(folded, x, train=True, mutable=mutable)[1]
+    jax.tree.map(np.testing.assert_array_equal, update.get('folded', folded['folded']), folded['folded'])
+
+
+def test_training_with_a_deny_list_equals_training_with_the_statistics_named():
+    model, x = Layers({}), np.random.default_rng(4).random((4, 8, 8, 2), np.float32)
+    variables, results = model.init(jax.random.key(0), x), []
+    for mutable in (['batch_stats'], flax.core.DenyList('params')):
+
+        @jax.jit
+        def step(state, mutable=mutable):
+            def loss(params):
+                y, new = model.apply({**state, 'params': params}, x, train=True, mutable=mutable)
+                return jnp.square(y - 1).mean(), new
+
+            gradient, new = jax.grad(loss, has_aux=True)(state['params'])
+            return {**new, 'params': jax.tree.map(lambda p, g: p - 0.1 * g, state['params'], gradient)}
+
+        state = step(step(variables))
+        results.append((state, evaluate(model, state, x)))
+    assert set(results[0][0]) == set(results[1][0]) == {'params', 'batch_stats'}
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+@pytest.mark.parametrize('method', [None, *METHODS])
+@pytest.mark.parametrize('height,width', [(33, 32), (32, 31), (34, 32)])
+def test_another_size_is_refused(method, height, width):
+    # By the frequency domain 34 and 35 rows of a grid have equally many products: the grid itself is compared.
+    model = Layers({'method': method})
+    variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 32, 32, 2), np.float32))
+    folded = fold_for_inference(model, variables, jax.ShapeDtypeStruct((8, 32, 32, 2), np.float32))
+    run = lambda x: jax.eval_shape(lambda x: model.apply(folded, x, train=False), x)
+    assert run(jax.ShapeDtypeStruct((3, 32, 32, 2), np.float32)).shape == (3, 32, 32, 3)
+    with pytest.raises(UserError, match=rf'ConvNorm_0: folded for images of 32x32, got {height}x{width}; call fold'):
+        run(jax.ShapeDtypeStruct((8, height, width, 2), np.float32))
+
+
+class Block(nn.Module):
+    """As nn.scan wants it."""
+
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x, train):
+        layer = nn.remat(ConvNorm, static_argnums=(2,)) if self.remat else ConvNorm
+        return nn.relu(layer(4, name='norm')(x, not train)), None
+
+
+class Scanned(nn.Module):
+    """Layers in a scan, with one before it."""
+
+    collections: tuple
+    first: bool = True
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        if self.first:
+            x = nn.relu(ConvNorm(4, name='first')(x, not train))
+        axes = {name: 0 for name in self.collections}
+        body = nn.scan(Block, variable_axes=axes, split_rngs={'params': True}, in_axes=nn.broadcast, length=3)
+        return body(self.remat, name='blocks')(x, train)[0]
+
+
+@pytest.mark.parametrize('first', [True, False])
+@pytest.mark.parametrize('remat', [True, False])
+def test_layers_in_a_scan(first, remat):
+    x = np.random.default_rng(5).random((8, 7, 6, 4), np.float32)
+    without = Scanned(('params', 'batch_stats'), first, remat)
+    carried = Scanned(('params', 'batch_stats', 'folded'), first, remat)
+    variables = shaken(jax.jit(carried.init)(jax.random.key(0), x))
+    layers = 2 if first else 1
+    message = rf"1 of {layers} layers are inside .* the first is 'blocks/norm'; add it there, .*'folded': 0"
+    with pytest.raises(UserError, match=message) as found:
+        fold_for_inference(without, variables, x)
+    assert '\n' not in str(found.value)
+    folded = fold_for_inference(carried, variables, x)
+    assert folded['folded']['blocks']['norm']['bias'].shape == (3, 4)
+    expected = evaluate(without, variables, x)
+    nothing = jax.tree.map(jnp.zeros_like, variables)
+    y = evaluate(carried, {**nothing, 'folded': folded['folded']}, x)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_strict_promotion():
+    x = np.random.default_rng(6).random((8, 6, 6, 2), np.float32)
+    with jax.numpy_rank_promotion('raise'), jax.numpy_dtype_promotion('strict'):
+        for options in ({}, {'use_affine': False}, {'use_batch_norm': False}):
+            model = Layers(options)
+            variables = jax.jit(model.init)(jax.random.key(0), x)
+            evaluate(model, fold_for_inference(model, variables, x), x)
 
 
 def test_errors():
