@@ -28,7 +28,8 @@ def get_config():
     config.model.convnorm.use_affine = True
     config.model.convnorm.momentum = config_dict.placeholder(float)  # None: the published schedule
     config.model.convnorm.spectrum = 'running'  # at inference; or exact
-    config.model.convnorm.method = config_dict.placeholder(str)  # frequency or spatial; None: the faster by size
+    # frequency, spatial or reference; None: by platform and size
+    config.model.convnorm.method = config_dict.placeholder(str)
     config.model.groupnorm = ConfigDict()
     config.model.groupnorm.groups = 32
     config.model.spectralnorm = ConfigDict()

@@ -4,8 +4,7 @@ Croce and Hein 2020 (arXiv 2003.01690): APGD on the cross-entropy, targeted APGD
 targeted FAB, Square, with no number left to choose. Examples that are still robust are packed into
 batches of one shape, so that nothing is compiled twice and little is computed for nothing.
 
-Every example draws its random numbers from its own key: what is found does not depend on the
-packing, nor on an interruption.
+Every example draws its random numbers from its own key, whatever the packing or an interruption.
 """
 
 import dataclasses
@@ -224,7 +223,10 @@ class _Run:
         return self._logits(moved.clip(0, 1).astype(np.float32))
 
     def first_warnings(self):
-        """What is seen before any attack, on the first batch."""
+        """What is seen before any attack, on the first batch; of outputs that are not finite, on all."""
+        lost = int((~np.isfinite(self.clean).all(-1)).sum())
+        if lost:
+            return [f'the outputs are not all finite for {lost} of {len(self.labels)} images, which count as wrong']
         batch = slice(0, self.batch_size)
         images, labels = self.images[batch], self.labels[batch]
         found = checks.check_outputs(lambda x: self._predict(self.logits_fn, jnp.asarray(x)), images)
@@ -325,14 +327,13 @@ def _rows(kept, number, batch_size):
 
 
 def _stay(kept, robust):
-    """The states of the examples that are still robust, one after another, leaf by leaf."""
+    """The states of the examples that are still robust, leaf by leaf."""
     return [np.concatenate(leaves)[robust] if np.ndim(leaves[0]) else leaves[0] for leaves in zip(*kept)]
 
 
 def _platform(sharding):
     """Of the devices that the programs will run on."""
-    devices = jnp.zeros(()).devices() if sharding is None else sharding.device_set
-    return next(iter(devices)).platform
+    return next(iter(jnp.zeros(()).devices() if sharding is None else sharding.device_set)).platform
 
 
 def _checked(images, labels, epsilon, norm, batch_size):

@@ -18,7 +18,7 @@ import numpy as np
 
 from convnorm_jax.layers import bilinear, convolution, derivatives, filters, frequency, reference, spectral
 from convnorm_jax.layers.dtypes import at_least_float32, widened
-from convnorm_jax.layers.method import METHODS, choose_method
+from convnorm_jax.layers.method import choose_method
 from convnorm_jax.layers.platforms import by_platform
 
 
@@ -37,7 +37,7 @@ def normalized_convolution(
       kernel: [kh, kw, cin, cout], float.
       v: the preconditioner, float32 or float64 [Hf, Wf, cout], even. A constant to differentiation.
       geometry: see `bilinear.Geometry`.
-      method: one of `METHODS`, or None to choose by platform and size.
+      method: one of `method.METHODS`, or None to choose by platform and size.
       precision: of the convolution or of the products over the channels. Transforms are exact: float32 is not rounded
         to TF32 or bfloat16.
 
@@ -182,5 +182,3 @@ class _Frequency:
 
 _CPU = {'frequency': _Frequency, 'spatial': _SpatialOnCpu}
 _ACCELERATOR = {'frequency': _Frequency, 'spatial': _Spatial}
-
-assert set(METHODS) == {'reference', *_CPU}

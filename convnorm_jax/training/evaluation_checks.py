@@ -1,11 +1,9 @@
 """Checks of what a config has measured: what would be noticed only after the training, or after hours of attacks."""
 
+from convnorm_jax.attacks.inputs import fewest_classes
 from convnorm_jax.attacks.members import MEMBERS
 from convnorm_jax.errors import UserError
 from convnorm_jax.evaluation.features import SPLITS
-
-# Classes that a loss of attacks.parts needs.
-CLASSES_NEEDED = {'cross_entropy': 2, 'margin': 2, 'dlr': 3}
 
 # Pixels that the corruptions need, along each side.
 SIDE_NEEDED = 8
@@ -59,9 +57,9 @@ def check_data(config, classes, input_shape):
     parts = section.parts if section.suite else ()
     needed = {f'config.train.algorithm={config.train.algorithm}': 2}
     if attack.names or 'curve' in parts:
-        needed[f'config.attack.loss={attack.loss}'] = CLASSES_NEEDED[attack.loss]
+        needed[f'config.attack.loss={attack.loss}'] = fewest_classes(attack.loss)
     if 'autoattack' in parts and 'apgd-dlr' in section.autoattack.attacks:
-        needed["'apgd-dlr' of config.eval.autoattack.attacks"] = CLASSES_NEEDED['dlr']
+        needed["'apgd-dlr' of config.eval.autoattack.attacks"] = fewest_classes('dlr')
     for what, number in needed.items():
         if classes < number:
             raise UserError(

@@ -30,8 +30,7 @@ class Progress:
       step: updates done.
       best_step, best_rating: of the best state so far, see `Experiment.rating`; None if none was rated.
       epochs_since_best: for early stopping.
-      seconds, examples: training time without compilation and evaluation, and what was
-        trained on in it.
+      seconds, examples: training time without compilation and evaluation, and examples in it.
     """
 
     step: int = 0
