@@ -19,6 +19,7 @@ from convnorm_jax.layers import (
     reference,
     spectral,
 )
+from convnorm_jax.layers.method import METHODS
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -203,3 +204,7 @@ def test_the_forms_of_the_normalization(kernel_size, dtype, tolerance, request):
                 scale = max(np.abs(expected[i]).max(), 0.01 * largest)
                 assert gradient.dtype == (z, *others)[i].dtype
                 assert np.abs(np.asarray(gradient, np.float64) - expected[i]).max() < 3 * tolerance * scale
+
+
+def test_every_method_has_a_form_for_every_platform():
+    assert set(METHODS) == {'reference', *operation._CPU} == {'reference', *operation._ACCELERATOR}
