@@ -209,7 +209,8 @@ class NormalizedConvolution(nn.Module):
         if 'filters' in values:
             y = frequency.filtered(x, values['filters'], 1, geometry, self.precision)
         elif 'v' in values:
-            y = normalized_convolution(x, values['kernel'], values['v'], geometry, 'spatial', self.precision)
+            method = 'reference' if self.method == 'reference' else 'spatial'
+            y = normalized_convolution(x, values['kernel'], values['v'], geometry, method, self.precision)
         else:
             y = self._pointwise(x, values['kernel'].astype(x.dtype))
         if 'affine_kernel' in values:
