@@ -107,25 +107,30 @@ def test_power_spectra_agree(name):
 # --- the whole layer, as an accelerator computes it ----------------------------------------------------------------
 
 
-@pytest.fixture
-def as_on_an_accelerator(monkeypatch):
-    """Every choice by platform takes the accelerator's form; functions traced before are traced again, and after."""
+@pytest.fixture(params=['gpu', 'tpu'])
+def as_on_an_accelerator(request, monkeypatch):
+    """A function after whose call each choice by platform takes the form of a GPU or a TPU, all being traced again."""
+    is_tpu = request.param == 'tpu'
 
-    def form(*arguments, cpu, accelerator):
+    def form(*arguments, cpu, accelerator, tpu=None):
         del cpu
-        return accelerator(*arguments)
+        return (tpu if is_tpu and tpu is not None else accelerator)(*arguments)
 
     forget = (operation._rule, channelwise_norm._rule, convolution._pointwise, derivatives._differentiable)
-    for cached in forget:
-        cached.cache_clear()
-    jax.clear_caches()
-    for module in (operation, channelwise, channelwise_norm, derivatives, materialize):
-        monkeypatch.setattr(module, 'by_platform', form)
-    yield
+
+    def clear():
+        for cached in forget:
+            cached.cache_clear()
+        jax.clear_caches()
+
+    def switch():
+        clear()
+        for module in (operation, channelwise, channelwise_norm, derivatives, filters, materialize):
+            monkeypatch.setattr(module, 'by_platform', form)
+
+    yield switch
     monkeypatch.undo()
-    for cached in forget:
-        cached.cache_clear()
-    jax.clear_caches()
+    clear()
 
 
 LAYERS = {
@@ -161,9 +166,9 @@ def with_variables(name, method, dtype):
 
 @pytest.mark.parametrize('name', LAYERS)
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])
-def test_the_layer_of_an_accelerator(name, dtype, request):
+def test_the_layer_of_an_accelerator(name, dtype, as_on_an_accelerator):
     expected = results(*with_variables(name, 'reference', None))
-    request.getfixturevalue('as_on_an_accelerator')
+    as_on_an_accelerator()
     text = (
         jax.jit(lambda v, x: with_variables(name, None, dtype)[0].apply(v, x, True))
         .lower(*with_variables(name, None, dtype)[1:])
@@ -173,10 +178,11 @@ def test_the_layer_of_an_accelerator(name, dtype, request):
     found = results(*with_variables(name, None, dtype))
     assert found[0].dtype == (dtype or 'float32')
     # Gradients that are what is left of sums that cancel, as in front of BatchNorm: on the scale of the largest.
-    largest = max(np.sqrt(np.mean(g**2)) for g in jax.tree.leaves(expected[2][0]))
+    size = lambda a: np.sqrt(np.mean(np.square(np.asarray(a, np.float64))))
+    largest = max(size(g) for g in jax.tree.leaves(expected[2][0]))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        size = np.sqrt(np.mean(b**2))
-        assert error(a, b) * size < (0.04 if dtype else 1e-5) * max(size, 0.1 * largest)
+        difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+        assert size(difference) < (0.04 if dtype else 1e-5) * max(size(b), 0.1 * largest)
 
 
 # --- normalization after the channel-wise convolution --------------------------------------------------------------
@@ -184,14 +190,14 @@ def test_the_layer_of_an_accelerator(name, dtype, request):
 
 @pytest.mark.parametrize('kernel_size', [(1, 1), (3, 3), (2, 4), (4, 1)], ids=str)
 @pytest.mark.parametrize('dtype,tolerance', [('float32', 2e-5), ('bfloat16', 0.01)])
-def test_the_forms_of_the_normalization(kernel_size, dtype, tolerance, request):
+def test_the_forms_of_the_normalization(kernel_size, dtype, tolerance, as_on_an_accelerator):
     z = jnp.asarray(1 + random(6, 4, 6, 5, 3), dtype)
     others = [jnp.asarray(random(7, *kernel_size, 3)), *(jnp.asarray(1 + 0.3 * random(i, 3)) for i in (8, 9, 10))]
     exact, back = jax.vjp(channelwise_norm._rule(1e-5, 'float32').ordinary, z.astype(jnp.float32), *others)
     cotangents = [jnp.asarray(random(11 + i, *y.shape)) for i, y in enumerate(exact)]
     expected = back(tuple(cotangents))
     on_the_cpu = jax.jit(channelwise_norm._rule(1e-5, dtype).function)(z, *others)
-    request.getfixturevalue('as_on_an_accelerator')
+    as_on_an_accelerator()
     accelerated = jax.jit(channelwise_norm._rule(1e-5, dtype).function)(z, *others)
     for outputs in (on_the_cpu, accelerated):
         assert outputs[0].dtype == dtype and all(error(a, b) < tolerance for a, b in zip(outputs, exact))
