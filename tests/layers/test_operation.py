@@ -177,8 +177,7 @@ def test_the_layer_of_an_accelerator(name, dtype, as_on_an_accelerator):
     assert 'stablehlo.convolution' in text and 'fft' not in text
     found = results(*with_variables(name, None, dtype))
     assert found[0].dtype == (dtype or 'float32')
-    # Gradients that are what is left of sums that cancel, as that of a 1x1 filter in front of BatchNorm, on the scale of the
-    # largest.
+    # What is left of sums that cancel, as a 1x1 filter's gradient in front of BatchNorm: on the scale of the largest.
     size = lambda a: np.sqrt(np.mean(np.square(np.asarray(a, np.float64))))
     largest = max(size(g) for g in jax.tree.leaves(expected[2][0]))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
