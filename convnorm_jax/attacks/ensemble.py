@@ -106,6 +106,8 @@ def run_ensemble(
     images, labels = _checked(images, labels, epsilon, norm, batch_size)
     logits_fn = logits_fn if isinstance(logits_fn, jax.tree_util.Partial) else jax.tree_util.Partial(logits_fn)
     # All that can be refused is, before the net has run once.
+    if state_path:
+        check_place_of_state(state_path)
     one_batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), jnp.float32)
     classes = inputs.class_count(logits_fn, one_batch)
     inputs.check_classes(labels, len(images), 'labels', classes)
@@ -114,8 +116,6 @@ def run_ensemble(
     platform = _platform(sharding)
     members = [make_member(name, norm, classes, platform=platform, **sizes) for name in attacks]
     keys = inputs.typed_key(rng)
-    if state_path:
-        check_place_of_state(state_path)
     run = _Run(logits_fn, images, labels, float(epsilon), norm, keys, batch_size, sharding, log, progress)
     clean = parts.correct(run.clean, labels)
     identity = run.identity(attacks, sizes, members) if state_path else None

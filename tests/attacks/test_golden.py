@@ -17,15 +17,22 @@ from convnorm_jax.torch_import import import_state_dict
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 EPSILON, STEP_SIZE = 8 / 255, 2 / 255
-# Not with quick_compilation: one of the eight pictures stands at a kink, and another rounding takes it elsewhere.
+# One of the eight images stands at a kink, and another rounding takes it elsewhere: not with quick_compilation, and not
+# by the method 'spatial', which the layer takes by itself here.
+AT_A_KINK = 2
+
+
+@pytest.fixture(scope='module', params=[None, 'frequency', 'spatial', 'reference'])
+def method(request):
+    return request.param
 
 
 @pytest.fixture(scope='module')
-def attacked(load_golden, golden_weights, nhwc):
+def attacked(method, load_golden, golden_weights, nhwc):
     """(logits_fn, {name of the golden file without attack/: array, NHWC})."""
     golden = load_golden('simplecnn_attack')
     running = {k.removeprefix('state/'): v for k, v in golden.items() if k.startswith('state/')}
-    model = create_model('simple_cnn', num_classes=10, layer='convnorm')
+    model = create_model('simple_cnn', num_classes=10, layer='convnorm', method=method)
     variables = import_state_dict(model, {**golden_weights(golden), **running}, (32, 32, 3))
     logits_fn = make_logits_fn(model, MEAN, STD)
     arrays = {k.removeprefix('attack/'): v for k, v in golden.items() if k.startswith('attack/')}
@@ -56,7 +63,7 @@ def test_golden_fgsm(attacked):
     assert agreeing(golden['x'], golden['fgsm']) < 0.1  # the attack moves nearly every pixel
 
 
-def test_golden_pgd(attacked):
+def test_golden_pgd(attacked, method):
     logits_fn, golden = attacked
 
     @jax.jit
@@ -65,6 +72,10 @@ def test_golden_pgd(attacked):
             logits_fn, images, labels, epsilon=EPSILON, step_size=STEP_SIZE, steps=5, init=jnp.asarray(noise)
         )
 
-    assert agreeing(attack(golden['x'], golden['y'], golden['noise']), golden['pgd5']) >= 0.99
+    found = np.asarray(attack(golden['x'], golden['y'], golden['noise']))
+    shares = np.array([agreeing(a, b) for a, b in zip(found, golden['pgd5'])])
+    assert np.delete(shares, AT_A_KINK).min() >= 0.99
+    if method in ('frequency', 'reference'):
+        assert shares[AT_A_KINK] >= 0.99
     start = np.clip(golden['x'] + golden['noise'], 0, 1)
     assert agreeing(start, golden['pgd5']) < 0.2
