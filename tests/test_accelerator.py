@@ -79,7 +79,7 @@ def test_an_error_is_a_row():
     need('h100')
     found = accelerator.compile_apart(case('h100', 'step', net='nonet'))
     assert found['status'] == 'failed'
-    assert found['message'].startswith('ValueError: model.name=')
+    assert found['message'].startswith('convnorm_jax.errors.UserError: model.name=')
 
 
 def test_the_table_and_the_file(tmp_path, monkeypatch, capsys):
