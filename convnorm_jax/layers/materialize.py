@@ -20,7 +20,8 @@ def materialize(x, other):
     """
     # (Not a finite number for NaN: XLA would multiply by the reciprocals of both.)
     one = jnp.where(other == other, 1.0, jnp.nan).astype(x.dtype)
-    return x / jax.lax.stop_gradient(one)
+    one = jax.lax.stop_gradient(one)
+    return x * one / one
 
 
 @jax.custom_jvp
