@@ -1,8 +1,9 @@
 """Stages of the GPU plan that time something: training steps, inference, layers, an attack, a GAN's step.
 
-A stage compiles all its programs at once, in threads, and only then measures, one program after the other in turn:
-XLA compiles a program on one core, and a lent machine has many. The seconds to compile are therefore those of a busy
-machine.
+`first` compiles one program, times it, and goes on to the next: its seconds to compile are those of a user, and what
+it found is there whatever comes after. The other stages compile all their programs at once, in threads, and only then
+measure, one program after the other in turn: a lent machine has many cores. Their seconds to compile are those of a
+busy machine.
 """
 
 import argparse
@@ -53,6 +54,20 @@ def machine_facts(report):
 
 
 # --- training steps and inference ----------------------------------------------------------------
+
+
+def first(report, net, dtype, batch_size, layers=('batchnorm', 'convnorm'), repeats=15):
+    """The training step with each layer, compiled alone and timed at once."""
+    base = None
+    for name in layers:
+        report.say(f'compiling the step with {name}')
+        step = Step(Case(net, name, batch_size, dtype, 'clean')).compile().start()
+        ms = timing.medians_ms(timing.interleaved({name: step}, repeats))[name]
+        base = base or ms
+        row = {'net': net, 'layer': name, 'batch_size': batch_size, 'dtype': dtype, 'training_ms': ms}
+        row.update(training_ratio=ms / base, memory_mb=step.memory_bytes / 1e6, compile_seconds=step.compile_seconds)
+        report.row(**row)
+        report.show(row)
 
 
 class _Programs:

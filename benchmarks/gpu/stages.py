@@ -36,10 +36,12 @@ def _all(options):
     tiny = options.rehearsal
     net = 'simple_cnn' if tiny else 'resnet18'
     yield Stage('machine', 'the device and its rates', 'start', 25, f'{_SPEED}:machine_facts')
-    files = {'files': ['layer_a', 'layer_b']} if tiny else {}
-    yield Stage('layers', 'golden layers', 'golden', 45, f'{_GOLDEN}:layers', files)
+    given = {'net': net, 'dtype': 'bfloat16', 'batch_size': 2 if tiny else 128, 'repeats': 2 if tiny else 15}
+    yield Stage('first', 'training step, each layer compiled alone', 'first', 90, f'{_SPEED}:first', given)
     yield _steps(net, tiny, 'bfloat16', 128)
     yield Stage('nets', 'golden nets', 'golden', 40, f'{_GOLDEN}:nets', {'files': ['simplecnn_attack']} if tiny else {})
+    files = {'files': ['layer_a', 'layer_b']} if tiny else {}
+    yield Stage('layers', 'golden layers', 'golden', 150, f'{_GOLDEN}:layers', files)
     sizes = {'size': 64, 'channels': 8} if tiny else {}
     yield Stage('products', 'the precision of products', 'products', 15, f'{_GOLDEN}:products', sizes)
     few_shapes = {'shapes': [[4, 8, 8, 2, 3], [4, 4, 8, 1, 3]]} if tiny else {}

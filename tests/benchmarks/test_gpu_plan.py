@@ -167,7 +167,7 @@ def test_every_stage_can_be_called(rehearsal):
 
 def test_an_unknown_stage_is_said():
     options = types.SimpleNamespace(rehearsal=False, stages='nets,stets', data='', output='', resume='')
-    with pytest.raises(SystemExit, match=r"--stages=nets,stets: 'stets' is none of machine, layers, "):
+    with pytest.raises(SystemExit, match=r"--stages=nets,stets: 'stets' is none of machine, first, "):
         stages.make_stages(options)
 
 
