@@ -31,10 +31,10 @@ from benchmarks import machine
 from benchmarks.library_attacks import PGD_STEPS, QUERIES, STEPS, TARGETS, import_libraries
 from configs import default
 from convnorm_jax import attacks
+from convnorm_jax.errors import UserError
 from convnorm_jax.training import setup
 from convnorm_jax.training.config import check_config, flatten
 from convnorm_jax.training.loop import restore_variables
-from convnorm_jax.errors import UserError
 from convnorm_jax.training.metrics import write_json
 from convnorm_jax.training.workdir import load_config
 
