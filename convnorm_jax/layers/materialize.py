@@ -21,6 +21,8 @@ def materialize(x, other):
     # (Not a finite number for NaN: XLA would multiply by the reciprocals of both.)
     one = jnp.where(other == other, 1.0, jnp.nan).astype(x.dtype)
     one = jax.lax.stop_gradient(one)
+    # The product is a second reader of the divisor: without one XLA makes of the division a product with 1 / one, which
+    # is cheap enough for it to recompute x in every reader (ResNet-18's step then takes 4 to 5 % longer).
     return x * one / one
 
 
