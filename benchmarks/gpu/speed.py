@@ -58,16 +58,13 @@ def machine_facts(report):
 
 def first(report, net, dtype, batch_size, layers=('batchnorm', 'convnorm'), repeats=15):
     """The training step with each layer, compiled alone and timed at once."""
-    base = None
+    found = {'training': {}}
     for name in layers:
         report.say(f'compiling the step with {name}')
-        step = Step(Case(net, name, batch_size, dtype, 'clean')).compile().start()
-        ms = timing.medians_ms(timing.interleaved({name: step}, repeats))[name]
-        base = base or ms
-        row = {'net': net, 'layer': name, 'batch_size': batch_size, 'dtype': dtype, 'training_ms': ms}
-        row.update(training_ratio=ms / base, memory_mb=step.memory_bytes / 1e6, compile_seconds=step.compile_seconds)
-        report.row(**row)
-        report.show(row)
+        case = Case(net, name, batch_size, dtype, 'clean')
+        step = Step(case).compile().start()
+        found['training'].update(timing.medians_ms(timing.interleaved({name: step}, repeats)))
+        _report_step(report, case, found, step)
 
 
 class _Programs:
@@ -116,16 +113,21 @@ def steps(report, net, dtype, batch_size, methods=False, algorithm='clean', prec
     }
     seconds = {part: timing.medians_ms(timing.interleaved(programs, repeats)) for part, programs in parts.items()}
     for name in found:
-        row = {'net': net, 'layer': name, 'batch_size': batch_size, 'dtype': dtype, 'algorithm': algorithm}
-        row.update(precision=precision, same_program_as=same[name], **_figures(name, batch_size, seconds))
-        if name in seconds['training']:
-            step = found[name].step
-            row['finite'] = bool(np.isfinite(np.divide(*step()['loss'])))
-            row['memory_mb'], row['compile_seconds'] = step.memory_bytes / 1e6, step.compile_seconds
-        report.row(**row)
-        report.show(_cells(row))
+        step = found[name].step if name in seconds['training'] else None
+        _report_step(report, Case(net, name, batch_size, dtype, algorithm), seconds, step, precision, same[name])
     _say_failed(report, failed)
     report.row(peak_bytes=(jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use'), of='the process so far')
+
+
+def _report_step(report, case, milliseconds, step, precision=None, same=()):
+    """A row for a layer; `case.layer` is its title, and `step` None where it did not compile."""
+    row = {**case._asdict(), 'precision': precision, 'same_program_as': list(same)}
+    row.update(_figures(case.layer, case.batch_size, milliseconds))
+    if step is not None:
+        row['finite'] = bool(np.isfinite(np.divide(*step()['loss'])))
+        row['memory_mb'], row['compile_seconds'] = step.memory_bytes / 1e6, step.compile_seconds
+    report.row(**row)
+    report.show(_cells(row))
 
 
 def _title(name, options):
