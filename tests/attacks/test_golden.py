@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from convnorm_jax import attacks
+from convnorm_jax.layers.method import METHODS
 from convnorm_jax.models import create_model
 from convnorm_jax.steps.classify import make_logits_fn
 from convnorm_jax.torch_import import import_state_dict
@@ -22,7 +23,7 @@ EPSILON, STEP_SIZE = 8 / 255, 2 / 255
 AT_A_KINK = 2
 
 
-@pytest.fixture(scope='module', params=[None, 'frequency', 'spatial', 'reference'])
+@pytest.fixture(scope='module', params=[None, *METHODS])
 def method(request):
     return request.param
 
