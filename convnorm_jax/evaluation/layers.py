@@ -12,8 +12,9 @@ from flax import linen as nn
 from convnorm_jax.evaluation.spectral import layer_spectrum
 from convnorm_jax.layers import spectral
 from convnorm_jax.layers.batch_norm import BatchNorm
-from convnorm_jax.layers.convnorm import ConvNorm, pair_of_ints
+from convnorm_jax.layers.convnorm import ConvNorm
 from convnorm_jax.layers.factory import ConvThenNorm
+from convnorm_jax.layers.geometry import pair_of_ints
 
 
 @dataclasses.dataclass(frozen=True)

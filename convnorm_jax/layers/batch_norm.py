@@ -34,7 +34,7 @@ class BatchNorm(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, use_running_average=None, channelwise=None):
+    def __call__(self, x, use_running_average=None, channelwise=None, circular=False):
         """Normalizes x, [..., C].
 
         Args:
@@ -42,6 +42,7 @@ class BatchNorm(nn.Module):
           use_running_average: see above.
           channelwise: (kernel [kh, kw, C], bias [C]) of a channel-wise convolution of x, [B, H, W, C], that comes
             first, as in `ConvNorm`: its result need not exist in memory then.
+          circular: of that convolution.
         """
         use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
         channels, wide = x.shape[-1], at_least_float32(x.dtype)
@@ -56,11 +57,11 @@ class BatchNorm(nn.Module):
         if use_running_average:
             if channelwise is not None:
                 kernel, offset = channelwise
-                x = channelwise_convolution(x, kernel) + over_channels(offset.astype(x.dtype), x)
+                x = channelwise_convolution(x, kernel, circular) + over_channels(offset.astype(x.dtype), x)
             mean, var = (jnp.asarray(state.value, wide) for state in (mean_state, var_state))
             return _normalized(x.astype(wide), mean, var, scale, bias, self.epsilon).astype(dtype)
         if channelwise is not None:
-            y, mean, var = normalize_by_batch(x, *channelwise, scale, bias, self.epsilon, dtype)
+            y, mean, var = normalize_by_batch(x, *channelwise, scale, bias, self.epsilon, dtype, circular)
         else:
             y, mean, var = _by_batch_statistics(x.astype(wide), scale, bias, self.epsilon)
         if not self.is_initializing():

@@ -1,6 +1,6 @@
 """The constant matrices of ConvNorm's bilinear algorithm, of which `frequency` says how they come about.
 
-y = C ((A k) * (B x)), for every geometry of a layer, in float64.
+y = C ((A k) * (B x)), for every 2-D geometry of a layer, in float64.
 """
 
 import dataclasses
@@ -12,24 +12,6 @@ import numpy as np
 # transforms are cheaper, but carry 15 to 40 % more products on small grids: both members of a pair w, -w at the
 # edges of the half plane.
 DENSE_GRID_POINTS = 100
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """Where a convolution's pixels and taps lie on the grid of its full convolution, axis by axis.
-
-    full[n] is the sum of x[i] * kernel[t] over all pixels i and taps t with inputs[i] + taps[t] = n.
-
-    Attributes:
-      grid: (Hf, Wf).
-      inputs, taps: (rows, columns), tuples of int: the place of each pixel, and of each tap.
-      kept: (rows, columns) of the full convolution that the layer keeps.
-    """
-
-    grid: tuple[int, int]
-    inputs: tuple[tuple[int, ...], tuple[int, ...]]
-    taps: tuple[tuple[int, ...], tuple[int, ...]]
-    kept: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

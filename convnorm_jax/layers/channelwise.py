@@ -1,6 +1,7 @@
 """The channel-wise convolution: every channel with its own filter, the layer's learned affine part."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,29 +11,30 @@ from convnorm_jax.layers.dtypes import at_least_float32
 from convnorm_jax.layers.platforms import by_platform
 
 
-def channelwise_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def channelwise_convolution(x: jax.Array, kernel: jax.Array, circular: bool = False) -> jax.Array:
     """Every channel convolved with its own filter at stride 1, output as large as x.
 
-    Zero padding ((k-1)//2, k//2). k*k shifted multiply-adds, which XLA fuses into one pass; on the CPU
+    Padding ((k-1)//2, k//2). k*k shifted multiply-adds, which XLA fuses into one pass; on the CPU
     `feature_group_count` was slower.
 
     Args:
-      x: [B, H, W, C]. kernel: [kh, kw, C].
+      x: [B, H, W, C], or any other number of spatial axes. kernel: [kh, kw, C], of the same.
+      circular: x is periodic; else it is zero outside.
 
     Returns:
-      [B, H, W, C], the dtype of x.
+      As x.
     """
-    return derivatives.call(_RULE, x, kernel)[0]
+    return derivatives.call(_rule(circular), x, kernel)[0]
 
 
-def weighted_sum(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def weighted_sum(x: jax.Array, kernel: jax.Array, circular: bool = False) -> jax.Array:
     """`channelwise_convolution` by JAX's own derivatives, not rounded to the dtype of x: float32 at least."""
     wide = at_least_float32(x.dtype)  # k*k terms would each be rounded
     taps = kernel.astype(wide).reshape(-1, kernel.shape[-1])
     # `jax.lax`, here and below: jax.numpy's operators take five times as long to trace.
     products = [
         jax.lax.mul(jax.lax.convert_element_type(part, wide), over_channels(tap, part))
-        for part, tap in zip(shifted(x, kernel.shape[:2]), taps)
+        for part, tap in zip(shifted(x, kernel.shape[:-1], circular), taps)
     ]
     return functools.reduce(jax.lax.add, products)
 
@@ -42,65 +44,77 @@ def over_channels(a: jax.Array, x: jax.Array) -> jax.Array:
     return a.reshape((1,) * (x.ndim - 1) + a.shape)
 
 
-def shifted(x: jax.Array, kernel_size: tuple[int, int]) -> list[jax.Array]:
+def shifted(x: jax.Array, kernel_size: tuple[int, ...], circular: bool = False) -> list[jax.Array]:
     """The k*k views of x that the taps of a channel-wise convolution multiply, in their order."""
-    (kh, kw), (_, height, width, _) = kernel_size, x.shape
-    edges = [(0, 0, 0), ((kh - 1) // 2, kh // 2, 0), ((kw - 1) // 2, kw // 2, 0), (0, 0, 0)]
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
-    cut = lambda x, start, size, axis: jax.lax.slice_in_dim(x, start, start + size, axis=axis)
-    return [cut(cut(x, a, height, 1), b, width, 2) for a in range(kh) for b in range(kw)]
+    size = x.shape[1:-1]
+    if circular:
+        x = jnp.pad(x, [(0, 0), *(((k - 1) // 2, k // 2) for k in kernel_size), (0, 0)], mode='wrap')
+    else:
+        edges = [(0, 0, 0), *(((k - 1) // 2, k // 2, 0) for k in kernel_size), (0, 0, 0)]
+        x = jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
+
+    def view(starts):
+        part = x
+        for axis, (start, n) in enumerate(zip(starts, size), 1):
+            part = jax.lax.slice_in_dim(part, start, start + n, axis=axis)
+        return part
+
+    return [view(starts) for starts in itertools.product(*map(range, kernel_size))]
 
 
-def transpose(y: jax.Array, kernel: jax.Array) -> jax.Array:
+def transpose(y: jax.Array, kernel: jax.Array, circular: bool = False) -> jax.Array:
     """The adjoint of x -> weighted_sum(x, kernel): the same with the flipped filter."""
     # An even filter reaches further right than left, its flipped one must reach further left.
-    even = [(0, 1 - k % 2) for k in kernel.shape[:2]]
-    return weighted_sum(y, jnp.pad(kernel[::-1, ::-1], (*even, (0, 0))))
+    even = [(0, 1 - k % 2) for k in kernel.shape[:-1]]
+    flipped = jnp.flip(kernel, tuple(range(kernel.ndim - 1)))
+    return weighted_sum(y, jnp.pad(flipped, (*even, (0, 0))), circular)
 
 
-def tap_products(x: jax.Array, y: jax.Array, kernel_size: tuple[int, int]) -> jax.Array:
+def tap_products(x: jax.Array, y: jax.Array, kernel_size: tuple[int, ...], circular: bool = False) -> jax.Array:
     """Sums over batch and image of y times each shifted x, [kh, kw, C]: the gradient with respect to the kernel."""
     wide = at_least_float32(x.dtype)
     y = y.astype(wide)
-    products = [jax.lax.mul(jax.lax.convert_element_type(part, wide), y) for part in shifted(x, kernel_size)]
+    products = [jax.lax.mul(jax.lax.convert_element_type(part, wide), y) for part in shifted(x, kernel_size, circular)]
     sums = by_platform(*products, cpu=_sums_in_one_pass, tpu=_sums_each, accelerator=_sums_of_stack)
     return sums.reshape(*kernel_size, -1)
 
 
 def _sums_of_stack(*products):
     # A GPU's compiler makes one kernel of it, and nine, with their partial sums, of nine reductions.
-    return jnp.stack(products).sum((1, 2, 3))
+    stack = jnp.stack(products)
+    return stack.sum(tuple(range(1, stack.ndim - 1)))
 
 
 def _sums_each(*products):
     # A TPU's would materialize the stack, and fuses the reductions.
-    return jnp.stack([product.sum((0, 1, 2)) for product in products])
+    return jnp.stack([product.sum(tuple(range(product.ndim - 1))) for product in products])
 
 
 def _sums_in_one_pass(*products):
     # One pass for all taps; first over the rows only, which keeps float32's sums short. Not over the batch:
     # a batch that is cut over devices would be gathered for it (XLA has no all-reduce of nine sums at once).
-    zeros = [jnp.zeros((), products[0].dtype)] * len(products)
-    sums = jax.lax.reduce(list(products), zeros, lambda a, b: [jax.lax.add(p, q) for p, q in zip(a, b)], (2,))
-    return jnp.stack(jax.lax.optimization_barrier(sums)).sum((1, 2))
+    zeros, axis = [jnp.zeros((), products[0].dtype)] * len(products), products[0].ndim - 2
+    sums = jax.lax.reduce(list(products), zeros, lambda a, b: [jax.lax.add(p, q) for p, q in zip(a, b)], (axis,))
+    stack = jnp.stack(jax.lax.optimization_barrier(sums))
+    return stack.sum(tuple(range(1, stack.ndim - 1)))
 
 
-@jax.jit
-def _function(x, kernel):
-    return (weighted_sum(x, kernel).astype(x.dtype),)
+@functools.cache
+def _rule(circular):
+    @jax.jit
+    def function(x, kernel):
+        return (weighted_sum(x, kernel, circular).astype(x.dtype),)
 
+    @functools.partial(jax.jit, static_argnums=(3,))
+    def gradient(arguments, _, cotangents, wanted):
+        x, kernel = arguments
+        # Barriers: or XLA:CPU recomputes the cotangent for each tap that reads it.
+        cotangent = jax.lax.optimization_barrier(cotangents[0])
+        found = {}
+        if 0 in wanted:
+            found[0] = jax.lax.optimization_barrier(transpose(cotangent, kernel, circular).astype(x.dtype))
+        if 1 in wanted:
+            found[1] = tap_products(x, cotangent, kernel.shape[:-1], circular).astype(kernel.dtype)
+        return tuple(found[i] for i in wanted)
 
-@functools.partial(jax.jit, static_argnums=(3,))
-def _gradient(arguments, _, cotangents, wanted):
-    x, kernel = arguments
-    # Barriers: or XLA:CPU recomputes the cotangent for each tap that reads it.
-    cotangent = jax.lax.optimization_barrier(cotangents[0])
-    found = {}
-    if 0 in wanted:
-        found[0] = jax.lax.optimization_barrier(transpose(cotangent, kernel).astype(x.dtype))
-    if 1 in wanted:
-        found[1] = tap_products(x, cotangent, kernel.shape[:2]).astype(kernel.dtype)
-    return tuple(found[i] for i in wanted)
-
-
-_RULE = derivatives.Rule(_function, _gradient, _function)
+    return derivatives.Rule(function, gradient, function)

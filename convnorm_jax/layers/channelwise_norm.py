@@ -28,27 +28,29 @@ def normalize_by_batch(
     shift: jax.Array,
     epsilon: float,
     dtype: jnp.dtype,
+    circular: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(y, mean, var) of the equations above.
 
     Args:
-      z: [B, H, W, C], float.
-      kernel: [kh, kw, C]. bias: [C]. Both the channel-wise convolution's.
+      z: [B, H, W, C], float; or any other number of spatial axes.
+      kernel: [kh, kw, C], of the same. bias: [C]. Both the channel-wise convolution's.
       scale, shift: [C], BatchNorm's.
       epsilon: added to the variance.
       dtype: of y.
+      circular: of the channel-wise convolution.
 
     Returns:
       y, [B, H, W, C]; mean and (biased) variance of u over all axes but the last, [C], float32 at least.
     """
     bias, scale, shift = (a.astype(_wide(z)) for a in (bias, scale, shift))
-    return derivatives.call(_rule(epsilon, jnp.dtype(dtype).name), z, kernel, bias, scale, shift)
+    return derivatives.call(_rule(epsilon, jnp.dtype(dtype).name, circular), z, kernel, bias, scale, shift)
 
 
 @functools.lru_cache(maxsize=64)
-def _rule(epsilon, dtype):
+def _rule(epsilon, dtype, circular):
     def ordinary(z, kernel, bias, scale, shift):
-        u = channelwise.weighted_sum(z, kernel) + over_channels(bias, z)
+        u = channelwise.weighted_sum(z, kernel, circular) + over_channels(bias, z)
         mean = u.mean(_axes(z))
         var = jnp.square(u - over_channels(mean, z)).mean(_axes(z))
         return _normalized(u, mean, var, scale, shift, epsilon).astype(dtype), mean, var
@@ -56,9 +58,9 @@ def _rule(epsilon, dtype):
     def accelerated(z, kernel, bias, scale, shift):
         """Three passes that read z: mean, variance, y."""
         offset = over_channels(bias, z)
-        mean = (channelwise.weighted_sum(z, kernel) + offset).mean(_axes(z))
-        var = jnp.square(_deviation_after(mean, z, kernel, offset, mean)).mean(_axes(z))
-        deviation = _deviation_after(var, z, kernel, offset, mean)
+        mean = (channelwise.weighted_sum(z, kernel, circular) + offset).mean(_axes(z))
+        var = jnp.square(_deviation_after(mean, z, kernel, circular, offset, mean)).mean(_axes(z))
+        deviation = _deviation_after(var, z, kernel, circular, offset, mean)
         return _normalized(deviation, jnp.zeros_like(mean), var, scale, shift, epsilon).astype(dtype), mean, var
 
     @jax.jit  # traced once for all layers of a shape
@@ -68,7 +70,7 @@ def _rule(epsilon, dtype):
     @functools.partial(jax.jit, static_argnums=(3,))
     def gradient(arguments, moments, cotangents, wanted):
         given = (*arguments, *moments, *cotangents)
-        cpu, accelerator = (functools.partial(form, wanted, epsilon) for form in (_gradients_cpu, _gradients))
+        cpu, accelerator = (functools.partial(form, wanted, epsilon, circular) for form in (_gradients_cpu, _gradients))
         return by_platform(*given, cpu=cpu, accelerator=accelerator)
 
     return derivatives.Rule(function, gradient, ordinary, kept=(1, 2))
@@ -87,10 +89,10 @@ def _normalized(u, mean, var, scale, shift, epsilon):
     return (u - mean) * inverse * scale + shift
 
 
-def _deviation_after(other, z, kernel, offset, mean):
+def _deviation_after(other, z, kernel, circular, offset, mean):
     """u less its mean, computed again from z, once `other` is there: or XLA keeps u of an earlier pass, in float32."""
     z, _ = jax.lax.optimization_barrier((z, other))
-    return channelwise.weighted_sum(z, kernel) + (offset - over_channels(mean, z))
+    return channelwise.weighted_sum(z, kernel, circular) + (offset - over_channels(mean, z))
 
 
 def _cotangent_of_u(deviation, cotangent, scale, inverse, by_scale, by_shift, by_mean, by_var):
@@ -107,42 +109,42 @@ def _sums(deviation, cotangent, inverse):
     return inverse * (cotangent * deviation).sum(_axes(deviation)), cotangent.sum(_axes(deviation))
 
 
-def _gradients(wanted, epsilon, z, kernel, bias, scale, shift, mean, var, cotangent, by_mean, by_var):
+def _gradients(wanted, epsilon, circular, z, kernel, bias, scale, shift, mean, var, cotangent, by_mean, by_var):
     """On an accelerator: four passes, each of which reads arrays of the dtype of z."""
     wide, inverse = _wide(z), jax.lax.rsqrt(var + epsilon)
     offset = over_channels(bias, z)
     cotangent = cotangent.astype(wide)
-    deviation = _deviation_after(cotangent[0, 0, 0], z, kernel, offset, mean)
+    deviation = _deviation_after(cotangent[(0,) * (z.ndim - 1)], z, kernel, circular, offset, mean)
     by_scale, by_shift = _sums(deviation, cotangent, inverse)
-    deviation = _deviation_after(by_shift, z, kernel, offset, mean)
+    deviation = _deviation_after(by_shift, z, kernel, circular, offset, mean)
     of_u = _cotangent_of_u(deviation, cotangent, scale, inverse, by_scale, by_shift, by_mean, by_var)
     # As an array: each of its k*k shifts would compute it again.
     of_u = jax.lax.optimization_barrier(of_u.astype(z.dtype))
     found = {}
     if 0 in wanted:
-        found[0] = channelwise.transpose(of_u, kernel).astype(z.dtype)
+        found[0] = channelwise.transpose(of_u, kernel, circular).astype(z.dtype)
     if 1 in wanted:
-        found[1] = channelwise.tap_products(z, of_u, kernel.shape[:2]).astype(kernel.dtype)
+        found[1] = channelwise.tap_products(z, of_u, kernel.shape[:-1], circular).astype(kernel.dtype)
     found |= {2: by_mean, 3: by_scale, 4: by_shift}
     return tuple(found[i] for i in wanted)
 
 
-def _gradients_cpu(wanted, epsilon, z, kernel, bias, scale, shift, mean, var, cotangent, by_mean, by_var):
+def _gradients_cpu(wanted, epsilon, circular, z, kernel, bias, scale, shift, mean, var, cotangent, by_mean, by_var):
     """The same for XLA:CPU, in an order that keeps its memory low."""
     wide, inverse = _wide(z), jax.lax.rsqrt(var + epsilon)
     cotangent = cotangent.astype(wide)
     z, cotangent = jax.lax.optimization_barrier((z, cotangent))
-    z = materialize(z, cotangent[:, :1, :1, :1])
-    u = channelwise.weighted_sum(z, kernel) + over_channels(bias, z)
+    z = materialize(z, cotangent[(slice(None), *[slice(1)] * (z.ndim - 1))])
+    u = channelwise.weighted_sum(z, kernel, circular) + over_channels(bias, z)
     deviation = u - over_channels(mean, u)
     by_scale, by_shift = _sums(deviation, cotangent, inverse)
     of_u = _cotangent_of_u(deviation, cotangent, scale, inverse, by_scale, by_shift, by_mean, by_var)
     of_u = jax.lax.optimization_barrier(of_u.astype(z.dtype))
     found = {2: by_mean, 3: by_scale, 4: by_shift}
     if 1 in wanted:
-        found[1] = channelwise.tap_products(z, of_u, kernel.shape[:2]).astype(kernel.dtype)
+        found[1] = channelwise.tap_products(z, of_u, kernel.shape[:-1], circular).astype(kernel.dtype)
     if 0 in wanted:
-        by_z = jax.lax.optimization_barrier(channelwise.transpose(of_u, kernel).astype(z.dtype))
+        by_z = jax.lax.optimization_barrier(channelwise.transpose(of_u, kernel, circular).astype(z.dtype))
         if 1 in wanted:
             # Only after it: XLA:CPU may put it off to the end of the backward pass, and keep what it is made of.
             by_z = materialize(by_z, found[1].ravel()[0])

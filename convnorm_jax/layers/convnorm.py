@@ -1,26 +1,34 @@
 """ConvNorm, convolutional normalization, as a Linen module (arXiv 2103.00673)."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.linen.module import merge_param
 
 from convnorm_jax.errors import UserError
-from convnorm_jax.layers import bilinear, convolution, folding, frequency, spectral
+from convnorm_jax.layers import convolution, folding, frequency, geometry
 from convnorm_jax.layers.batch_norm import BatchNorm
 from convnorm_jax.layers.channelwise import channelwise_convolution, over_channels
 from convnorm_jax.layers.dtypes import at_least_float32, widened
+from convnorm_jax.layers.geometry import by_x, canonical_padding, ints_for_axes, is_int, spatial_axes
 from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init
 from convnorm_jax.layers.materialize import materialized_output
 from convnorm_jax.layers.method import METHODS
 from convnorm_jax.layers.operation import normalized_convolution, preconditioner
+from convnorm_jax.layers.reference import layouts
+from convnorm_jax.layers.spectral import is_pointwise
 
 SPECTRUM_MODES = ('running', 'exact')
+_EXPECTED = {
+    1: '[batch, width, channels]',
+    2: '[batch, height, width, channels]',
+    3: '[batch, depth, height, width, channels]',
+}
 
 # The published schedule of the running spectrum: half a cosine over this many updates,
 # down to this weight for the new value.
@@ -32,66 +40,6 @@ def update_weight(count):
     """Weight of the new spectrum in update number `count` (from 1), float32 scalar."""
     phase = jnp.minimum(jnp.asarray(count, jnp.float32), RAMP_UPDATES) / RAMP_UPDATES
     return jnp.maximum(0.5 * (1 + jnp.cos(jnp.pi * phase)), FINAL_WEIGHT)
-
-
-def canonical_padding(padding, image_size, kernel_size, strides):
-    """Padding as pairs ((top, bottom), (left, right)).
-
-    Args:
-      padding: 'SAME' or 'VALID' (as in `jax.lax`), one int for all sides, or a pair of
-        ints or of pairs, one for each axis.
-      image_size: (H, W); kernel_size: (kh, kw); strides: (sh, sw).
-
-    Raises:
-      ValueError: another form, or a padding outside 0 ... k-1, which ConvNorm's crop of
-        the full convolution can not give.
-    """
-    if isinstance(padding, str) and padding in ('SAME', 'VALID'):
-        pairs = jax.lax.padtype_to_pads(image_size, kernel_size, strides, padding)
-    else:
-        pairs = padding_pairs(padding)
-    for pair, n, k in zip(pairs, image_size, kernel_size):
-        if not all(0 <= p <= k - 1 for p in pair):
-            raise UserError(
-                f'padding={padding!r} with kernel_size={tuple(kernel_size)}: '
-                'expected between 0 and kernel_size - 1 on each side'
-            )
-        if n + sum(pair) < k:
-            raise UserError(
-                f'pictures of {image_size[0]}x{image_size[1]} with padding={padding!r}: '
-                f'smaller than kernel_size={tuple(kernel_size)}, nothing would be left'
-            )
-    return tuple((int(a), int(b)) for a, b in pairs)
-
-
-def _is_int(value):
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def padding_pairs(padding):
-    """Padding as ((top, bottom), (left, right)), from an int, or an int or a pair for each axis.
-
-    Raises:
-      ValueError: anything else, and names too.
-    """
-    sides = [padding] * 2 if _is_int(padding) else padding
-    if isinstance(sides, Sequence) and not isinstance(sides, str) and len(sides) == 2:
-        pairs = [(p, p) if _is_int(p) else p for p in sides]
-        if all(isinstance(p, Sequence) and len(p) == 2 and all(map(_is_int, p)) for p in pairs):
-            return pairs
-    raise UserError(f"padding={padding!r}: expected 'SAME', 'VALID', an int or a pair for each of the two axes")
-
-
-def pair_of_ints(value, name):
-    """A kernel size or strides as two positive ints, from one or two; None is (1, 1).
-
-    Raises:
-      ValueError: anything else.
-    """
-    pair = (1, 1) if value is None else (value, value) if _is_int(value) else value
-    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(_is_int(v) and v >= 1 for v in pair):
-        raise UserError(f'{name}={value!r}: expected a positive int or two of them')
-    return tuple(int(v) for v in pair)
 
 
 def _refuse_explicit_axes():
@@ -107,15 +55,14 @@ def _refuse_explicit_axes():
 class NormalizedConvolution(nn.Module):
     """What `ConvNorm` and `ConvNormTranspose` share: all but the geometry.
 
-    A subclass says how large the picture is that its full convolution sees, and which rows
-    and columns of that convolution are kept.
+    A subclass says where the pixels and the taps lie on the grid of its full convolution, and what of it is kept.
 
     Attributes: see `ConvNorm`.
     """
 
     features: int
     kernel_size: int | Sequence[int] = (3, 3)
-    strides: int | Sequence[int] = (1, 1)
+    strides: int | Sequence[int] = 1
     padding: str | int | Sequence[int | tuple[int, int]] = 'SAME'
     use_affine: bool = True
     use_batch_norm: bool = True
@@ -128,6 +75,8 @@ class NormalizedConvolution(nn.Module):
     dtype: jnp.dtype | None = None
     param_dtype: jnp.dtype = jnp.float32
     precision: jax.lax.PrecisionLike = None
+    kernel_dilation: int | Sequence[int] = 1
+    feature_group_count: int = 1
 
     kernel_init = staticmethod(torch_kernel_init)
 
@@ -136,7 +85,7 @@ class NormalizedConvolution(nn.Module):
         """Applies the layer.
 
         Args:
-          x: [B, H, W, C], float.
+          x: [B, H, W, C], float; [B, W, C] or [B, D, H, W, C] where `kernel_size` has 1 or 3 ints.
           use_running_average: True at inference, False in training.
 
         Returns:
@@ -148,29 +97,31 @@ class NormalizedConvolution(nn.Module):
             'running' mode, pictures of another size than those trained on.
         """
         use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
-        if x.ndim != 4:
-            raise UserError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
+        rank = spatial_axes(self.kernel_size)
+        if x.ndim != rank + 2:
+            raise UserError(f'x.shape={x.shape}: expected {_EXPECTED[rank]} with kernel_size={self.kernel_size!r}')
         _refuse_explicit_axes()
         if self.spectrum not in SPECTRUM_MODES:
             raise UserError(f'spectrum={self.spectrum!r}: expected one of {SPECTRUM_MODES}')
         if self.method is not None and self.method not in METHODS:
             raise UserError(f'method={self.method!r}: expected one of {METHODS}, or None to choose by size')
-        if not _is_int(self.features) or self.features < 1:
+        if not is_int(self.features) or self.features < 1:
             raise UserError(f'features={self.features!r}: expected a positive int')
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise UserError(
                 f'momentum={self.momentum}: expected at least 0 and below 1, or None for the published schedule'
             )
-        kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
-        strides = pair_of_ints(self.strides, 'strides')
-        padding = self._canonical_padding(x.shape[1:3], kernel_size, strides)
-        geometry = self._geometry(x.shape[1:3], kernel_size, strides, padding)
+        kernel_size = ints_for_axes(self.kernel_size, 'kernel_size', rank)
+        strides = ints_for_axes(self.strides, 'strides', rank)
+        dilation = ints_for_axes(self.kernel_dilation, 'kernel_dilation', rank)
+        cin = self._features_of_group(x.shape[-1])
+        geometry = self._geometry(x.shape[1:-1], kernel_size, strides, dilation)
         if use_running_average and self.has_variable(folding.COLLECTION, 'bias'):
-            return self._folded(x, geometry)
-        kernel = self.param('kernel', self.kernel_init, (*kernel_size, x.shape[-1], self.features), self.param_dtype)
+            return self._folded(x, geometry, strides)
+        kernel = self.param('kernel', self.kernel_init, (*kernel_size, cin, self.features), self.param_dtype)
         kernel = widened(kernel, self.dtype or x.dtype)
-        v = self._preconditioner(kernel, geometry, x.shape[0], use_running_average)
-        y = self._normalized_convolution(x, kernel, v, geometry)
+        v = self._preconditioner(kernel, geometry, x.shape[0], strides, use_running_average)
+        y = self._normalized_convolution(x, kernel, v, geometry, strides)
         affine = self._affine(kernel_size, y.dtype) if self.use_affine else None
         if self.use_batch_norm:
             y = BatchNorm(
@@ -180,13 +131,22 @@ class NormalizedConvolution(nn.Module):
                 use_affine=self.use_affine,
                 param_dtype=self.param_dtype,
                 name='batch_norm',
-            )(y, channelwise=affine)
+            )(y, channelwise=affine, circular=geometry.circular)
         elif affine is not None:
             kernel_of_channels, bias = affine
-            y = channelwise_convolution(y, kernel_of_channels) + over_channels(bias, y)
+            y = channelwise_convolution(y, kernel_of_channels, geometry.circular) + over_channels(bias, y)
         if folding.is_asked_for() and self.is_mutable_collection(folding.COLLECTION):
             self._fold(kernel, v, geometry, self.method or folding.method(geometry, x, kernel))
-        return materialized_output(y, kernel[0, 0, 0, 0])
+        return materialized_output(y, kernel[(0,) * kernel.ndim])
+
+    def _features_of_group(self, features_in):
+        groups = self.feature_group_count
+        if not is_int(groups) or groups < 1 or features_in % groups or self.features % groups:
+            raise UserError(
+                f'feature_group_count={groups!r} with {features_in} channels and features={self.features}: '
+                'expected a positive int that divides both'
+            )
+        return features_in // groups
 
     def _fold(self, kernel, v, geometry, method):
         """Writes what `fold_for_inference` wants."""
@@ -195,40 +155,38 @@ class NormalizedConvolution(nn.Module):
         for name, value in values.items():
             self.put_variable(folding.COLLECTION, name, value)
 
-    def _folded(self, x, geometry):
+    def _folded(self, x, geometry, strides):
         """The layer at inference by its folded values."""
         values = {name: jnp.asarray(value) for name, value in self.variables[folding.COLLECTION].items()}
         (x,) = promote_dtype(x, dtype=self.dtype)
         if values['grid'].shape != geometry.grid:
-            kernel_size = tuple(map(len, geometry.taps))
-            sizes = [self._image_size(grid, kernel_size) for grid in (values['grid'].shape, geometry.grid)]
+            sizes = [self._image_size(grid, geometry.spans, strides) for grid in (values['grid'].shape, geometry.grid)]
             raise UserError(
-                f'{"/".join(self.path) or type(self).__name__}: folded for images of {sizes[0][0]}x{sizes[0][1]}, got '
-                f'{sizes[1][0]}x{sizes[1][1]}; call fold_for_inference with images of this size'
+                f'{"/".join(self.path) or type(self).__name__}: folded for images of {by_x(sizes[0])}, got '
+                f'{by_x(sizes[1])}; call fold_for_inference with images of this size'
             )
         if 'filters' in values:
             y = frequency.filtered(x, values['filters'], 1, geometry, self.precision)
         elif 'v' in values:
-            method = 'reference' if self.method == 'reference' else 'spatial'
+            method = 'reference' if self.method == 'reference' or geometry.rank == 3 else 'spatial'
             y = normalized_convolution(x, values['kernel'], values['v'], geometry, method, self.precision)
         else:
-            y = self._pointwise(x, values['kernel'].astype(x.dtype))
+            y = self._pointwise(x, values['kernel'].astype(x.dtype), strides)
         if 'affine_kernel' in values:
-            y = channelwise_convolution(y, values['affine_kernel'].astype(x.dtype))
+            y = channelwise_convolution(y, values['affine_kernel'].astype(x.dtype), geometry.circular)
         return y + over_channels(values['bias'].astype(x.dtype), y)
 
-    def _normalized_convolution(self, x, kernel, v, geometry):
+    def _normalized_convolution(self, x, kernel, v, geometry, strides):
         """Steps 1 to 4: convolution, division by the root of the power spectrum, crop and stride."""
         x, rounded = promote_dtype(x, kernel, dtype=self.dtype)
-        if kernel.shape[:2] == (1, 1):
+        if is_pointwise(kernel):
             # A flat spectrum scales the kernel itself, and nothing is computed that a stride drops.
-            return self._pointwise(x, (rounded.astype(v.dtype) * v[None]).astype(x.dtype))
+            return self._pointwise(x, (rounded.astype(v.dtype) * v[..., None, :]).astype(x.dtype), strides)
         # By the method 'frequency' the kernel is rounded only after its transform.
         return normalized_convolution(x, kernel, v, geometry, self.method, self.precision)
 
-    def _preconditioner(self, kernel, geometry, batch, use_running_average):
+    def _preconditioner(self, kernel, geometry, batch, strides, use_running_average):
         """V of this pass, [Hf, Wf, features]; updates the running average in training."""
-        grid = geometry.grid
         current = functools.partial(preconditioner, kernel, geometry, self.method, batch)
         # At initialization the state is made in every mode, so that it never changes its shape.
         if self.spectrum == 'exact' and use_running_average and not self.is_initializing():
@@ -237,7 +195,8 @@ class NormalizedConvolution(nn.Module):
         running = self.variable('batch_stats', 'preconditioner', lambda: current().astype(kept_as))
         # float32: loops that average batch_stats over devices leave its dtype alone.
         count = self.variable('batch_stats', 'count', lambda: jnp.zeros((), jnp.float32))
-        self._check_size(running.value.shape[:2], grid, kernel.shape[:2], use_running_average)
+        if not is_pointwise(kernel) and running.value.shape[:-1] != geometry.grid:
+            self._refuse_size(running.value.shape[:-1], geometry, strides, use_running_average)
         if use_running_average:
             return running.value
         v = current()
@@ -248,27 +207,22 @@ class NormalizedConvolution(nn.Module):
             running.value = weight * new + (1 - weight) * running.value
         return v
 
-    def _check_size(self, stored, grid, kernel_size, use_running_average):
-        if kernel_size == (1, 1) or tuple(stored) == grid:
-            return
-        trained, given = (self._image_size(g, kernel_size) for g in (stored, grid))
+    def _refuse_size(self, stored, geometry, strides, use_running_average):
+        trained, given = (by_x(self._image_size(grid, geometry.spans, strides)) for grid in (stored, geometry.grid))
         remedy = (
             "or set spectrum='exact', which recomputes it from the kernel"
             if use_running_average
-            else 'or initialize with the picture size you train on'
+            else 'or initialize with the image size you train on'
         )
         where = '/'.join(self.path) or type(self).__name__
-        raise UserError(
-            f'{where}: the running spectrum is of {trained[0]}x{trained[1]} pictures, '
-            f'got {given[0]}x{given[1]}; give {trained[0]}x{trained[1]}, {remedy}'
-        )
+        raise UserError(f'{where}: the running spectrum is of {trained} images, got {given}; give {trained}, {remedy}')
 
     def _affine(self, kernel_size, dtype):
         """The channel-wise convolution as (kernel, bias)."""
-        fan_in = kernel_size[0] * kernel_size[1]
+        fan_in = math.prod(kernel_size)
         kernel = self.param('affine_kernel', torch_kernel_init, (*kernel_size, 1, self.features), self.param_dtype)
         bias = self.param('affine_bias', torch_bias_init(fan_in), (self.features,), self.param_dtype)
-        return promote_dtype(kernel[:, :, 0], bias, dtype=self.dtype or dtype)
+        return promote_dtype(kernel[..., 0, :], bias, dtype=self.dtype or dtype)
 
 
 class ConvNorm(NormalizedConvolution):
@@ -284,10 +238,13 @@ class ConvNorm(NormalizedConvolution):
 
     Attributes:
       features: output channels.
-      kernel_size: int or (kh, kw).
-      strides: int or (sh, sw).
-      padding: 'SAME', 'VALID', int, or pairs, between 0 and k-1 on each side. 'SAME' is
-        XLA's: with strides it can be one less on the top and left than PyTorch's.
+      kernel_size: (kw,), (kh, kw) or (kd, kh, kw), for 1, 2 or 3 spatial axes; an int is a square of 2.
+      strides: int, or an int for each axis.
+      padding: 'SAME', 'VALID', 'CIRCULAR', int, or pairs, between 0 and k-1 on each side (of a dilated kernel's k).
+        'SAME' is XLA's: with strides it can be one less on the top and left than PyTorch's. With 'CIRCULAR' the image
+        is periodic, for the channel-wise convolution too; at stride 1 each output channel then has a flat spectrum.
+      kernel_dilation: from one tap to the next, int or an int for each axis.
+      feature_group_count: groups of channels with kernels of their own; as many as channels is a depthwise convolution.
       use_affine: the channel-wise convolution (and BatchNorm's scale and bias).
       use_batch_norm: BatchNorm at the end.
       use_running_average: inference (here or in the call).
@@ -305,20 +262,23 @@ class ConvNorm(NormalizedConvolution):
       precision: of the convolution's products (`jax.lax.Precision`).
     """
 
-    def _canonical_padding(self, image_size, kernel_size, strides):
-        return canonical_padding(self.padding, image_size, kernel_size, strides)
+    def _geometry(self, image_size, kernel_size, strides, dilation):
+        spans = geometry.dilated_size(kernel_size, dilation)
+        padding = canonical_padding(self.padding, image_size, spans, strides)
+        return geometry.of_convolution(image_size, kernel_size, strides, padding, dilation, self.feature_group_count)
 
-    def _geometry(self, image_size, kernel_size, strides, padding):
-        grid = spectral.grid_size(image_size, kernel_size)
-        return bilinear.Geometry(
-            grid,
-            inputs=tuple(tuple(range(n)) for n in image_size),
-            taps=tuple(tuple(range(k - 1, -1, -1)) for k in kernel_size),  # a cross-correlation's: mirrored
-            kept=spectral.crop_indices(grid, kernel_size, padding, strides),
+    def _image_size(self, grid, spans, strides):
+        return grid if self.padding == geometry.CIRCULAR else tuple(n - k + 1 for n, k in zip(grid, spans))
+
+    def _pointwise(self, x, kernel, strides):
+        if x.ndim == 4 and self.feature_group_count == 1:
+            return convolution.pointwise(x, kernel, strides, self.precision)
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            strides,
+            'VALID',
+            dimension_numbers=layouts(len(strides)),
+            feature_group_count=self.feature_group_count,
+            precision=self.precision,
         )
-
-    def _image_size(self, grid, kernel_size):
-        return tuple(n - k + 1 for n, k in zip(grid, kernel_size))
-
-    def _pointwise(self, x, kernel):
-        return convolution.pointwise(x, kernel, pair_of_ints(self.strides, 'strides'), self.precision)

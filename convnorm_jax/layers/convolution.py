@@ -4,23 +4,53 @@
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 
-from convnorm_jax.layers import bilinear, derivatives
+from convnorm_jax.layers import derivatives, reference
+from convnorm_jax.layers.dtypes import at_least_float32
+from convnorm_jax.layers.geometry import Geometry, transposed_grid_size
 
 
 def of_geometry(
-    x: jax.Array, kernel: jax.Array, geometry: bilinear.Geometry, precision: jax.lax.PrecisionLike = None
+    x: jax.Array, kernel: jax.Array, geometry: Geometry, precision: jax.lax.PrecisionLike = None
 ) -> jax.Array:
     """`reference.full_convolution` by the functions below. Args and Returns: as there."""
-    strides = tuple(places[1] - places[0] if len(places) > 1 else 1 for places in geometry.inputs)
-    flipped = [len(taps) > 1 and taps[0] < taps[-1] for taps in geometry.taps]
-    if not any(flipped) and strides == (1, 1):
+    if not geometry.plain or geometry.rank != 2:
+        return _general(x, kernel, geometry, precision)
+    if not geometry.mirrored and geometry.spread == (1, 1):
         return full_convolution(x, kernel, precision)
     # Taps that run backwards on one axis only do not occur but for a single tap.
-    return full_transposed_convolution(x, kernel, strides, precision)
+    return full_transposed_convolution(x, kernel, geometry.spread, precision)
+
+
+def _general(x, kernel, geometry, precision):
+    """Dilated, grouped, circular, in 1 to 3 dimensions."""
+    depthwise = geometry.groups == x.shape[-1] == kernel.shape[-1]
+    if set(geometry.spread) != {1} or geometry.mirrored:
+        return reference.full_convolution(x, kernel, geometry, precision)
+    mode = {'mode': 'wrap'} if geometry.circular else {}
+    edges = [(k - 1, 0 if geometry.circular else k - 1) for k in geometry.spans]
+    x = jnp.pad(x, [(0, 0), *edges, (0, 0)], **mode)  # by hand, see `full_convolution`
+    if depthwise:  # products that XLA fuses: its grouped convolutions are slower
+        wide = at_least_float32(x.dtype)
+        starts = itertools.product(*(range(0, k, d) for k, d in zip(geometry.spans, geometry.dilation)))
+        size = lambda start: tuple(slice(s, s + n) for s, n in zip(start, geometry.grid))
+        taps = kernel.reshape(-1, kernel.shape[-1]).astype(wide)
+        products = (x[(slice(None), *size(start))].astype(wide) * tap for start, tap in zip(starts, taps))
+        return functools.reduce(jax.lax.add, products).astype(x.dtype)
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(1,) * geometry.rank,
+        padding=[(0, 0)] * geometry.rank,
+        rhs_dilation=geometry.dilation,
+        dimension_numbers=reference.layouts(geometry.rank),
+        feature_group_count=geometry.groups,
+        precision=precision,
+    )
 
 
 def full_convolution(x, kernel, precision=None):
@@ -75,11 +105,6 @@ def full_transposed_convolution(x, kernel, strides=(1, 1), precision=None):
     full = transposed_grid_size((height, width), (kh, kw), strides)
     # A stride above the kernel's size leaves gaps, also behind the last pixel's taps.
     return y[:, : full[0], : full[1]]
-
-
-def transposed_grid_size(image_size, kernel_size, strides):
-    """Size of the full transposed convolution: (n - 1) * stride + kernel on each axis."""
-    return tuple((n - 1) * s + k for n, k, s in zip(image_size, kernel_size, strides))
 
 
 def pointwise(x, kernel, strides, precision=None):

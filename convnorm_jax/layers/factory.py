@@ -15,7 +15,8 @@ from flax import linen as nn
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers.batch_norm import BatchNorm
-from convnorm_jax.layers.convnorm import ConvNorm, pair_of_ints
+from convnorm_jax.layers.convnorm import ConvNorm
+from convnorm_jax.layers.geometry import pair_of_ints
 from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init
 from convnorm_jax.layers.reparam import ONIConv, OWNConv, SpectralNormConv, SpectralNormDense, WeightNormConv
 from convnorm_jax.layers.switch_norm import SwitchNorm

@@ -13,6 +13,7 @@ the same form.
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -96,43 +97,44 @@ def _narrow(product, matrix, x):
     return product(matrix, x, precision=_EXACT, preferred_element_type=wide).astype(x.dtype)
 
 
-def power_spectrum(kernel: jax.Array, grid: tuple[int, int]) -> jax.Array:
+def power_spectrum(kernel: jax.Array, grid: tuple[int, ...], dilation: tuple[int, ...] | None = None) -> jax.Array:
     """`spectral.power_spectrum` as one fused reduction over the input channels: no transform is materialized.
 
     Args:
-      kernel: [kh, kw, cin, cout], any float dtype.
+      kernel: [kh, kw, cin, cout], any float dtype; or any other number of spatial axes.
       grid: (Hf, Wf).
+      dilation: from one tap to the next on each axis.
 
     Returns:
       [Hf, Wf, cout], float32 at least.
     """
-    kh, kw, _, cout = kernel.shape
-    height, width = grid
+    *kernel_size, cin, cout = kernel.shape
+    axes = tuple(range(len(grid)))
     kernel = kernel.astype(at_least_float32(kernel.dtype))
-    columns = hartley_columns((height, width), points(kh, kw)) * np.sqrt(height * width)
+    columns = hartley_columns(tuple(grid), points(*kernel_size, dilation=dilation)) * np.sqrt(math.prod(grid))
     columns = jnp.asarray(columns, kernel.dtype)
-    taps = zip(columns.T, kernel.reshape(kh * kw, -1, cout))
+    taps = zip(columns.T, kernel.reshape(-1, cin, cout))
     response = functools.reduce(jax.lax.add, (column[:, None, None] * tap[None] for column, tap in taps))
-    energy = jnp.square(response).sum(axis=1).reshape(height, width, cout)
-    return 0.5 * (energy + jnp.roll(jnp.flip(energy, (0, 1)), 1, (0, 1)))  # |K(w)|^2 from both w and -w
+    energy = jnp.square(response).sum(axis=1).reshape(*grid, cout)
+    return 0.5 * (energy + jnp.roll(jnp.flip(energy, axes), 1, axes))  # |K(w)|^2 from both w and -w
 
 
-def points(height, width):
-    """Of a grid, in the order of its flattened rows."""
-    return tuple((row, column) for row in range(height) for column in range(width))
+def points(*size, dilation=None):
+    """The places of a grid of this size, its points `dilation` apart, in the order of the flattened grid."""
+    axes = (range(0, n * d, d) for n, d in zip(size, dilation or (1,) * len(size)))
+    return tuple(itertools.product(*axes))
 
 
 @functools.lru_cache(maxsize=256)
 def hartley_columns(grid, taps):
-    """Columns of the orthonormal 2-D Hartley matrix, float64 [N, len(taps)].
+    """Columns of the orthonormal Hartley matrix of a grid, float64 [N, len(taps)].
 
-    N = Hf * Wf counts the flattened grid; taps are the wanted points, (row, column) pairs.
+    N = Hf * Wf counts the flattened grid; taps are the wanted points, one place for each axis.
     """
-    height, width = grid
-    rows, columns = np.divmod(np.arange(height * width), width)
-    tap_rows, tap_columns = np.array(taps).T
-    phase = (np.outer(rows, tap_rows) % height) / height + (np.outer(columns, tap_columns) % width) / width
-    return (np.cos(2 * np.pi * phase) + np.sin(2 * np.pi * phase)) / np.sqrt(height * width)
+    count = math.prod(grid)
+    places = zip(np.unravel_index(np.arange(count), grid), np.array(taps).T, grid)
+    phase = sum((np.outer(frequency, tap) % n) / n for frequency, tap, n in places)
+    return (np.cos(2 * np.pi * phase) + np.sin(2 * np.pi * phase)) / np.sqrt(count)
 
 
 @functools.lru_cache(maxsize=256)

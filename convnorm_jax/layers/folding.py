@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from convnorm_jax.errors import UserError
-from convnorm_jax.layers import bilinear, frequency
+from convnorm_jax.layers import frequency
 from convnorm_jax.layers.channelwise import over_channels
+from convnorm_jax.layers.geometry import Geometry
 from convnorm_jax.layers.method import choose_method
+from convnorm_jax.layers.spectral import is_pointwise
 
 # The collection that `ConvNorm` takes its folded values from, where a net's variables have one.
 COLLECTION = 'folded'
@@ -88,9 +90,10 @@ def is_asked_for() -> bool:
     return _ASKED.layers is not None
 
 
-def method(geometry: bilinear.Geometry, x: jax.Array, kernel: jax.Array) -> str:
+def method(geometry: Geometry, x: jax.Array, kernel: jax.Array) -> str:
     """The method to fold for: that of the device at hand."""
-    return choose_method(geometry, x.shape[0], *kernel.shape[2:]) if jax.default_backend() == 'cpu' else 'spatial'
+    plane = geometry.rank == 2 and jax.default_backend() == 'cpu'
+    return choose_method(geometry, x.shape[0], *kernel.shape[2:]) if plane else 'spatial'
 
 
 def folded_values(kernel, v, params, statistics, epsilon, geometry, method):
@@ -100,7 +103,7 @@ def folded_values(kernel, v, params, statistics, epsilon, geometry, method):
       kernel: [kh, kw, cin, cout]. v: its preconditioner, [Hf, Wf, cout], or [1, 1, cout] of a 1x1 kernel.
       params, statistics: of the layer; 'affine_kernel', 'affine_bias' and 'batch_norm' where it has them.
       epsilon: BatchNorm's.
-      geometry, method: see `bilinear.Geometry` and `layers.method`.
+      geometry, method: see `geometry.Geometry` and `layers.method`.
 
     Returns:
       A dict of float32 arrays: 'grid' [Hf, Wf], zeros, of which the shape counts;
@@ -110,9 +113,9 @@ def folded_values(kernel, v, params, statistics, epsilon, geometry, method):
     scale, shift = jnp.ones(kernel.shape[-1:]), jnp.zeros(kernel.shape[-1:])
     if 'batch_norm' in statistics:
         scale, shift = _batch_norm_factors(statistics['batch_norm'], params.get('batch_norm', {}), epsilon)
-    folded, pointwise = {'grid': jnp.zeros(geometry.grid, bool)}, kernel.shape[:2] == (1, 1)
+    folded, pointwise = {'grid': jnp.zeros(geometry.grid, bool)}, is_pointwise(kernel)
     if 'affine_kernel' in params:
-        affine = params['affine_kernel'][:, :, 0]
+        affine = params['affine_kernel'][..., 0, :]
         affine = affine * over_channels(scale, affine)
         shift = params['affine_bias'] * scale + shift
         if pointwise:
@@ -123,7 +126,7 @@ def folded_values(kernel, v, params, statistics, epsilon, geometry, method):
         v = v * over_channels(scale, v)
     folded['bias'] = shift
     if pointwise:
-        return folded | {'kernel': kernel * v[None]}
+        return folded | {'kernel': kernel * v[..., None, :]}
     if method != 'frequency':
         return folded | {'kernel': kernel, 'v': v}
     return folded | {'filters': frequency.kernel_filters(kernel, geometry) * frequency.on_rows(v, geometry)}

@@ -78,7 +78,7 @@ def normalized_convolution(x, kernel, v, geometry, precision=None):
       x: [B, H, W, cin], float.
       kernel: [kh, kw, cin, cout], float; not rounded to the dtype of x before its transform.
       v: float32 or float64 [Hf, Wf, cout], even: v(w) = v(-w).
-      geometry: see `bilinear.Geometry`.
+      geometry: see `geometry.Geometry`.
       precision: of the products over the channels; the transforms are exact, float32 inputs in true float32.
 
     Returns:

@@ -25,10 +25,12 @@ def choose_method(geometry, batch, features_in, features):
     """'frequency' or 'spatial', the one that is expected to be faster.
 
     Args:
-      geometry: see `bilinear.Geometry`.
+      geometry: see `geometry.Geometry`, in 2 dimensions.
       batch: images; a symbolic dimension (`jax.export`) counts as a large batch.
       features_in, features: channels.
     """
+    if geometry.groups > 1:
+        return 'spatial'
     filters = bilinear.products(geometry) * features_in * features
     height, width = geometry.grid
     small = features_in + features <= FEW_CHANNELS and height * width >= LARGE_GRID

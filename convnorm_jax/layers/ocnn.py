@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from convnorm_jax.errors import UserError
-from convnorm_jax.layers.convnorm import pair_of_ints
+from convnorm_jax.layers.geometry import pair_of_ints
 from convnorm_jax.layers.orthogonal import as_matrix
 
 LAGS = ('published', 'paper')

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convnorm_jax.layers import bilinear, convolution, derivatives, filters, frequency, reference, spectral
+from convnorm_jax.errors import UserError
+from convnorm_jax.layers import convolution, derivatives, filters, frequency, reference, spectral
 from convnorm_jax.layers.dtypes import at_least_float32, widened
+from convnorm_jax.layers.geometry import Geometry
 from convnorm_jax.layers.method import choose_method
 from convnorm_jax.layers.platforms import by_platform
 
@@ -26,7 +28,7 @@ def normalized_convolution(
     x: jax.Array,
     kernel: jax.Array,
     v: jax.Array,
-    geometry: bilinear.Geometry,
+    geometry: Geometry,
     method: str | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
@@ -36,7 +38,7 @@ def normalized_convolution(
       x: [B, H, W, cin], float; B may be a symbolic dimension.
       kernel: [kh, kw, cin, cout], float.
       v: the preconditioner, float32 or float64 [Hf, Wf, cout], even. A constant to differentiation.
-      geometry: see `bilinear.Geometry`.
+      geometry: see `geometry.Geometry`.
       method: one of `method.METHODS`, or None to choose by platform and size.
       precision: of the convolution or of the products over the channels. Transforms are exact: float32 is not rounded
         to TF32 or bfloat16.
@@ -47,17 +49,21 @@ def normalized_convolution(
     kernel = widened(kernel, x.dtype)
     v = jax.lax.stop_gradient(v).astype(at_least_float32(x.dtype))
     x, kernel, v = derivatives.varying_alike(x, kernel, v)
-    if method == 'reference':
+    _check_method(method, geometry)
+    if method == 'reference' or geometry.rank == 3:
         return reference.normalized_convolution(x, kernel, v, geometry, precision)
+    if geometry.rank == 1:
+        x, kernel, v, geometry = x[:, None], kernel[None], v[None], geometry.flattened()
+        return normalized_convolution(x, kernel, v, geometry, method, precision)[:, 0]
     on_cpu = method or choose_method(geometry, x.shape[0], *kernel.shape[2:])
     on_accelerator = method or 'spatial'
     return derivatives.call(_rule(geometry, precision, on_cpu, on_accelerator), x, kernel, v)[0]
 
 
-def preconditioner(
-    kernel: jax.Array, geometry: bilinear.Geometry, method: str | None = None, batch: int = 1
-) -> jax.Array:
+def preconditioner(kernel: jax.Array, geometry: Geometry, method: str | None = None, batch: int = 1) -> jax.Array:
     """V = (power spectrum)^(-1/2) of every output channel's filter, see `spectral.preconditioner`.
+
+    A filter of a grouped convolution sees its own group's input channels, and its power is summed over these.
 
     Args:
       kernel: [kh, kw, cin, cout], float.
@@ -68,21 +74,29 @@ def preconditioner(
     Returns:
       float32 or float64 [Hf, Wf, cout], or [1, 1, cout] of a 1x1 kernel. A constant to differentiation.
     """
-    on_cpu = method or choose_method(geometry, batch, *kernel.shape[2:])
+    _check_method(method, geometry)
+    if geometry.rank == 1:
+        return preconditioner(kernel[None], geometry.flattened(), method, batch)[0]
+    on_cpu = method or ('spatial' if geometry.rank == 3 else choose_method(geometry, batch, *kernel.shape[2:]))
     return _preconditioner(jax.lax.stop_gradient(kernel), geometry, on_cpu)
+
+
+def _check_method(method, geometry):
+    if geometry.rank == 3 and method not in (None, 'reference'):
+        raise UserError(f"method={method!r}: expected 'reference' or None for 3 spatial dimensions")
+    if geometry.groups > 1 and method == 'frequency':
+        raise UserError(f"method='frequency' with {geometry.groups} groups: expected 'spatial', 'reference' or None")
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for all layers of a shape
 def _preconditioner(kernel, geometry, on_cpu):
+    of_geometry = lambda form: lambda kernel, _: form(kernel, geometry)
+    of_grid = lambda form: lambda kernel, grid: form(kernel, grid, geometry.dilation)
+    by = lambda power: lambda kernel: spectral.preconditioner(kernel, geometry.grid, power)
     if on_cpu == 'reference':
-        return spectral.preconditioner(kernel, geometry.grid, reference.power_spectrum)
-    shared = lambda kernel, _: frequency.power_spectrum(kernel, geometry)
-    power = shared if on_cpu == 'frequency' else spectral.power_spectrum
-    return by_platform(
-        kernel,
-        cpu=lambda k: spectral.preconditioner(k, geometry.grid, power),
-        accelerator=lambda k: spectral.preconditioner(k, geometry.grid, filters.power_spectrum),
-    )
+        return by(of_geometry(reference.power_spectrum))(kernel)
+    power = of_geometry(frequency.power_spectrum) if on_cpu == 'frequency' else of_grid(spectral.power_spectrum)
+    return by_platform(kernel, cpu=by(power), accelerator=by(of_grid(filters.power_spectrum)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -130,7 +144,8 @@ class _Spatial:
         if 0 in wanted:
             (found[0],) = jax.linear_transpose(lambda x: full(x, rounded), x)(of_full)
         if 1 in wanted:
-            (by_kernel,) = jax.linear_transpose(lambda k: _padded_first(x, k, geometry, precision), rounded)(of_full)
+            by_kernel_of = _padded_first if geometry.plain else reference.full_convolution
+            (by_kernel,) = jax.linear_transpose(lambda k: by_kernel_of(x, k, geometry, precision), rounded)(of_full)
             found[1] = by_kernel.astype(kernel.dtype)
         return tuple(found[i] for i in wanted)
 
@@ -147,13 +162,11 @@ def _padded_first(x, kernel, geometry, precision):
     with a window of the size of the image, with both transposed before it. So half of the padding is an array.
     """
     inside = [(k - 1) // 2 for k in kernel.shape[:2]]
-    spread = [places[1] - places[0] if len(places) > 1 else 1 for places in geometry.inputs]
-    flipped = tuple(axis for axis, taps in enumerate(geometry.taps) if len(taps) > 1 and taps[0] < taps[-1])
-    edges = [(k - 1 - p, k - 1 - p, s - 1) for k, p, s in zip(kernel.shape[:2], inside, spread)]
+    edges = [(k - 1 - p, k - 1 - p, s - 1) for k, p, s in zip(kernel.shape[:2], inside, geometry.spread)]
     x = jax.lax.pad(x, np.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
     return jax.lax.conv_general_dilated(
         jax.lax.optimization_barrier(x),
-        jnp.flip(kernel, flipped) if flipped else kernel,
+        jnp.flip(kernel, geometry.mirrored) if geometry.mirrored else kernel,
         window_strides=(1, 1),
         padding=[(p, p) for p in inside],
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),

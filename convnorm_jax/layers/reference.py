@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convnorm_jax.layers.bilinear import Geometry
 from convnorm_jax.layers.dtypes import at_least_float32
+from convnorm_jax.layers.geometry import Geometry
 
 
 def normalized_convolution(
@@ -23,8 +23,8 @@ def normalized_convolution(
     """Full convolution, irfft2(V * rfft2(.)), crop and stride.
 
     Args:
-      x: [B, H, W, cin], float.
-      kernel: [kh, kw, cin, cout], float; rounded to the dtype of x.
+      x: [B, H, W, cin], float; or any other number of spatial axes, here and below.
+      kernel: [kh, kw, cin / groups, cout], float; rounded to the dtype of x.
       v: [Hf, Wf, cout], real and even.
       geometry: where the pixels and the taps lie on the grid, and what is kept of it.
       precision: of the convolution.
@@ -33,39 +33,56 @@ def normalized_convolution(
       [B, len(kept rows), len(kept columns), cout], the dtype of x. The transforms are float32 at least.
     """
     y = full_convolution(x, kernel.astype(x.dtype), geometry, precision)
-    height, width = geometry.grid
-    spectrum = jnp.fft.rfft2(y.astype(at_least_float32(y.dtype)), axes=(1, 2))
-    half = v[None, :, : width // 2 + 1].astype(spectrum.dtype)
-    filtered = jnp.fft.irfft2(spectrum * half, s=(height, width), axes=(1, 2))
-    rows, columns = geometry.kept
-    return filtered[:, np.array(rows)][:, :, np.array(columns)].astype(x.dtype)
+    axes = tuple(range(1, 1 + geometry.rank))
+    spectrum = jnp.fft.rfftn(y.astype(at_least_float32(y.dtype)), axes=axes)
+    half = v[None, ..., : geometry.grid[-1] // 2 + 1, :].astype(spectrum.dtype)
+    z = jnp.fft.irfftn(spectrum * half, s=geometry.grid, axes=axes)
+    for axis, places in zip(axes, geometry.kept):
+        z = jnp.take(z, np.array(places), axis=axis)
+    return z.astype(x.dtype)
 
 
 def full_convolution(
     x: jax.Array, kernel: jax.Array, geometry: Geometry, precision: jax.lax.PrecisionLike = None
 ) -> jax.Array:
-    """Convolution with every tap that touches a pixel: zero padding k-1 on each side, stride 1.
+    """Convolution with every tap that touches a pixel, at stride 1: zero padding K-1 on each side, K = (k-1) d + 1.
+
+    Or, of a periodic image (`geometry.circular`), its last K-1 pixels before the first one.
 
     Args:
-      x: [B, H, W, cin]. kernel: [kh, kw, cin, cout], the dtype of x.
+      x: [B, H, W, cin]. kernel: [kh, kw, cin / groups, cout], the dtype of x.
       geometry: its `inputs` may lie `stride` apart, as a transposed convolution's do; its `taps` run backwards for a
         cross-correlation, forwards for a convolution.
 
     Returns:
       [B, Hf, Wf, cout].
     """
-    flipped = tuple(axis for axis, taps in enumerate(geometry.taps) if len(taps) > 1 and taps[0] < taps[-1])
+    edges = [(k - 1, k - 1) for k in geometry.spans]
+    if geometry.circular:
+        x = jnp.pad(x, [(0, 0), *((k - 1, 0) for k in geometry.spans), (0, 0)], mode='wrap')
+        edges = [(0, 0)] * geometry.rank
     return jax.lax.conv_general_dilated(
         x,
-        jnp.flip(kernel, flipped) if flipped else kernel,
-        window_strides=(1, 1),
-        padding=[(k - 1, k - 1) for k in kernel.shape[:2]],
-        lhs_dilation=tuple(places[1] - places[0] if len(places) > 1 else 1 for places in geometry.inputs),
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        jnp.flip(kernel, geometry.mirrored) if geometry.mirrored else kernel,
+        window_strides=(1,) * geometry.rank,
+        padding=edges,
+        lhs_dilation=geometry.spread,
+        rhs_dilation=geometry.dilation,
+        dimension_numbers=layouts(geometry.rank),
+        feature_group_count=geometry.groups,
         precision=precision,
     )
 
 
-def power_spectrum(kernel: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """sum_i |fft2(kernel[..., i, o], grid)|^2 on the full grid, [Hf, Wf, cout]; kernel: [kh, kw, cin, cout]."""
-    return jnp.square(jnp.abs(jnp.fft.fft2(kernel, s=grid, axes=(0, 1)))).sum(axis=2)
+def layouts(rank: int) -> tuple[str, str, str]:
+    """Of image, kernel and output for `jax.lax.conv_general_dilated`: channels last."""
+    axes = 'DHW'[-rank:]
+    return f'N{axes}C', f'{axes}IO', f'N{axes}C'
+
+
+def power_spectrum(kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """sum_i |fft2(kernel[..., i, o])(w)|^2 on the full grid, [Hf, Wf, cout]; kernel: [kh, kw, cin / groups, cout]."""
+    for axis, (taps, n) in enumerate(zip(geometry.taps, geometry.grid)):  # each tap to its place on the grid
+        places = np.equal.outer(np.arange(n), np.array(taps) % n).astype(kernel.dtype)
+        kernel = jnp.moveaxis(jnp.tensordot(places, kernel, (1, axis), precision='highest'), 0, axis)
+    return jnp.square(jnp.abs(jnp.fft.fftn(kernel, axes=tuple(range(geometry.rank))))).sum(axis=-2)

@@ -18,9 +18,9 @@ from flax.linen.module import merge_param
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers import orthogonal
 from convnorm_jax.layers.channelwise import over_channels
-from convnorm_jax.layers.convnorm import canonical_padding, pair_of_ints
+from convnorm_jax.layers.geometry import canonical_padding, canonical_transposed_padding, pair_of_ints
 from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init, torch_transposed_kernel_init
-from convnorm_jax.layers.transposed import canonical_transposed_padding, transposed_convolution
+from convnorm_jax.layers.transposed import transposed_convolution
 
 SPECTRAL_NORM_MODES = ('reshaped', 'conv')
 

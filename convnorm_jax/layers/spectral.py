@@ -8,6 +8,8 @@ power spectrum. With `y` the full linear convolution, of size (H+k-1, W+k-1),
 `reference` is that, line by line; here are V and the geometry.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +40,7 @@ def reverse_frequencies(x, axes):
     return jnp.roll(jnp.flip(x, axes), 1, axes)
 
 
-def power_spectrum(kernel, grid):
+def power_spectrum(kernel, grid, dilation=None):
     """Power spectrum of every output channel, summed over the input channels.
 
     A sum of squares of the taps' Hartley transforms: never negative, and accurate where
@@ -47,33 +49,34 @@ def power_spectrum(kernel, grid):
     was 1.5 % where the spectrum was 2e-6 of its peak, against 7e-6 here.
 
     Args:
-      kernel: [kh, kw, cin, cout], any float dtype.
-      grid: (Hf, Wf), at least the kernel's size.
+      kernel: [kh, kw, cin, cout], any float dtype; or any other number of spatial axes. Of a grouped convolution cin
+        counts one group's inputs.
+      grid: (Hf, Wf); a tap beyond it is at its place modulo the grid.
+      dilation: from one tap to the next on each axis.
 
     Returns:
       [Hf, Wf, cout], float32 at least: sum_i |fft2(kernel[..., i, o], grid)|^2 on the full grid.
     """
-    kh, kw, cin, cout = kernel.shape
-    height, width = grid
-    points = height * width
+    *kernel_size, cin, cout = kernel.shape
+    taps, points = filters.points(*kernel_size, dilation=dilation), math.prod(grid)
     wide = at_least_float32(kernel.dtype)
-    transform = jnp.asarray(filters.hartley_columns(tuple(grid), filters.points(kh, kw)) * np.sqrt(points), wide)
+    transform = jnp.asarray(filters.hartley_columns(tuple(grid), taps) * np.sqrt(points), wide)
 
     def energy_of(kernels):  # [kh * kw, channels, cout] -> [points, cout]
-        response = jnp.dot(transform, kernels.reshape(kh * kw, -1), precision=_EXACT)
+        response = jnp.dot(transform, kernels.reshape(len(taps), -1), precision=_EXACT)
         return jnp.square(response).reshape(points, -1, cout).sum(axis=1)
 
-    kernels = kernel.astype(wide).reshape(kh * kw, cin, cout)
+    kernels = kernel.astype(wide).reshape(len(taps), cin, cout)
     parts = _parts(cin, points * cout)
     if parts == 1:
         energy = energy_of(kernels)
     else:
-        blocks = kernels.reshape(kh * kw, parts, cin // parts, cout).swapaxes(0, 1)
+        blocks = kernels.reshape(len(taps), parts, cin // parts, cout).swapaxes(0, 1)
         energy, _ = jax.lax.scan(
             lambda total, block: (total + energy_of(block), None), jnp.zeros((points, cout), wide), blocks
         )
-    energy = energy.reshape(height, width, cout)
-    return 0.5 * (energy + reverse_frequencies(energy, (0, 1)))
+    energy = energy.reshape(*grid, cout)
+    return 0.5 * (energy + reverse_frequencies(energy, tuple(range(len(grid)))))
 
 
 def _parts(channels, entries):
@@ -90,7 +93,7 @@ def filter_sizes(kernel):
 
     The size of a filter of zeros is 1. Squares of an unscaled kernel could leave float32's range.
     """
-    largest = jnp.abs(kernel).max(axis=(0, 1, 2)).astype(at_least_float32(kernel.dtype))
+    largest = jnp.abs(kernel).max(axis=tuple(range(kernel.ndim - 1))).astype(at_least_float32(kernel.dtype))
     dead = largest < float(np.finfo(np.float32).tiny)
     return jnp.where(dead, 1.0, largest), dead
 
@@ -113,12 +116,16 @@ def preconditioner(kernel, grid, power_fn=power_spectrum):
     kernel = jax.lax.stop_gradient(kernel)
     kernel = kernel.astype(at_least_float32(kernel.dtype))
     size, dead = filter_sizes(kernel)
-    kernel = kernel / size.reshape(1, 1, 1, -1)
-    flat = kernel.shape[:2] == (1, 1)
-    power = jnp.square(kernel).sum(axis=2) if flat else power_fn(kernel, grid)
-    floor = jnp.where(dead, 1.0, RELATIVE_FLOOR * power.mean(axis=(0, 1)))  # the filter's energy, by Parseval
-    floor, size, dead = (a.reshape(1, 1, -1) for a in (floor, size, dead))
+    kernel = kernel / size  # over the last axis
+    power = jnp.square(kernel).sum(axis=-2) if is_pointwise(kernel) else power_fn(kernel, grid)
+    axes = tuple(range(power.ndim - 1))
+    floor = jnp.where(dead, 1.0, RELATIVE_FLOOR * power.mean(axis=axes))  # the filter's energy, by Parseval
     return jnp.where(dead, 1.0, jax.lax.rsqrt(jnp.maximum(power, floor)) / size)
+
+
+def is_pointwise(kernel):
+    """Whether every spatial axis of a kernel, [..., cin, cout], has one tap: its spectrum is flat."""
+    return set(kernel.shape[:-2]) == {1}
 
 
 def crop_indices(grid, kernel_size, padding, strides):

@@ -9,38 +9,12 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from convnorm_jax.errors import UserError
-from convnorm_jax.layers import bilinear
+from convnorm_jax.layers import convolution, geometry
 from convnorm_jax.layers.channelwise import over_channels
-from convnorm_jax.layers.convnorm import NormalizedConvolution, padding_pairs, pair_of_ints
-from convnorm_jax.layers.convolution import full_transposed_convolution, transposed_grid_size
+from convnorm_jax.layers.convnorm import NormalizedConvolution
+from convnorm_jax.layers.convolution import full_transposed_convolution
+from convnorm_jax.layers.geometry import canonical_transposed_padding, pair_of_ints
 from convnorm_jax.layers.initializers import torch_bias_init, torch_transposed_kernel_init
-
-
-def canonical_transposed_padding(padding, image_size, kernel_size, strides):
-    """Padding as pairs ((top, bottom), (left, right)): what is cropped from the full transposed convolution.
-
-    Args:
-      padding: an int, or an int or a pair for each axis.
-      image_size, kernel_size, strides: pairs of int.
-
-    Raises:
-      ValueError: another form, a padding outside 0 ... k-1, or nothing left.
-    """
-    pairs = padding_pairs(padding) if not isinstance(padding, str) else None
-    if pairs is None:
-        raise UserError(f'padding={padding!r}: expected an int or a pair for each of the two axes')
-    if not all(0 <= p <= k - 1 for pair, k in zip(pairs, kernel_size) for p in pair):
-        raise UserError(
-            f'padding={padding!r} with kernel_size={tuple(kernel_size)}: '
-            'expected between 0 and kernel_size - 1 on each side'
-        )
-    full = transposed_grid_size(image_size, kernel_size, strides)
-    if any(n - sum(pair) < 1 for n, pair in zip(full, pairs)):
-        raise UserError(
-            f'padding={padding!r} of pictures of {image_size[0]}x{image_size[1]}: '
-            f'the full transposed convolution is {full[0]}x{full[1]}, nothing would be left'
-        )
-    return tuple((int(a), int(b)) for a, b in pairs)
 
 
 def transposed_convolution(x, kernel, strides=(1, 1), padding=((0, 0), (0, 0)), precision=None):
@@ -109,35 +83,33 @@ class ConvNormTranspose(NormalizedConvolution):
 
     Attributes:
       features: output channels.
-      kernel_size: int or (kh, kw).
-      strides: int or (sh, sw).
+      kernel_size: (kw,), (kh, kw) or (kd, kh, kw), for 1, 2 or 3 spatial axes; an int is a square of 2.
+      strides: int, or an int for each axis.
       padding: int or pairs, between 0 and k-1 on each side, cropped from the output as by
         PyTorch's ConvTranspose2d: the output is (n-1)*s + k - 2p large.
       use_affine, use_batch_norm, use_running_average, momentum, spectrum, method, batch_norm_momentum,
-        batch_norm_epsilon, dtype, param_dtype, precision: see `ConvNorm`.
+        batch_norm_epsilon, dtype, param_dtype, precision, kernel_dilation, feature_group_count: see `ConvNorm`.
     """
 
     kernel_size: int | Sequence[int] = (4, 4)
-    strides: int | Sequence[int] = (2, 2)
+    strides: int | Sequence[int] = 2
     padding: int | Sequence[int | tuple[int, int]] = 1
 
     kernel_init = staticmethod(torch_transposed_kernel_init)
 
-    def _canonical_padding(self, image_size, kernel_size, strides):
-        return canonical_transposed_padding(self.padding, image_size, kernel_size, strides)
+    def _geometry(self, image_size, kernel_size, strides, dilation):
+        spans = geometry.dilated_size(kernel_size, dilation)
+        padding = canonical_transposed_padding(self.padding, image_size, spans, strides)
+        groups = self.feature_group_count
+        return geometry.of_transposed_convolution(image_size, kernel_size, strides, padding, dilation, groups)
 
-    def _geometry(self, image_size, kernel_size, strides, padding):
-        grid = transposed_grid_size(image_size, kernel_size, strides)
-        return bilinear.Geometry(
-            grid,
-            inputs=tuple(tuple(range(0, n * s, s)) for n, s in zip(image_size, strides)),
-            taps=tuple(tuple(range(k)) for k in kernel_size),
-            kept=tuple(tuple(range(p, n - q)) for n, (p, q) in zip(grid, padding)),
+    def _image_size(self, grid, spans, strides):
+        return tuple((n - k) // s + 1 for n, k, s in zip(grid, spans, strides))
+
+    def _pointwise(self, x, kernel, strides):
+        if x.ndim == 4 and self.feature_group_count == 1:
+            return transposed_convolution(x, kernel, strides, precision=self.precision)
+        place = geometry.of_transposed_convolution(
+            x.shape[1:-1], (1,) * len(strides), strides, [(0, 0)] * len(strides), None, self.feature_group_count
         )
-
-    def _image_size(self, grid, kernel_size):
-        strides = pair_of_ints(self.strides, 'strides')
-        return tuple((n - k) // s + 1 for n, k, s in zip(grid, kernel_size, strides))
-
-    def _pointwise(self, x, kernel):
-        return transposed_convolution(x, kernel, pair_of_ints(self.strides, 'strides'), precision=self.precision)
+        return convolution.of_geometry(x, kernel, place, self.precision)

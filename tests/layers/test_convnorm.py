@@ -14,6 +14,7 @@ from flax.training import train_state
 
 from convnorm_jax import ConvNorm
 from convnorm_jax.layers import convnorm
+from convnorm_jax.layers.geometry import canonical_padding, of_convolution
 from convnorm_jax.layers.method import METHODS, choose_method
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -438,7 +439,7 @@ def test_same_padding_places_the_kernel_as_a_convolution_does():
     ],
 )
 def test_canonical_padding(size, kernel_size, strides, padding, expected):
-    assert convnorm.canonical_padding(padding, size, kernel_size, strides) == expected
+    assert canonical_padding(padding, size, kernel_size, strides) == expected
 
 
 @pytest.mark.parametrize(
@@ -662,12 +663,12 @@ def test_a_batch_split_over_devices_equals_one_device(task):
 
 
 def test_the_method_is_chosen_by_size():
-    geometry = ConvNorm(1)._geometry((8, 8), (3, 3), (1, 1), ((1, 1), (1, 1)))
+    geometry = of_convolution((8, 8), (3, 3), (1, 1), ((1, 1), (1, 1)))
     assert choose_method(geometry, 32, 256, 256) == 'frequency'
     assert choose_method(geometry, 1, 256, 256) == 'spatial'  # the kernel's filters cost more than one picture
     assert choose_method(geometry, 32, 4096, 4096) == 'spatial'  # 10 GB of filters
     assert choose_method(geometry, 32, 8, 8) == 'frequency'
-    large = ConvNorm(4)._geometry((32, 32), (3, 3), (1, 1), ((1, 1), (1, 1)))
+    large = of_convolution((32, 32), (3, 3), (1, 1), ((1, 1), (1, 1)))
     assert choose_method(large, 32, 16, 16) == 'spatial'  # a large grid, few products to save
     assert choose_method(large, 32, 32, 32) == 'frequency'
 

@@ -41,8 +41,8 @@ def plain(layer, params, x):
     kernel = params['kernel']
     pair = lambda value: (value, value) if isinstance(value, int) else value
     size, strides = kernel.shape[:2], pair(layer.strides)
-    geometry = layer._geometry(x.shape[1:3], size, strides, layer._canonical_padding(x.shape[1:3], size, strides))
-    v = spectral.preconditioner(kernel, geometry.grid, reference.power_spectrum)
+    geometry = layer._geometry(x.shape[1:3], size, strides, (1, 1))
+    v = spectral.preconditioner(kernel, geometry.grid, lambda k, _: reference.power_spectrum(k, geometry))
     y = reference.normalized_convolution(x, kernel, v, geometry)
     pads = [((k - 1) // 2, k // 2) for k in size]
     y = jax.lax.conv_general_dilated(

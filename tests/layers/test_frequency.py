@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from convnorm_jax.layers import bilinear, frequency, operation, spectral
+from convnorm_jax.layers import geometry as geometry_of
 from convnorm_jax.layers.convnorm import ConvNorm
 from convnorm_jax.layers.method import METHODS
-from convnorm_jax.layers.transposed import ConvNormTranspose
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -20,11 +20,11 @@ def random(seed, *shape):
 
 
 def convolution(size, kernel_size=(3, 3), strides=(1, 1), padding=((1, 1), (1, 1))):
-    return ConvNorm(1, kernel_size)._geometry(size, kernel_size, strides, padding)
+    return geometry_of.of_convolution(size, kernel_size, strides, padding)
 
 
 def transposed(size, kernel_size=(4, 4), strides=(2, 2), padding=((1, 1), (1, 1))):
-    return ConvNormTranspose(1, kernel_size)._geometry(size, kernel_size, strides, padding)
+    return geometry_of.of_transposed_convolution(size, kernel_size, strides, padding)
 
 
 GEOMETRIES = {

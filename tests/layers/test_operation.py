@@ -19,6 +19,7 @@ from convnorm_jax.layers import (
     reference,
     spectral,
 )
+from convnorm_jax.layers import geometry as geometry_of
 from convnorm_jax.layers.method import METHODS
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -29,11 +30,11 @@ def random(seed, *shape):
 
 
 def of_convolution(size, kernel_size=(3, 3), strides=(1, 1), padding=((1, 1), (1, 1))):
-    return ConvNorm(1, kernel_size)._geometry(size, kernel_size, strides, padding)
+    return geometry_of.of_convolution(size, kernel_size, strides, padding)
 
 
 def of_transposed(size, kernel_size=(4, 4), strides=(2, 2), padding=((1, 1), (1, 1))):
-    return ConvNormTranspose(1, kernel_size)._geometry(size, kernel_size, strides, padding)
+    return geometry_of.of_transposed_convolution(size, kernel_size, strides, padding)
 
 
 GEOMETRIES = {
@@ -63,7 +64,7 @@ def case(name, dtype):
     geometry = GEOMETRIES[name]
     x = jnp.asarray(random(0, 3, *map(len, geometry.inputs), 4), dtype)
     kernel = jnp.asarray(random(1, *map(len, geometry.taps), 4, 5))
-    v = spectral.preconditioner(kernel, geometry.grid, reference.power_spectrum)
+    v = spectral.preconditioner(kernel, geometry.grid, lambda k, _: reference.power_spectrum(k, geometry))
     cotangent = jnp.asarray(random(2, 3, *map(len, geometry.kept), 5), dtype)
     exact = lambda x, kernel: operation.normalized_convolution(x, kernel, v, geometry, 'reference')
     y, back = jax.vjp(exact, x.astype(jnp.float32), kernel)
@@ -98,7 +99,7 @@ def test_forms_agree_with_the_reference(name, form, dtype, tolerance):
 def test_power_spectra_agree(name):
     geometry = GEOMETRIES[name]
     kernel = jnp.asarray(random(3, *map(len, geometry.taps), 3, 4))
-    exact = reference.power_spectrum(kernel, geometry.grid)
+    exact = reference.power_spectrum(kernel, geometry)
     for power in (filters.power_spectrum, spectral.power_spectrum):
         assert error(jax.jit(lambda k, p=power: p(k, geometry.grid))(kernel), exact) < 1e-6
     assert error(jax.jit(lambda k: operation.frequency.power_spectrum(k, geometry))(kernel), exact) < 1e-6

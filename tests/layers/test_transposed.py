@@ -9,6 +9,7 @@ import pytest
 
 from convnorm_jax import ConvNormTranspose
 from convnorm_jax.layers import ConvTranspose, convnorm, spectral, transposed
+from convnorm_jax.layers.geometry import padding_pairs
 from convnorm_jax.layers.reparam import ONIConv, OWNConv, SpectralNormConv, WeightNormConv
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -50,7 +51,7 @@ def numpy_layer(x, kernel, strides, padding, normalize):
     if normalize:
         power = (np.abs(np.fft.fft2(kernel, full, axes=(0, 1))) ** 2).sum(2)
         y = np.fft.ifft2(np.fft.fft2(y, axes=(1, 2)) / np.sqrt(power), axes=(1, 2)).real
-    (top, bottom), (left, right) = convnorm.padding_pairs(padding)
+    (top, bottom), (left, right) = padding_pairs(padding)
     return y[:, top : full[0] - bottom, left : full[1] - right]
 
 
