@@ -1,0 +1,221 @@
+"""ConvNorm of random geometries against dense matrices in float64.
+
+    python -m benchmarks.geometries [--count=5000] [--seed=0]
+
+Each draw is a layer without BatchNorm: 1 to 3 dimensions, kernel, stride, dilation, groups, padding, circular or not,
+ordinary or transposed, sizes, dtype and method. Its output and its gradients with respect to image, kernel, channel-wise
+kernel and bias are compared with those of `Dense`, which is written from the definitions in NumPy and shares no code
+with the layer. Errors are relative to the largest entry of each array. The tests take a few hundred draws.
+"""
+
+import argparse
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convnorm_jax import ConvNorm, ConvNormTranspose
+
+# By dtype; float32 and float64 results are compared with float64, bfloat16 ones with its rounding in mind.
+TOLERANCES = {'float32': 1e-4, 'bfloat16': 6e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """A geometry; see `ConvNorm`. `padding` is 'SAME', 'VALID', 'CIRCULAR' or pairs."""
+
+    transposed: bool
+    batch: int
+    size: tuple[int, ...]
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    features_in: int
+    features: int
+    padding: str | tuple[tuple[int, int], ...]
+    dtype: str
+    method: str | None
+    seed: int
+
+
+def draw(rng: np.random.Generator) -> Draw:
+    """A random geometry that leaves something of the image."""
+    while True:
+        rank = int(rng.choice([1, 2, 2, 2, 3]))
+        ints = lambda low, high: tuple(int(n) for n in rng.integers(low, high + 1, rank))
+        size, kernel, strides = ints(2, {1: 12, 2: 7, 3: 4}[rank]), ints(1, 3), ints(1, 3)
+        dilation, groups = ints(1, 2), int(rng.choice([1, 1, 2, 3]))
+        transposed = bool(rng.integers(3) == 0)
+        spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation)]
+        pairs = tuple((int(rng.integers(k)), int(rng.integers(k))) for k in spans)
+        padding = pairs if transposed else (['SAME', 'VALID', 'CIRCULAR'][rng.integers(3)], pairs)[rng.integers(2)]
+        methods = [None, 'reference'] + ['spatial'] * (rank < 3) + ['frequency'] * (rank < 3 and groups == 1)
+        found = Draw(
+            transposed=transposed,
+            batch=int(rng.choice([1, 2, 9])),
+            size=size,
+            kernel=kernel,
+            strides=strides,
+            dilation=dilation,
+            groups=groups,
+            features_in=groups * int(rng.integers(1, 4)),
+            features=groups * int(rng.integers(1, 4)),
+            padding=padding,
+            dtype='bfloat16' if rng.integers(6) == 0 else 'float32',
+            method=methods[rng.integers(len(methods))],
+            seed=int(rng.integers(2**31)),
+        )
+        if all(count > 0 for count in map(len, kept_places(found))):
+            return found
+
+
+def kept_places(d: Draw) -> list[range | list[int]]:
+    """For each axis the places of the full convolution that are kept, by the definition of a padded convolution."""
+    found = []
+    for axis, (n, k, s, dilation) in enumerate(zip(d.size, d.kernel, d.strides, d.dilation)):
+        span = (k - 1) * dilation + 1
+        if d.transposed:
+            before, after = d.padding[axis]
+            found.append(range(before, (n - 1) * s + span - after))
+        elif d.padding == 'CIRCULAR':
+            found.append([(start - (span - 1) // 2 + span - 1) % n for start in range(0, n, s)])
+        else:
+            before, after = _pads(d.padding, axis, n, span, s)
+            found.append([start - before + span - 1 for start in range(0, n + before + after - span + 1, s)])
+    return found
+
+
+def _pads(padding, axis, n, span, stride):
+    if padding == 'VALID':
+        return 0, 0
+    if padding == 'SAME':
+        total = max((-(-n // stride) - 1) * stride + span - n, 0)
+        return total // 2, total - total // 2
+    return padding[axis]
+
+
+class Dense:
+    """The layer as matrices of a draw, in float64: `output`, and `gradients` for a cotangent."""
+
+    def __init__(self, d: Draw, x, kernel, affine, bias):
+        rank, self.groups = len(d.size), d.groups
+        spans = [(k - 1) * g + 1 for k, g in zip(d.kernel, d.dilation)]
+        spread = d.strides if d.transposed else (1,) * rank
+        circular = d.padding == 'CIRCULAR'
+        grid = d.size if circular else tuple((n - 1) * s + k for n, s, k in zip(d.size, spread, spans))
+        pixels, taps, places = (list(itertools.product(*map(range, size))) for size in (d.size, d.kernel, grid))
+        number = {place: i for i, place in enumerate(places)}
+        where = lambda t: [u * g if d.transposed else (k - 1 - u) * g for u, k, g in zip(t, d.kernel, d.dilation)]
+        self.full = np.zeros((len(places), len(pixels), len(taps)))  # full[n, p, t]: whether p and t meet at n
+        for p, t in itertools.product(range(len(pixels)), range(len(taps))):
+            place = tuple(i * s + o for i, s, o in zip(pixels[p], spread, where(taps[t])))
+            self.full[number[tuple(a % n for a, n in zip(place, grid)) if circular else place], p, t] = 1
+        wave = np.array([[sum(w * a / n for w, a, n in zip(u, v, grid)) for v in places] for u in places])
+        fourier = np.exp(-2j * np.pi * wave)
+        of_taps = np.exp(-2j * np.pi * np.array(
+            [[sum(w * a * g / n for w, a, g, n in zip(u, t, d.dilation, grid)) for t in taps] for u in places]
+        ))
+        flat = kernel.reshape(len(taps), -1, d.features)
+        power = (np.abs(np.einsum('wt,tio->wio', of_taps, flat)) ** 2).sum(axis=1)
+        v = power**-0.5
+        rows = [number[place] for place in itertools.product(*kept_places(d))]
+        inverse = fourier.conj().T[rows] / len(places)
+        self.filter = np.einsum('qw,wo,wn->qno', inverse, v, fourier).real
+        out_size = tuple(map(len, kept_places(d)))
+        outputs = list(itertools.product(*map(range, out_size)))
+        index = {place: i for i, place in enumerate(outputs)}
+        self.shift = np.zeros((len(outputs), len(outputs), len(taps)))
+        for q, t in itertools.product(range(len(outputs)), range(len(taps))):
+            place = tuple(a + u - (k - 1) // 2 for a, u, k in zip(outputs[q], taps[t], d.kernel))
+            if circular:
+                place = tuple(a % n for a, n in zip(place, out_size))
+            if place in index:
+                self.shift[q, index[place], t] += 1
+        self.x = x.reshape(d.batch, len(pixels), d.groups, -1)
+        self.kernel = kernel.reshape(len(taps), -1, d.groups, d.features // d.groups)
+        self.affine, self.shape = affine.reshape(len(taps), d.features), (d.batch, *out_size, d.features)
+        y = np.einsum('npt,bpgi,tigo->bngo', self.full, self.x, self.kernel, optimize=True)
+        self.z = np.einsum('qno,bno->bqo', self.filter, y.reshape(d.batch, len(places), -1))
+        self.output = (np.einsum('qrt,bro,to->bqo', self.shift, self.z, self.affine, optimize=True) + bias).reshape(self.shape)
+        self.given = [a.shape for a in (x, kernel, affine, bias)]
+
+    def gradients(self, cotangent):
+        """With respect to x, kernel (the preconditioner is a constant), channel-wise kernel and bias."""
+        c = cotangent.reshape(self.shape[0], -1, self.shape[-1])
+        by_affine = np.einsum('qrt,bro,bqo->to', self.shift, self.z, c, optimize=True)
+        by_z = np.einsum('qrt,to,bqo->bro', self.shift, self.affine, c, optimize=True)
+        by_y = np.einsum('qno,bqo->bno', self.filter, by_z)
+        by_y = by_y.reshape(*by_y.shape[:2], self.groups, -1)
+        by_x = np.einsum('npt,bngo,tigo->bpgi', self.full, by_y, self.kernel, optimize=True)
+        by_kernel = np.einsum('npt,bpgi,bngo->tigo', self.full, self.x, by_y, optimize=True)
+        found = by_x, by_kernel, by_affine, c.sum(axis=(0, 1))
+        return [a.reshape(shape) for a, shape in zip(found, self.given)]
+
+
+def errors(d: Draw) -> dict[str, float]:
+    """{array: largest error over largest entry} of a draw: output and the four gradients."""
+    rng = np.random.default_rng(d.seed)
+    random = lambda *shape: rng.standard_normal(shape)
+    kernel = random(*d.kernel, d.features_in // d.groups, d.features)
+    x, affine = random(d.batch, *d.size, d.features_in), random(*d.kernel, 1, d.features)
+    bias = random(d.features)
+    rounded = lambda a: np.asarray(jnp.asarray(a, d.dtype), np.float64)
+    x, kernel, affine, bias = map(rounded, (x, kernel, affine, bias))
+    dense = Dense(d, x, kernel, affine, bias)
+    cotangent = rounded(random(*dense.shape))
+    layer = (ConvNormTranspose if d.transposed else ConvNorm)(
+        d.features,
+        d.kernel,
+        strides=d.strides,
+        padding=d.padding,
+        kernel_dilation=d.dilation,
+        feature_group_count=d.groups,
+        use_batch_norm=False,
+        method=d.method,
+        dtype=d.dtype,
+    )
+    names = ('kernel', 'affine_kernel', 'affine_bias')
+
+    def output(x, *values):
+        variables = {'params': dict(zip(names, values))}
+        return layer.apply(variables, x, use_running_average=False, mutable=['batch_stats'])[0]
+
+    given = [jnp.asarray(x, d.dtype), *(jnp.asarray(a, jnp.float32) for a in (kernel, affine, bias))]
+    found, back = jax.vjp(output, *given)
+    found = [found, *back(jnp.asarray(cotangent, found.dtype))]
+    expected = [dense.output, *dense.gradients(cotangent)]
+    return {name: _error(a, b) for name, a, b in zip(('output', 'x', *names), found, expected)}
+
+
+def _error(found, expected):
+    found = np.asarray(found, np.float64)
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return float(np.abs(found - expected).max() / (np.abs(expected).max() or 1))
+
+
+def main():
+    """Says the largest errors, and each draw that is beyond its tolerance."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--count', type=int, default=5000)
+    parser.add_argument('--seed', type=int, default=0)
+    options = parser.parse_args()
+    rng, largest, bad = np.random.default_rng(options.seed), {}, 0
+    for _ in range(options.count):
+        one = draw(rng)
+        for name, error in errors(one).items():
+            largest[one.dtype, name] = max(error, largest.get((one.dtype, name), 0))
+            if not error < TOLERANCES[one.dtype]:
+                bad += 1
+                print(f'{name} {error:.1e} {one}', flush=True)
+        jax.clear_caches()
+    for (dtype, name), error in sorted(largest.items()):
+        print(f'{dtype:9} {name:14} {error:.1e}')
+    print(f'{options.count} draws, {bad} errors beyond {TOLERANCES}')
+    raise SystemExit(bool(bad))
+
+
+if __name__ == '__main__':
+    main()
