@@ -1,5 +1,7 @@
 """Batch normalization with PyTorch's statistics."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -45,34 +47,72 @@ class BatchNorm(nn.Module):
           circular: of that convolution.
         """
         use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
-        channels, wide = x.shape[-1], at_least_float32(x.dtype)
-        kept_as = at_least_float32(self.param_dtype)
+        channels, kept_as = x.shape[-1], at_least_float32(self.param_dtype)
         mean_state = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), kept_as)
         var_state = self.variable('batch_stats', 'var', jnp.ones, (channels,), kept_as)
-        scale, bias = jnp.ones(channels, wide), jnp.zeros(channels, wide)
+        scale = bias = None
         if self.use_affine:
-            scale = self.param('scale', nn.initializers.ones, (channels,), self.param_dtype).astype(wide)
-            bias = self.param('bias', nn.initializers.zeros, (channels,), self.param_dtype).astype(wide)
-        dtype = self.dtype or x.dtype
-        if use_running_average:
-            if channelwise is not None:
-                kernel, offset = channelwise
-                x = channelwise_convolution(x, kernel, circular) + over_channels(offset.astype(x.dtype), x)
-            mean, var = (jnp.asarray(state.value, wide) for state in (mean_state, var_state))
-            return _normalized(x.astype(wide), mean, var, scale, bias, self.epsilon).astype(dtype)
-        if channelwise is not None:
-            y, mean, var = normalize_by_batch(x, *channelwise, scale, bias, self.epsilon, dtype, circular)
-        else:
-            y, mean, var = _by_batch_statistics(x.astype(wide), scale, bias, self.epsilon)
-        if not self.is_initializing():
-            self._update(mean_state, var_state, mean, var, x.size // channels)
-        return y.astype(dtype)
+            scale = self.param('scale', nn.initializers.ones, (channels,), self.param_dtype)
+            bias = self.param('bias', nn.initializers.zeros, (channels,), self.param_dtype)
+        y, changed = batch_norm(
+            x,
+            {'mean': mean_state.value, 'var': var_state.value},
+            scale,
+            bias,
+            use_running_average=use_running_average,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+            channelwise=channelwise,
+            circular=circular,
+        )
+        if changed and not self.is_initializing():
+            mean_state.value, var_state.value = changed['mean'], changed['var']
+        return y
 
-    def _update(self, mean_state, var_state, mean, var, count):
-        unbiased = var * (count / max(count - 1, 1))
-        keep = self.momentum
-        for state, new in ((mean_state, mean), (var_state, unbiased)):
-            state.value = keep * state.value + (1 - keep) * new.astype(state.value.dtype)
+
+def batch_norm(
+    x: jax.Array,
+    state: Mapping[str, jax.Array],
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    use_running_average: bool,
+    momentum: float,
+    epsilon: float,
+    dtype: jnp.dtype | None = None,
+    channelwise: tuple[jax.Array, jax.Array] | None = None,
+    circular: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`BatchNorm` as a function.
+
+    Args:
+      x: [..., C], float.
+      state: running 'mean' and 'var', [C].
+      scale, bias: [C], or None for 1 and 0.
+      use_running_average, momentum, epsilon, dtype, channelwise, circular: see `BatchNorm`.
+
+    Returns:
+      y, [..., C]; the new state, empty with `use_running_average`.
+    """
+    channels, wide = x.shape[-1], at_least_float32(x.dtype)
+    scale = jnp.ones(channels, wide) if scale is None else scale.astype(wide)
+    bias = jnp.zeros(channels, wide) if bias is None else bias.astype(wide)
+    dtype = dtype or x.dtype
+    if use_running_average:
+        if channelwise is not None:
+            kernel, offset = channelwise
+            x = channelwise_convolution(x, kernel, circular) + over_channels(offset.astype(x.dtype), x)
+        mean, var = (jnp.asarray(state[name], wide) for name in ('mean', 'var'))
+        return _normalized(x.astype(wide), mean, var, scale, bias, epsilon).astype(dtype), {}
+    if channelwise is not None:
+        y, mean, var = normalize_by_batch(x, *channelwise, scale, bias, epsilon, dtype, circular)
+    else:
+        y, mean, var = _by_batch_statistics(x.astype(wide), scale, bias, epsilon)
+    count = x.size // channels
+    unbiased = var * (count / max(count - 1, 1))
+    updated = lambda old, new: momentum * old + (1 - momentum) * new.astype(old.dtype)
+    return y.astype(dtype), {'mean': updated(state['mean'], mean), 'var': updated(state['var'], unbiased)}
 
 
 def _normalized(x, mean, var, scale, bias, epsilon):

@@ -148,7 +148,7 @@ def canonical_padding(padding, image_size, kernel_size, strides):
     """Padding as pairs, ((top, bottom), (left, right)) in 2 dimensions, or 'CIRCULAR'.
 
     Args:
-      padding: 'SAME' or 'VALID' (as in `jax.lax`), 'CIRCULAR', one int for all sides, or an int or a pair for each axis.
+      padding: 'SAME' or 'VALID' (as in `jax.lax`), 'CIRCULAR', one int for all sides, or an int or a pair an axis.
       image_size, strides: ints for each axis. kernel_size: the same, dilated.
 
     Raises:

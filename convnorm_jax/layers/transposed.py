@@ -9,7 +9,6 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from convnorm_jax.errors import UserError
-from convnorm_jax.layers import convolution, geometry
 from convnorm_jax.layers.channelwise import over_channels
 from convnorm_jax.layers.convnorm import NormalizedConvolution
 from convnorm_jax.layers.convolution import full_transposed_convolution
@@ -95,21 +94,4 @@ class ConvNormTranspose(NormalizedConvolution):
     strides: int | Sequence[int] = 2
     padding: int | Sequence[int | tuple[int, int]] = 1
 
-    kernel_init = staticmethod(torch_transposed_kernel_init)
-
-    def _geometry(self, image_size, kernel_size, strides, dilation):
-        spans = geometry.dilated_size(kernel_size, dilation)
-        padding = canonical_transposed_padding(self.padding, image_size, spans, strides)
-        groups = self.feature_group_count
-        return geometry.of_transposed_convolution(image_size, kernel_size, strides, padding, dilation, groups)
-
-    def _image_size(self, grid, spans, strides):
-        return tuple((n - k) // s + 1 for n, k, s in zip(grid, spans, strides))
-
-    def _pointwise(self, x, kernel, strides):
-        if x.ndim == 4 and self.feature_group_count == 1:
-            return transposed_convolution(x, kernel, strides, precision=self.precision)
-        place = geometry.of_transposed_convolution(
-            x.shape[1:-1], (1,) * len(strides), strides, [(0, 0)] * len(strides), None, self.feature_group_count
-        )
-        return convolution.of_geometry(x, kernel, place, self.precision)
+    transposed = True

@@ -11,7 +11,7 @@ from convnorm_jax.evaluation.classifier import ATTACKS
 from convnorm_jax.evaluation.features import SCORE_NAMES, SPLITS
 from convnorm_jax.evaluation.suite import PARTS, SUITES
 from convnorm_jax.layers.activations import ACTIVATIONS
-from convnorm_jax.layers.convnorm import SPECTRUM_MODES
+from convnorm_jax.layers.core import SPECTRUM_MODES
 from convnorm_jax.layers.factory import DENSE_LAYERS, LAYERS
 from convnorm_jax.layers.method import METHODS
 from convnorm_jax.layers.ocnn import LAGS

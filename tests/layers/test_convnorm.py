@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.training import train_state
 
 from convnorm_jax import ConvNorm
-from convnorm_jax.layers import convnorm
+from convnorm_jax.layers import core
 from convnorm_jax.layers.geometry import canonical_padding, of_convolution
 from convnorm_jax.layers.method import METHODS, choose_method
 
@@ -300,7 +300,7 @@ def test_zero_filter_is_finite(affine, batch_norm):
 @pytest.mark.parametrize('count', [1, 2, 1000, 20000, 39000, 40000, 40001, 10**6])
 def test_update_weight(count):
     expected = max((1 + math.cos(math.pi * min(count, 40000) / 40000)) / 2, 0.01)
-    weight = convnorm.update_weight(jnp.asarray(count, jnp.int32))
+    weight = core.update_weight(jnp.asarray(count, jnp.int32))
     assert weight.dtype == jnp.float32
     np.testing.assert_allclose(weight, expected, rtol=0, atol=2e-7)  # float32, on values up to 1
 

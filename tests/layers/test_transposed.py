@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from convnorm_jax import ConvNormTranspose
-from convnorm_jax.layers import ConvTranspose, convnorm, spectral, transposed
+from convnorm_jax.layers import ConvTranspose, core, spectral, transposed
 from convnorm_jax.layers.geometry import padding_pairs
 from convnorm_jax.layers.reparam import ONIConv, OWNConv, SpectralNormConv, WeightNormConv
 
@@ -142,7 +142,7 @@ def test_running_spectrum():
     given = {**variables, 'batch_stats': {**stats, 'preconditioner': 2 * v, 'count': jnp.float32(19999)}}
     _, after = apply(layer, given, x, use_running_average=False)
     assert after['batch_stats']['count'] == 20000
-    weight = float(convnorm.update_weight(20000))
+    weight = float(core.update_weight(20000))
     assert weight == pytest.approx(0.5)
     np.testing.assert_allclose(after['batch_stats']['preconditioner'], (weight + 2 * (1 - weight)) * v, rtol=1e-5)
     # Inference takes the running one, training the kernel's; 'exact' the kernel's always.

@@ -1,0 +1,273 @@
+"""ConvNorm and ConvNormTranspose as pure functions of arrays: what the layers of every library call.
+
+    settings = Settings(features=64, kernel_size=(3, 3))
+    y, state = apply(settings, params, state, x, use_running_average=False)
+
+`params` holds 'kernel' [*kernel, cin / groups, features]; with `use_affine` 'affine_kernel' [*kernel, 1, features] and
+'affine_bias' [features]; and with `use_batch_norm`, too, 'scale' and 'bias' [features]. `state` holds the running
+spectrum, 'preconditioner' [*grid, features] and 'count' [], and with `use_batch_norm` 'mean' and 'var' [features].
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from convnorm_jax.errors import UserError
+from convnorm_jax.layers import convolution, geometry
+from convnorm_jax.layers.batch_norm import batch_norm
+from convnorm_jax.layers.channelwise import channelwise_convolution, over_channels
+from convnorm_jax.layers.dtypes import at_least_float32, widened, wider
+from convnorm_jax.layers.geometry import Geometry, by_x, ints_for_axes, is_int
+from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init, torch_transposed_kernel_init
+from convnorm_jax.layers.materialize import materialized_output
+from convnorm_jax.layers.method import METHODS
+from convnorm_jax.layers.operation import normalized_convolution, preconditioner
+from convnorm_jax.layers.reference import layouts
+from convnorm_jax.layers.spectral import is_pointwise
+
+SPECTRUM_MODES = ('running', 'exact')
+_EXPECTED = {
+    1: '[batch, width, channels]',
+    2: '[batch, height, width, channels]',
+    3: '[batch, depth, height, width, channels]',
+}
+
+# The published schedule of the running spectrum: half a cosine over this many updates,
+# down to this weight for the new value.
+RAMP_UPDATES = 40000
+FINAL_WEIGHT = 0.01
+
+
+def update_weight(count):
+    """Weight of the new spectrum in update number `count` (from 1), float32 scalar."""
+    phase = jnp.minimum(jnp.asarray(count, jnp.float32), RAMP_UPDATES) / RAMP_UPDATES
+    return jnp.maximum(0.5 * (1 + jnp.cos(jnp.pi * phase)), FINAL_WEIGHT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a ConvNorm or, `transposed`, a ConvNormTranspose computes; the attributes are those of `ConvNorm`.
+
+    Raises:
+      ValueError: a setting that no layer can have.
+    """
+
+    features: int
+    kernel_size: int | Sequence[int] = (3, 3)
+    strides: int | Sequence[int] = 1
+    padding: str | int | Sequence = 'SAME'
+    kernel_dilation: int | Sequence[int] = 1
+    feature_group_count: int = 1
+    transposed: bool = False
+    use_affine: bool = True
+    use_batch_norm: bool = True
+    momentum: float | None = None
+    spectrum: str = 'running'
+    method: str | None = None
+    batch_norm_momentum: float = 0.9
+    batch_norm_epsilon: float = 1e-5
+    dtype: jnp.dtype | None = None
+    param_dtype: jnp.dtype = jnp.float32
+    precision: jax.lax.PrecisionLike = None
+
+    def __post_init__(self):
+        if self.spectrum not in SPECTRUM_MODES:
+            raise UserError(f'spectrum={self.spectrum!r}: expected one of {SPECTRUM_MODES}')
+        if self.method is not None and self.method not in METHODS:
+            raise UserError(f'method={self.method!r}: expected one of {METHODS}, or None to choose by size')
+        if not is_int(self.features) or self.features < 1:
+            raise UserError(f'features={self.features!r}: expected a positive int')
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise UserError(
+                f'momentum={self.momentum}: expected at least 0 and below 1, or None for the published schedule'
+            )
+        rank = self.rank
+        for name in ('kernel_size', 'strides', 'kernel_dilation'):
+            object.__setattr__(self, name, ints_for_axes(getattr(self, name), name, rank))
+
+    @property
+    def rank(self) -> int:
+        """How many spatial axes there are."""
+        return geometry.spatial_axes(self.kernel_size)
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """The kernel's size, dilated."""
+        return geometry.dilated_size(self.kernel_size, self.kernel_dilation)
+
+    @property
+    def state_dtype(self) -> jnp.dtype:
+        """Of the running statistics: float32, or float64 with such parameters."""
+        return at_least_float32(self.param_dtype)
+
+    def check_shape(self, shape: Sequence[int]):
+        """Raises ValueError unless `shape` is one of a batch of images."""
+        if len(shape) != self.rank + 2:
+            raise UserError(
+                f'x.shape={tuple(shape)}: expected {_EXPECTED[self.rank]} with kernel_size={self.kernel_size}'
+            )
+
+    def geometry(self, image_size: Sequence[int]) -> Geometry:
+        """Of images of this size."""
+        if self.transposed:
+            padding = geometry.canonical_transposed_padding(self.padding, image_size, self.spans, self.strides)
+            build = geometry.of_transposed_convolution
+        else:
+            padding = geometry.canonical_padding(self.padding, image_size, self.spans, self.strides)
+            build = geometry.of_convolution
+        return build(
+            image_size, self.kernel_size, self.strides, padding, self.kernel_dilation, self.feature_group_count
+        )
+
+    def image_size(self, grid: Sequence[int]) -> tuple[int, ...]:
+        """Of the images whose full convolution is of size `grid`."""
+        if self.transposed:
+            return tuple((n - k) // s + 1 for n, k, s in zip(grid, self.spans, self.strides))
+        if self.padding == geometry.CIRCULAR:
+            return tuple(grid)
+        return tuple(n - k + 1 for n, k in zip(grid, self.spans))
+
+    def initializers(self, features_in: int) -> dict[str, tuple[Callable, tuple[int, ...]]]:
+        """{parameter: (initializer of (key, shape, dtype), shape)}; see the module's docstring."""
+        groups = self.feature_group_count
+        if not is_int(groups) or groups < 1 or features_in % groups or self.features % groups:
+            raise UserError(
+                f'feature_group_count={groups!r} with {features_in} channels and features={self.features}: '
+                'expected a positive int that divides both'
+            )
+        init = torch_transposed_kernel_init if self.transposed else torch_kernel_init
+        found = {'kernel': (init, (*self.kernel_size, features_in // groups, self.features))}
+        if self.use_affine:
+            bias_init = torch_bias_init(math.prod(self.kernel_size))
+            found['affine_kernel'] = (torch_kernel_init, (*self.kernel_size, 1, self.features))
+            found['affine_bias'] = (bias_init, (self.features,))
+            if self.use_batch_norm:
+                found['scale'] = (jax.nn.initializers.ones, (self.features,))
+                found['bias'] = (jax.nn.initializers.zeros, (self.features,))
+        return found
+
+
+def initial_params(settings: Settings, key: jax.Array, features_in: int) -> dict[str, jax.Array]:
+    """Parameters with PyTorch's initial values."""
+    named = settings.initializers(features_in)
+    keys = jax.random.split(key, len(named))
+    return {name: init(k, shape, settings.param_dtype) for k, (name, (init, shape)) in zip(keys, named.items())}
+
+
+def initial_state(settings: Settings, kernel: jax.Array, image_size: Sequence[int], batch: int = 1) -> dict:
+    """The state before the first update, for images of `image_size`."""
+    kept_as = settings.state_dtype
+    place = settings.geometry(image_size)
+    v = preconditioner(kernel, place, settings.method, batch)
+    found = {'preconditioner': v.astype(kept_as), 'count': jnp.zeros((), jnp.float32)}
+    if settings.use_batch_norm:
+        found['mean'] = jnp.zeros((settings.features,), kept_as)
+        found['var'] = jnp.ones((settings.features,), kept_as)
+    return found
+
+
+def apply(
+    settings: Settings,
+    params: Mapping[str, jax.Array],
+    state: Mapping[str, jax.Array] | None,
+    x: jax.Array,
+    *,
+    use_running_average: bool,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The layer on a batch of images.
+
+    Args:
+      params, state: see the module's docstring. Without BatchNorm and with spectrum='exact' inference needs no state.
+      x: [B, *spatial, cin], float.
+      use_running_average: True at inference, False in training.
+
+    Returns:
+      y, [B, *spatial', features]; the new state, in training, else the same.
+
+    Raises:
+      ValueError: x of another rank, or of another size than the state.
+    """
+    settings.check_shape(x.shape)
+    place, state = settings.geometry(x.shape[1:-1]), dict(state or {})
+    kernel = widened(params['kernel'], settings.dtype or x.dtype)
+    v, changed = spectrum(settings, kernel, place, x.shape[0], state, use_running_average)
+    state.update(changed)
+    y = convolve(settings, x, kernel, v, place)
+    affine = None
+    if settings.use_affine:
+        dtype = settings.dtype or y.dtype
+        affine = params['affine_kernel'][..., 0, :].astype(dtype), params['affine_bias'].astype(dtype)
+    if settings.use_batch_norm:
+        y, changed = batch_norm(
+            y,
+            {name: state[name] for name in ('mean', 'var')},
+            params.get('scale'),
+            params.get('bias'),
+            use_running_average=use_running_average,
+            momentum=settings.batch_norm_momentum,
+            epsilon=settings.batch_norm_epsilon,
+            channelwise=affine,
+            circular=place.circular,
+        )
+        state.update(changed)
+    elif affine is not None:
+        y = channelwise_convolution(y, affine[0], place.circular) + over_channels(affine[1], y)
+    return materialized_output(y, kernel[(0,) * kernel.ndim]), state
+
+
+def spectrum(settings, kernel, place, batch, state, use_running_average, where='ConvNorm'):
+    """V of this pass, and the changed entries of the state: in training the running average with the new V in it."""
+    current = functools.partial(preconditioner, kernel, place, settings.method, batch)
+    if settings.spectrum == 'exact' and use_running_average:
+        return current(), {}
+    running = state['preconditioner']
+    if not is_pointwise(kernel) and tuple(running.shape[:-1]) != place.grid:
+        _refuse_size(settings, running.shape[:-1], place, use_running_average, where)
+    if use_running_average:
+        return running, {}
+    v, count, kept_as = current(), state['count'] + 1, settings.state_dtype
+    weight = update_weight(count) if settings.momentum is None else 1 - settings.momentum
+    weight, new = jnp.asarray(weight, kept_as), v.astype(kept_as)
+    return v, {'preconditioner': weight * new + (1 - weight) * running, 'count': count}
+
+
+def _refuse_size(settings, stored, place, use_running_average, where):
+    trained, given = (by_x(settings.image_size(grid)) for grid in (stored, place.grid))
+    remedy = (
+        "or set spectrum='exact', which recomputes it from the kernel"
+        if use_running_average
+        else 'or initialize with the image size you train on'
+    )
+    raise UserError(f'{where}: the running spectrum is of {trained} images, got {given}; give {trained}, {remedy}')
+
+
+def convolve(settings, x, kernel, v, place):
+    """Steps 1 to 4: convolution, division by the root of the power spectrum, crop and stride."""
+    x = x.astype(settings.dtype or wider(x.dtype, kernel.dtype))
+    if is_pointwise(kernel):
+        # A flat spectrum scales the kernel itself, and nothing is computed that a stride drops.
+        scaled = (kernel.astype(x.dtype).astype(v.dtype) * v[..., None, :]).astype(x.dtype)
+        return pointwise(settings, x, scaled, place)
+    # By the method 'frequency' the kernel is rounded only after its transform.
+    return normalized_convolution(x, kernel, v, place, settings.method, settings.precision)
+
+
+def pointwise(settings, x, kernel, place):
+    """The convolution by a kernel of one tap: no V, no crop."""
+    if settings.transposed:
+        return convolution.of_geometry(x, kernel, place, settings.precision)
+    if settings.rank == 2 and settings.feature_group_count == 1:
+        return convolution.pointwise(x, kernel, settings.strides, settings.precision)
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        settings.strides,
+        'VALID',
+        dimension_numbers=layouts(settings.rank),
+        feature_group_count=settings.feature_group_count,
+        precision=settings.precision,
+    )

@@ -1,0 +1,174 @@
+"""Every geometry: dimensions, dilation, groups, circular, transposed."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from benchmarks import geometries
+from convnorm_jax import ConvNorm, ConvNormTranspose, fold_for_inference
+from convnorm_jax.errors import UserError
+from convnorm_jax.layers import geometry as geometry_of
+from convnorm_jax.layers import operation
+from convnorm_jax.layers.method import METHODS
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_random_geometries_against_dense_matrices(seed):
+    rng = np.random.default_rng(1000 + seed)
+    for _ in range(10):
+        one = geometries.draw(rng)
+        for name, error in geometries.errors(one).items():
+            assert error < geometries.TOLERANCES[one.dtype], (name, error, one)
+
+
+# --- without the filter it is flax's convolution --------------------------------------------------
+
+SIZES = {1: ((9,), (3,)), 2: ((7, 9), (3, 2)), 3: ((5, 4, 6), (2, 3, 1))}
+
+
+@pytest.mark.parametrize('padding', ['SAME', 'VALID', 'CIRCULAR', 1])
+@pytest.mark.parametrize('rank,strides,dilation,groups', [
+    (1, 1, 1, 1), (1, 2, 2, 2), (2, 1, 2, 1), (2, 2, 1, 4), (2, (1, 3), (2, 1), 2), (3, 1, 1, 1), (3, 2, 1, 2),
+])  # fmt: skip
+def test_without_the_filter_it_is_a_convolution(rank, strides, dilation, groups, padding):
+    size, kernel_size = SIZES[rank]
+    strides, dilation = (geometry_of.ints_for_axes(value, '', rank) for value in (strides, dilation))
+    if padding == 1:
+        padding = [(0, min(1, k - 1)) for k in kernel_size]
+    conv = nn.Conv(
+        8, kernel_size, strides, padding, kernel_dilation=dilation, feature_group_count=groups, use_bias=False
+    )
+    x = random(1, 2, *size, 4)
+    variables = conv.init(jax.random.key(0), x)
+    spans = geometry_of.dilated_size(kernel_size, dilation)
+    pads = geometry_of.canonical_padding(padding, size, spans, strides)
+    place = geometry_of.of_convolution(size, kernel_size, strides, pads, dilation, groups)
+    expected = conv.apply(variables, x)
+    for method in [None, 'reference'] + ['spatial'] * (rank < 3) + ['frequency'] * (rank < 3 and groups == 1):
+        y = operation.normalized_convolution(
+            jnp.asarray(x), variables['params']['kernel'], jnp.ones((*place.grid, 8)), place, method
+        )
+        np.testing.assert_allclose(y, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize('rank', [1, 2, 3])
+@pytest.mark.parametrize('groups,dilation', [(1, 1), (2, 1), (4, 2)])
+def test_a_circular_layer_has_a_flat_spectrum(rank, groups, dilation):
+    """The paper's theory, exact where the image is periodic: sum_i |H[i, o](w)|^2 = 1 at every frequency."""
+    size = SIZES[rank][0]
+    layer = ConvNorm(
+        8,
+        (3, 2, 3)[:rank],
+        padding='CIRCULAR',
+        kernel_dilation=dilation,
+        feature_group_count=groups,
+        use_affine=False,
+        use_batch_norm=False,
+    )
+    impulses = np.zeros((4, *size, 4), np.float32)
+    for channel in range(4):
+        impulses[(channel, *(0,) * rank, channel)] = 1
+    variables = layer.init(jax.random.key(1), impulses, use_running_average=True)
+    responses = layer.apply(variables, impulses, use_running_average=True)
+    spectra = np.fft.fftn(np.asarray(responses, np.float64), axes=range(1, 1 + rank))
+    np.testing.assert_allclose((np.abs(spectra) ** 2).sum(axis=0), 1, rtol=2e-5)
+
+
+# --- the layer -------------------------------------------------------------------------------------
+
+LAYERS = {
+    'sequence': (ConvNorm(6, (3,), strides=2), (2, 9, 4)),
+    'volume': (ConvNorm(6, (3, 2, 3)), (2, 4, 5, 6, 4)),
+    'dilated': (ConvNorm(6, (3, 3), kernel_dilation=2), (2, 9, 8, 4)),
+    'grouped': (ConvNorm(6, (3, 3), feature_group_count=2), (2, 9, 8, 4)),
+    'depthwise': (ConvNorm(4, (3, 3), feature_group_count=4, use_batch_norm=False), (2, 9, 8, 4)),
+    'circular': (ConvNorm(6, (3, 3), padding='CIRCULAR', strides=2), (9, 9, 8, 4)),
+    'grouped, 1x1': (ConvNorm(6, (1, 1), feature_group_count=2, strides=2), (2, 9, 8, 4)),
+    'sequence, 1': (ConvNorm(6, (1,), strides=2), (2, 9, 4)),
+    'transposed sequence': (ConvNormTranspose(6, (4,)), (2, 9, 4)),
+    'transposed volume': (ConvNormTranspose(6, (2, 2, 2), padding=0), (2, 2, 3, 4, 4)),
+    'transposed, grouped': (ConvNormTranspose(6, feature_group_count=2, kernel_dilation=2), (2, 4, 3, 4)),
+    'transposed, grouped, 1x1': (ConvNormTranspose(6, (1, 1), padding=0, feature_group_count=2), (2, 4, 3, 4)),
+}
+
+
+class Net(nn.Module):
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return self.layer(x, use_running_average=not train)
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_trained_and_folded(name):
+    layer, shape = LAYERS[name]
+    net, x = Net(layer), random(2, *shape)
+    variables = net.init(jax.random.key(0), x)
+    for seed in range(3):
+        _, changed = net.apply(variables, random(seed, *shape), train=True, mutable=['batch_stats'])
+        variables = {**variables, **changed}
+    expected = net.apply(variables, x)
+    folded = fold_for_inference(net, variables, x)
+    nothing = jax.tree.map(jnp.zeros_like, variables)
+    y = net.apply({**nothing, 'folded': folded['folded']}, x)
+    np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+    other = random(3, shape[0], *(n + 1 for n in shape[1:-1]), shape[-1])
+    if 1 not in layer.kernel_size[:1]:
+        for given in (variables, folded):
+            with pytest.raises(UserError, match='images'):
+                net.apply(given, other)
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_jit_vmap_and_forward_mode(name):
+    layer, shape = LAYERS[name]
+    x = random(4, *shape)
+    variables = layer.init(jax.random.key(0), x, use_running_average=False)
+    output = lambda x: layer.apply(variables, x, use_running_average=False, mutable=['batch_stats'])[0]
+    expected = output(x)
+    np.testing.assert_allclose(jax.jit(output)(x), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(output)(x[None])[0], expected, atol=1e-5)
+    tangent, cotangent = random(5, *shape), random(6, *expected.shape)
+    moved = jax.jvp(output, (x,), (tangent,))[1]
+    (back,) = jax.vjp(output, x)[1](cotangent)
+    np.testing.assert_allclose((moved * cotangent).sum(), (back * tangent).sum(), rtol=2e-3, atol=2e-3)
+
+
+# --- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('layer,shape,message', [
+    (ConvNorm(6, (3,)), (2, 9, 9, 4), r'x.shape=.*\[batch, width, channels\] with kernel_size=\(3,\)'),
+    (ConvNorm(6, (3, 3, 3)), (2, 9, 9, 4), r'x.shape=.*depth'),
+    (ConvNorm(6, (3, 3, 3, 3)), (2, 9, 9, 4), r'kernel_size=\(3, 3, 3, 3\)'),
+    (ConvNorm(6, (3, 3), feature_group_count=3), (2, 9, 9, 4), 'feature_group_count=3 with 4 channels'),
+    (ConvNorm(6, (3, 3), feature_group_count=4), (2, 9, 9, 4), 'feature_group_count=4 with 4 .*features=6'),
+    (ConvNorm(6, (3, 3), kernel_dilation=0), (2, 9, 9, 4), 'kernel_dilation=0'),
+    (ConvNorm(6, (3, 3), feature_group_count=2, method='frequency'), (2, 9, 9, 4), "method='frequency' with 2 groups"),
+    (ConvNorm(6, (3, 3, 3), method='spatial'), (2, 4, 4, 4, 4), "method='spatial'.*3 spatial"),
+    (ConvNorm(6, (3,), padding=(1, 1)), (2, 9, 4), r'padding=\(1, 1\)'),
+    (ConvNormTranspose(6, padding='CIRCULAR'), (2, 9, 9, 4), "padding='CIRCULAR'"),
+])  # fmt: skip
+def test_refused(layer, shape, message):
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(lambda: layer.init(jax.random.key(0), jnp.zeros(shape), use_running_average=True))
+
+
+def test_every_method_is_drawn():
+    rng = np.random.default_rng(0)
+    drawn = [geometries.draw(rng) for _ in range(300)]
+    assert {d.method for d in drawn} == {None, *METHODS}
+    kinds = {(len(d.size), d.transposed, d.groups > 1, d.padding == 'CIRCULAR') for d in drawn}
+    possible = set(itertools.product((1, 2, 3), (False, True), (False, True), (False, True)))
+    assert kinds >= {kind for kind in possible if not (kind[1] and kind[3])}
