@@ -35,7 +35,8 @@ def linen_variables(layer):
     params, statistics = nnx.split(layer, nnx.Param, nnx.BatchStat)[1:]
     params, statistics = (nnx.to_pure_dict(part) for part in (params, statistics))
     inside = lambda tree, names: {name: tree.pop(name) for name in names if name in tree}
-    params['batch_norm'], statistics['batch_norm'] = inside(params, ('scale', 'bias')), inside(statistics, ('mean', 'var'))
+    params['batch_norm'] = inside(params, ('scale', 'bias'))
+    statistics['batch_norm'] = inside(statistics, ('mean', 'var'))
     drop = lambda tree: {name: value for name, value in tree.items() if value is not None and value != {}}
     return {'params': drop(params), 'batch_stats': drop(statistics)}
 
@@ -60,7 +61,8 @@ def test_ten_steps_are_linens(name):
     @jax.jit
     def linen_step(variables, opt_state, x):
         def loss_of(params):
-            y, changed = other.apply({**variables, 'params': params}, x, use_running_average=False, mutable=['batch_stats'])
+            given = {**variables, 'params': params}
+            y, changed = other.apply(given, x, use_running_average=False, mutable=['batch_stats'])
             return jnp.sin(y).sum(), changed
 
         (loss, changed), gradients = jax.value_and_grad(loss_of, has_aux=True)(variables['params'])

@@ -116,11 +116,16 @@ def preconditioner(kernel, grid, power_fn=power_spectrum):
     kernel = jax.lax.stop_gradient(kernel)
     kernel = kernel.astype(at_least_float32(kernel.dtype))
     size, dead = filter_sizes(kernel)
-    kernel = kernel / size  # over the last axis
+    kernel = kernel / _as_last(size, kernel)
     power = jnp.square(kernel).sum(axis=-2) if is_pointwise(kernel) else power_fn(kernel, grid)
     axes = tuple(range(power.ndim - 1))
     floor = jnp.where(dead, 1.0, RELATIVE_FLOOR * power.mean(axis=axes))  # the filter's energy, by Parseval
+    floor, size, dead = (_as_last(a, power) for a in (floor, size, dead))
     return jnp.where(dead, 1.0, jax.lax.rsqrt(jnp.maximum(power, floor)) / size)
+
+
+def _as_last(a, like):
+    return a.reshape((1,) * (like.ndim - 1) + a.shape)
 
 
 def is_pointwise(kernel):
