@@ -118,7 +118,7 @@ class Settings:
             padding = geometry.canonical_transposed_padding(self.padding, image_size, self.spans, self.strides)
             build = geometry.of_transposed_convolution
         else:
-            padding = geometry.canonical_padding(self.padding, image_size, self.spans, self.strides)
+            padding = geometry.canonical_padding(self.padding, image_size, self.spans, self.strides, True)
             build = geometry.of_convolution
         return build(
             image_size, self.kernel_size, self.strides, padding, self.kernel_dilation, self.feature_group_count
