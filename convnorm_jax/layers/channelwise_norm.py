@@ -48,7 +48,7 @@ def normalize_by_batch(
 
 
 @functools.lru_cache(maxsize=64)
-def _rule(epsilon, dtype, circular=False):
+def _rule(epsilon, dtype, circular):
     def ordinary(z, kernel, bias, scale, shift):
         u = channelwise.weighted_sum(z, kernel, circular) + over_channels(bias, z)
         mean = u.mean(_axes(z))

@@ -88,6 +88,7 @@ class Settings:
         rank = self.rank
         for name in ('kernel_size', 'strides', 'kernel_dilation'):
             object.__setattr__(self, name, ints_for_axes(getattr(self, name), name, rank))
+        object.__setattr__(self, 'padding', _hashable(self.padding))
 
     @property
     def rank(self) -> int:
@@ -117,7 +118,7 @@ class Settings:
             padding = geometry.canonical_transposed_padding(self.padding, image_size, self.spans, self.strides)
             build = geometry.of_transposed_convolution
         else:
-            padding = geometry.canonical_padding(self.padding, image_size, self.spans, self.strides)
+            padding = geometry.canonical_padding(self.padding, image_size, self.spans, self.strides, True)
             build = geometry.of_convolution
         return build(
             image_size, self.kernel_size, self.strides, padding, self.kernel_dilation, self.feature_group_count
@@ -151,6 +152,10 @@ class Settings:
         return found
 
 
+def _hashable(padding):
+    return tuple(map(_hashable, padding)) if isinstance(padding, list | tuple) else padding
+
+
 def initial_params(settings: Settings, key: jax.Array, features_in: int) -> dict[str, jax.Array]:
     """Parameters with PyTorch's initial values."""
     named = settings.initializers(features_in)
@@ -158,12 +163,14 @@ def initial_params(settings: Settings, key: jax.Array, features_in: int) -> dict
     return {name: init(k, shape, settings.param_dtype) for k, (name, (init, shape)) in zip(keys, named.items())}
 
 
-def initial_state(settings: Settings, kernel: jax.Array, image_size: Sequence[int], batch: int = 1) -> dict:
-    """The state before the first update, for images of `image_size`."""
-    kept_as = settings.state_dtype
-    place = settings.geometry(image_size)
-    v = preconditioner(kernel, place, settings.method, batch)
-    found = {'preconditioner': v.astype(kept_as), 'count': jnp.zeros((), jnp.float32)}
+def initial_state(
+    settings: Settings, kernel: jax.Array, image_size: Sequence[int] | None, batch: int = 1
+) -> dict[str, jax.Array]:
+    """The state before the first update, for images of `image_size`; None: without running spectrum, for 'exact'."""
+    kept_as, found = settings.state_dtype, {}
+    if image_size is not None:
+        v = preconditioner(kernel, settings.geometry(tuple(image_size)), settings.method, batch)
+        found |= {'preconditioner': v.astype(kept_as), 'count': jnp.zeros((), jnp.float32)}
     if settings.use_batch_norm:
         found['mean'] = jnp.zeros((settings.features,), kept_as)
         found['var'] = jnp.ones((settings.features,), kept_as)
@@ -222,17 +229,25 @@ def apply(
 def spectrum(settings, kernel, place, batch, state, use_running_average, where='ConvNorm'):
     """V of this pass, and the changed entries of the state: in training the running average with the new V in it."""
     current = functools.partial(preconditioner, kernel, place, settings.method, batch)
-    if settings.spectrum == 'exact' and use_running_average:
+    if settings.spectrum == 'exact' and (use_running_average or 'preconditioner' not in state):
         return current(), {}
     running = state['preconditioner']
     if not is_pointwise(kernel) and tuple(running.shape[:-1]) != place.grid:
         _refuse_size(settings, running.shape[:-1], place, use_running_average, where)
     if use_running_average:
         return running, {}
-    v, count, kept_as = current(), state['count'] + 1, settings.state_dtype
-    weight = update_weight(count) if settings.momentum is None else 1 - settings.momentum
-    weight, new = jnp.asarray(weight, kept_as), v.astype(kept_as)
-    return v, {'preconditioner': weight * new + (1 - weight) * running, 'count': count}
+    v, count = current(), state['count'] + 1
+    return v, {'preconditioner': running_average(running, v, count, settings.momentum), 'count': count}
+
+
+def running_average(running: jax.Array, new: jax.Array, count: jax.Array, momentum: float | None = None) -> jax.Array:
+    """The running preconditioner after update number `count` (from 1): `momentum` * running + (1 - momentum) * new.
+
+    A momentum of None is the published schedule, 1 - `update_weight(count)`.
+    """
+    weight = update_weight(count) if momentum is None else 1 - momentum
+    weight = jnp.asarray(weight, running.dtype)
+    return weight * new.astype(running.dtype) + (1 - weight) * running
 
 
 def _refuse_size(settings, stored, place, use_running_average, where):

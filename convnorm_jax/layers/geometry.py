@@ -144,8 +144,8 @@ def transposed_grid_size(image_size, kernel_size, strides):
     return tuple((n - 1) * s + k for n, k, s in zip(image_size, kernel_size, strides))
 
 
-def canonical_padding(padding, image_size, kernel_size, strides):
-    """Padding as pairs, ((top, bottom), (left, right)) in 2 dimensions, or 'CIRCULAR'.
+def canonical_padding(padding, image_size, kernel_size, strides, may_be_circular=False):
+    """Padding as pairs, ((top, bottom), (left, right)) in 2 dimensions, or 'CIRCULAR' where it may be.
 
     Args:
       padding: 'SAME' or 'VALID' (as in `jax.lax`), 'CIRCULAR', one int for all sides, or an int or a pair an axis.
@@ -153,14 +153,15 @@ def canonical_padding(padding, image_size, kernel_size, strides):
 
     Raises:
       ValueError: another form, or a padding outside 0 ... k-1, which ConvNorm's crop of
-        the full convolution can not give.
+        the full convolution cannot give.
     """
-    if isinstance(padding, str) and padding == CIRCULAR:
+    if may_be_circular and isinstance(padding, str) and padding == CIRCULAR:
         return CIRCULAR
-    if isinstance(padding, str) and padding in ('SAME', 'VALID'):
+    names = ('SAME', 'VALID')
+    if isinstance(padding, str) and padding in names:
         pairs = jax.lax.padtype_to_pads(image_size, kernel_size, strides, padding)
     else:
-        pairs = padding_pairs(padding, len(image_size))
+        pairs = padding_pairs(padding, len(image_size), (*names, CIRCULAR) if may_be_circular else names)
     for pair, n, k in zip(pairs, image_size, kernel_size):
         if not all(0 <= p <= k - 1 for p in pair):
             raise UserError(
@@ -185,9 +186,7 @@ def canonical_transposed_padding(padding, image_size, kernel_size, strides):
     Raises:
       ValueError: another form, a padding outside 0 ... k-1, or nothing left.
     """
-    pairs = padding_pairs(padding, len(image_size)) if not isinstance(padding, str) else None
-    if pairs is None:
-        raise UserError(f'padding={padding!r}: expected an int or a pair for each of the {_axes(len(image_size))}')
+    pairs = padding_pairs(padding, len(image_size))
     if not all(0 <= p <= k - 1 for pair, k in zip(pairs, kernel_size) for p in pair):
         raise UserError(
             f'padding={padding!r} with kernel_size={tuple(kernel_size)}: '
@@ -216,18 +215,19 @@ def _axes(rank):
     return {1: 'axis', 2: 'two axes', 3: 'three axes'}[rank]
 
 
-def padding_pairs(padding, rank=2):
+def padding_pairs(padding, rank=2, names=()):
     """Padding as a pair for each of `rank` axes, from an int, or an int or a pair for each axis.
 
     Raises:
-      ValueError: anything else, and names too.
+      ValueError: anything else; `names` are those that it could also have had.
     """
     sides = [padding] * rank if is_int(padding) else padding
     if isinstance(sides, Sequence) and not isinstance(sides, str) and len(sides) == rank:
         pairs = [(p, p) if is_int(p) else p for p in sides]
         if all(isinstance(p, Sequence) and len(p) == 2 and all(map(is_int, p)) for p in pairs):
             return pairs
-    raise UserError(f"padding={padding!r}: expected 'SAME', 'VALID', an int or a pair for each of the {_axes(rank)}")
+    others = ''.join(f'{name!r}, ' for name in names)
+    raise UserError(f'padding={padding!r}: expected {others}an int or a pair for each of the {_axes(rank)}')
 
 
 def ints_for_axes(value, name, rank=2):

@@ -451,7 +451,7 @@ def test_canonical_padding(size, kernel_size, strides, padding, expected):
         (dict(padding=((0, 3), (0, 0))), r'padding=\(\(0, 3\)'),
         (dict(padding=(1, 1, 1)), r'padding=\(1, 1, 1\)'),
         (dict(padding=((1, 1, 1), 0)), r'padding=\(\(1, 1, 1\)'),
-        (dict(padding='CIRCULAR'), "padding='CIRCULAR'.*'SAME'.*'VALID'"),
+        (dict(padding='REFLECT'), "padding='REFLECT'.*'SAME'.*'VALID'.*'CIRCULAR'"),
         (dict(kernel_size=0), 'kernel_size=0'),
         (dict(kernel_size=(3, 3, 3)), r'kernel_size=\(3, 3, 3\)'),
         (dict(strides=0), 'strides=0'),

@@ -39,9 +39,7 @@ def outputs(layer, variables, params, x):
 def plain(layer, params, x):
     """The same from ordinary operations alone, which JAX differentiates."""
     kernel = params['kernel']
-    pair = lambda value: (value, value) if isinstance(value, int) else value
-    size, strides = kernel.shape[:2], pair(layer.strides)
-    geometry = layer._geometry(x.shape[1:3], size, strides, (1, 1))
+    size, geometry = kernel.shape[:2], layer.settings.geometry(x.shape[1:3])
     v = spectral.preconditioner(kernel, geometry.grid, lambda k, _: reference.power_spectrum(k, geometry))
     y = reference.normalized_convolution(x, kernel, v, geometry)
     pads = [((k - 1) // 2, k // 2) for k in size]

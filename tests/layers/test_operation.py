@@ -191,23 +191,24 @@ def test_the_layer_of_an_accelerator(name, dtype, as_on_an_accelerator):
 
 
 @pytest.mark.parametrize('kernel_size', [(1, 1), (3, 3), (2, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize('circular', [False, True])
 @pytest.mark.parametrize('dtype,tolerance', [('float32', 2e-5), ('bfloat16', 0.01)])
-def test_the_forms_of_the_normalization(kernel_size, dtype, tolerance, as_on_an_accelerator):
+def test_the_forms_of_the_normalization(kernel_size, circular, dtype, tolerance, as_on_an_accelerator):
     z = jnp.asarray(1 + random(6, 4, 6, 5, 3), dtype)
     others = [jnp.asarray(random(7, *kernel_size, 3)), *(jnp.asarray(1 + 0.3 * random(i, 3)) for i in (8, 9, 10))]
-    exact, back = jax.vjp(channelwise_norm._rule(1e-5, 'float32').ordinary, z.astype(jnp.float32), *others)
+    exact, back = jax.vjp(channelwise_norm._rule(1e-5, 'float32', circular).ordinary, z.astype(jnp.float32), *others)
     cotangents = [jnp.asarray(random(11 + i, *y.shape)) for i, y in enumerate(exact)]
     expected = back(tuple(cotangents))
-    on_the_cpu = jax.jit(channelwise_norm._rule(1e-5, dtype).function)(z, *others)
+    on_the_cpu = jax.jit(channelwise_norm._rule(1e-5, dtype, circular).function)(z, *others)
     as_on_an_accelerator()
-    accelerated = jax.jit(channelwise_norm._rule(1e-5, dtype).function)(z, *others)
+    accelerated = jax.jit(channelwise_norm._rule(1e-5, dtype, circular).function)(z, *others)
     for outputs in (on_the_cpu, accelerated):
         assert outputs[0].dtype == dtype and all(error(a, b) < tolerance for a, b in zip(outputs, exact))
     given = (z, *others, *exact[1:], cotangents[0].astype(dtype), *cotangents[1:])
     largest = max(np.abs(g).max() for g in expected)
     for form in (channelwise_norm._gradients, channelwise_norm._gradients_cpu):
         for wanted in ((0, 1, 2, 3, 4), (0,), (1, 3)):
-            found = jax.jit(lambda *a, f=form, w=wanted: f(w, 1e-5, *a))(*given)
+            found = jax.jit(lambda *a, f=form, w=wanted: f(w, 1e-5, circular, *a))(*given)
             for i, gradient in zip(wanted, found, strict=True):
                 scale = max(np.abs(expected[i]).max(), 0.01 * largest)
                 assert gradient.dtype == (z, *others)[i].dtype
