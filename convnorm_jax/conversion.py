@@ -1,0 +1,263 @@
+"""What `convnormalize` of every library shares: which convolution becomes a ConvNorm with which normalization, and the report."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from convnorm_jax.dataflow import Flow
+from convnorm_jax.errors import UserError
+from convnorm_jax.layers.geometry import by_x
+
+# Of a ConvNorm; what says where the pixels and the taps lie is the convolution's.
+OPTIONS = (
+    'use_affine',
+    'momentum',
+    'spectrum',
+    'method',
+    'batch_norm_momentum',
+    'batch_norm_epsilon',
+    'dtype',
+    'precision',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Replaced:
+    """A convolution that became a ConvNorm.
+
+    Attributes:
+      path: of the convolution.
+      norm: path of the normalization that went into it, None without.
+      place: path of the new layer: the normalization's, whose calls say whether the model trains, else the convolution's.
+      layer: its class, ConvNorm or ConvNormTranspose.
+      details: its kernel size, channels and the like.
+    """
+
+    path: str
+    norm: str | None
+    place: str
+    layer: str
+    details: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """A convolution, or a normalization that could have gone into a ConvNorm, that stays as it is.
+
+    Attributes:
+      path: of the layer. kind: its class. reason: why it stays.
+    """
+
+    path: str
+    kind: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `convnormalize` did. `str(report)` is a table for reading.
+
+    Attributes:
+      replaced, left: in the order of the model.
+    """
+
+    replaced: tuple[Replaced, ...]
+    left: tuple[Left, ...]
+
+    def __str__(self):
+        rows = [(r.path + (f' + {r.norm}' if r.norm else ''), f'{r.layer} {r.details}') for r in self.replaced]
+        rows_left = [(entry.path, f'{entry.kind}: {entry.reason}') for entry in self.left]
+        width = max((len(name) for name, _ in rows + rows_left), default=0)
+        table = lambda rows: [f'  {name:{width}}  {text}' for name, text in rows]
+        lines = [f'replaced ({len(rows)}):', *table(rows)]
+        if rows_left:
+            lines += [f'left ({len(rows_left)}):', *table(rows_left)]
+        return '\n'.join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A convolution or a normalization of a model.
+
+    Attributes:
+      path: such as 'layers/0/conv1'.
+      kind: its class.
+      refusal: why it cannot become a ConvNorm, or go into one, whatever is done with it; '' if it can.
+      movable: of a normalization: a ConvNorm can take its place. Else the ConvNorm takes the convolution's.
+    """
+
+    path: str
+    kind: str
+    refusal: str = ''
+    movable: bool = True
+
+
+class Refused(Exception):
+    """A layer cannot become a ConvNorm; the message says why."""
+
+
+def check_options(options: Mapping):
+    """Raises UserError for what is no option of a ConvNorm, or not the caller's to choose."""
+    unknown = [name for name in options if name not in OPTIONS]
+    if unknown:
+        raise UserError(f'convnormalize({unknown[0]}=...): expected options of ConvNorm: {", ".join(OPTIONS)}')
+
+
+def selection(where: Callable[[str], bool] | str | None, convolutions: Mapping[int, Found]) -> set[int]:
+    """The numbers of the convolutions that `where` chooses: a function of the path, or a regular expression in it.
+
+    Raises:
+      UserError: there are none, or it chooses none.
+    """
+    if not convolutions:
+        raise UserError('convnormalize: the model has no convolution')
+    chosen = where if callable(where) else re.compile(where or '').search
+    found = {number for number, layer in convolutions.items() if chosen(layer.path)}
+    if not found:
+        paths = [layer.path for layer in convolutions.values()]
+        shown = ', '.join(paths[:5]) + (', ...' if len(paths) > 5 else '')
+        raise UserError(f'convnormalize(where={where!r}): it matches none of the convolutions {shown}')
+    return found
+
+
+def convert(
+    convolutions: Mapping[int, Found],
+    norms: Mapping[int, Found],
+    flow: Flow,
+    chosen: set[int],
+    build: Callable,
+) -> tuple[Report, dict[int, object]]:
+    """Builds a layer for each convolution that can have one.
+
+    Args:
+      convolutions, norms: by their numbers in the flow.
+      build: (convolution, normalization or None, the convolution's calls) -> (the layer, details for the report);
+        numbers of layers. Raises Refused or UserError where the layer cannot be.
+
+    Returns:
+      The report; {number: what takes its place, None for nothing}.
+    """
+    followers = _followers(convolutions, norms, flow)
+    replaced, left, new = [], [], {}
+    reasons = {number: _why_alone(number, convolutions, norms, flow) for number in norms}
+    for number, layer in convolutions.items():
+        norm, calls = followers.get(number), flow.calls.get(number, [])
+        try:
+            _check(layer, number in chosen, calls)
+            made, details = build(number, norm, calls)
+        except (Refused, UserError) as error:
+            left.append(Left(layer.path, layer.kind, str(error)))
+            if norm is not None:
+                reasons[norm] = f'its convolution {layer.path} is left'
+            continue
+        place = number if norm is None or not norms[norm].movable else norm
+        new.update({n: None for n in (number, norm) if n is not None})
+        new[place] = made
+        path = {**convolutions, **norms}[place].path
+        name = 'ConvNormTranspose' if made_transposed(made) else 'ConvNorm'
+        replaced.append(Replaced(layer.path, None if norm is None else norms[norm].path, path, name, details))
+    left += [Left(layer.path, layer.kind, reasons[n]) for n, layer in norms.items() if n not in new]
+    return Report(tuple(replaced), tuple(left)), new
+
+
+def made_transposed(layer) -> bool:
+    """Whether a new layer is a transposed convolution."""
+    return layer.settings.transposed
+
+
+def _check(layer, chosen, calls):
+    refusals = [
+        '' if chosen else 'not chosen by `where`',
+        layer.refusal,
+        '' if calls else 'the call of the model does not reach it',
+        *(call.refusal for call in calls),
+    ]
+    for refusal in refusals:
+        if refusal:
+            raise Refused(refusal)
+
+
+def _followers(convolutions, norms, flow):
+    """{convolution: the normalization that takes its output, and nothing else does}."""
+    found = {}
+    for number in norms:
+        if not _why_alone(number, convolutions, norms, flow):
+            found[flow.source(number)] = number
+    return found
+
+
+def _why_alone(number, convolutions, norms, flow):
+    """Why a normalization does not go into a ConvNorm; '' if it does."""
+    if not flow.calls.get(number):
+        return 'the call of the model does not reach it'
+    if not flow.once(number):
+        return 'it is called more than once'
+    source = flow.source(number)
+    if source is None:
+        return 'its input is not the output of a convolution'
+    path = convolutions[source].path
+    if not flow.once(source):
+        return f'{path} is called more than once'
+    if flow.uses(source) > 1:
+        return f'the output of {path} is used elsewhere, too'
+    call = flow.calls[number][0]
+    if norms[number].movable and call.input != flow.calls[source][0].output:
+        return f'it is called on {call.input}, not on the output of {path}'
+    return call.refusal or norms[number].refusal
+
+
+def details_of(settings, features_in: int, extras: Sequence[str] = ()) -> str:
+    """'3x3, 16 -> 32, strides 2x2', from the settings of a layer."""
+    parts = [by_x(settings.kernel_size), f'{features_in} -> {settings.features}']
+    for name, text in (('strides', 'strides'), ('kernel_dilation', 'dilation')):
+        value = getattr(settings, name)
+        if set(value) != {1}:
+            parts.append(f'{text} {by_x(value)}')
+    if settings.feature_group_count > 1:
+        parts.append(f'{settings.feature_group_count} groups')
+    if settings.padding == 'CIRCULAR':
+        parts.append('circular')
+    return ', '.join([*parts, *extras])
+
+
+def transposed_crop(spans: Sequence[int], padding: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What a ConvNormTranspose crops from the full transposed convolution, where `jax.lax` pads its dilated input.
+
+    Args:
+      spans: the kernel's size, dilated. padding: pairs for each axis.
+
+    Raises:
+      Refused: more padding than the kernel has taps for, or less than none.
+    """
+    crop = [(k - 1 - before, k - 1 - after) for k, (before, after) in zip(spans, padding)]
+    if any(c < 0 for pair in crop for c in pair):
+        raise Refused(
+            f'its output reaches beyond the full transposed convolution: padding {tuple(padding)} of the dilated '
+            f'input with kernel_size={tuple(spans)}'
+        )
+    return crop
+
+
+CAUSAL = 'causal padding: the filter of a ConvNorm sees the whole sequence'
+
+
+def check_padding(padding: Sequence[tuple[int, int]], spans: Sequence[int]):
+    """Raises Refused for the padding of a causal convolution of a sequence."""
+    if len(spans) == 1 and spans[0] > 1 and tuple(padding[0]) == (spans[0] - 1, 0):
+        raise Refused(CAUSAL)
+
+
+def check_shapes(before: list[tuple[int, ...]], after: Callable[[], list[tuple[int, ...]]]):
+    """Raises UserError unless the new model's outputs have the shapes of the old one's."""
+    advice = (
+        "the model's code depends on the shape of an array between a convolution and its normalization; leave that "
+        'convolution by `where`'
+    )
+    try:
+        found = after()
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f'convnormalize: the new model cannot be called; maybe {advice}') from error
+    if before != found:
+        raise UserError(f'convnormalize: the output would have the shapes {found}, not {before}: {advice}')

@@ -1,0 +1,334 @@
+"""`convnormalize` for Flax NNX: ConvNorm in place of the convolutions of a model.
+
+    model, report = convnormalize(ResNet(rngs=nnx.Rngs(0)), images, rngs=nnx.Rngs(1))
+    print(report)
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+from flax import nnx
+from jax import lax
+
+from convnorm_jax import conversion, dataflow
+from convnorm_jax.conversion import Found, Refused, Report
+from convnorm_jax.dataflow import Call
+from convnorm_jax.layers import geometry
+from convnorm_jax.nnx.layers import ConvNorm, ConvNormTranspose
+
+_CONVOLUTIONS = (nnx.Conv, nnx.ConvTranspose)
+# They change the kernel of the layer inside before they call it.
+_WRAPPERS = tuple(getattr(nnx, name) for name in ('SpectralNorm', 'WeightNorm') if hasattr(nnx, name))
+
+
+def convnormalize(
+    model: nnx.Module,
+    images: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    rngs: nnx.Rngs,
+    where: Callable[[str], bool] | str | None = None,
+    norms: tuple[type, ...] = (nnx.BatchNorm,),
+    call: Callable | None = None,
+    **options,
+) -> tuple[nnx.Module, Report]:
+    """The model with a ConvNorm in place of every convolution and of the normalization that follows it.
+
+    Which normalization follows which convolution is read off a trace of `call`: one goes into a ConvNorm if its input
+    is the output of one convolution, and nothing else takes that output. The ConvNorm is then at the normalization's
+    place, where `train()`, `eval()` and `use_running_average` reach it, and at the convolution's there is nothing. A
+    convolution alone becomes a ConvNorm without BatchNorm, which keeps no state: its spectrum is always that of its
+    kernel (spectrum='exact'). Layers that cannot be replaced stay; the report says why.
+
+    The new model is another function: train it. What it keeps are the kernels, the bias of a convolution as
+    `affine_bias`, and the scale, bias, momentum and epsilon of a BatchNorm, not its running statistics, which are those
+    of other arrays. The model that is given is not changed.
+
+    Args:
+      images: an example batch, or its shape and dtype.
+      rngs: its stream 'params' gives the initial values of the channel-wise convolutions.
+      where: which convolutions, a function of a path such as 'layers/0/conv1', or a regular expression that is searched
+        in it; None is all.
+      norms: types of normalizations to replace; others stay behind their ConvNorm.
+      call: (model, images) -> anything: how the model is called, if not as model(images).
+      options: of every ConvNorm: use_affine, momentum, spectrum, method, batch_norm_momentum, batch_norm_epsilon,
+        dtype, precision.
+
+    Returns:
+      The new model, and the report: `print(report)`.
+
+    Raises:
+      UserError: no convolution in the model, or `where` chooses none; an unknown option; a model whose code depends on
+        the shape of an array between a convolution and its normalization.
+    """
+    conversion.check_options(options)
+    call = call or (lambda model, images: model(images))
+    new = nnx.clone(model)
+    layers = dict(enumerate(_layers(new, norms)))
+    found = {n: Found(path, type(layer).__name__, refusal) for n, (path, layer, refusal) in layers.items()}
+    convolutions = {n: f for n, f in found.items() if isinstance(layers[n][1], _CONVOLUTIONS)}
+    following = {n: f for n, f in found.items() if n not in convolutions}
+    chosen = conversion.selection(where, convolutions)
+    flow, before = _trace(model, {path: n for n, (path, _, _) in layers.items()}, call, images)
+
+    def build(number, norm, calls):
+        return _build(layers[number][1], layers[norm][1] if norm is not None else None, calls, rngs, options)
+
+    report, placed = conversion.convert(convolutions, following, flow, chosen, build)
+    ids = {id(layers[n][1]): layer or Identity() for n, layer in placed.items()}
+    new = _replaced(new, ids, set())
+    conversion.check_shapes(before, lambda: _shapes(new, call, images))
+    return new, report
+
+
+class Identity(nnx.Module):
+    """Where a convolution was that is part of the ConvNorm behind it. It ignores further arguments."""
+
+    def __call__(self, inputs: jax.Array, *args, **kwargs) -> jax.Array:
+        """The input."""
+        return inputs
+
+
+class _Stateless:
+    """A ConvNorm at the place of a convolution: called as one, with any batch axes, and without state."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        rank = self.settings.rank
+        flat = inputs.reshape(-1, *inputs.shape[-rank - 1 :])
+        y = super().__call__(flat, use_running_average=True)
+        return y.reshape(*inputs.shape[: -rank - 1], *y.shape[1:])
+
+
+class StatelessConvNorm(_Stateless, ConvNorm):
+    """A ConvNorm without BatchNorm and running spectrum; see `convnormalize`."""
+
+
+class StatelessConvNormTranspose(_Stateless, ConvNormTranspose):
+    """A ConvNormTranspose without BatchNorm and running spectrum; see `convnormalize`."""
+
+
+class BatchNormedConvNorm(ConvNorm, nnx.BatchNorm):
+    """A ConvNorm at the place of a BatchNorm, for code that looks for `nnx.BatchNorm` among its layers."""
+
+
+class BatchNormedConvNormTranspose(ConvNormTranspose, nnx.BatchNorm):
+    """A ConvNormTranspose at the place of a BatchNorm, for code that looks for `nnx.BatchNorm` among its layers."""
+
+
+def _layers(model, norms) -> Iterator[tuple[str, nnx.Module, str]]:
+    """(path, layer, refusal) of each convolution and normalization, a shared one once."""
+    owners, found = {}, []
+    for path, node, parent in _walk(model, (), None, set()):
+        if not isinstance(node, nnx.Module):
+            continue
+        for value in vars(node).values():
+            if isinstance(value, nnx.Variable):
+                owners.setdefault(id(value), []).append(node)
+        own = type(node).__call__
+        if isinstance(node, _CONVOLUTIONS):
+            refusal = '' if own in (nnx.Conv.__call__, nnx.ConvTranspose.__call__) else 'a class with its own __call__'
+            if isinstance(parent, _WRAPPERS):
+                refusal = f'its kernel is that of {type(parent).__name__}'
+            found.append((path, node, refusal))
+        elif isinstance(node, norms) and not isinstance(node, (ConvNorm, ConvNormTranspose)):
+            refusal = '' if own in {kind.__call__ for kind in norms} else 'a class with its own __call__'
+            if getattr(node, 'axis_name', None) is not None:
+                refusal = f'axis_name={node.axis_name!r}: its statistics are those of several devices'
+            found.append((path, node, refusal))
+    for path, node, refusal in found:
+        if isinstance(node, _CONVOLUTIONS) and len(owners[id(node.kernel)]) > 1:
+            refusal = refusal or 'it shares its kernel with another layer'
+        yield '/'.join(map(str, path)), node, refusal
+
+
+def _children(node):
+    if isinstance(node, nnx.Variable):
+        return []
+    if isinstance(node, (list, tuple)):
+        return list(enumerate(node))
+    if isinstance(node, dict):
+        return list(node.items())
+    if isinstance(node, nnx.Module):
+        return [(name, value) for name, value in vars(node).items() if not name.startswith(('_pytree__', '_object__'))]
+    return []
+
+
+def _walk(node, path, parent, seen):
+    """(path, node, parent) of all modules and containers, each once."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    yield path, node, parent
+    for name, child in _children(node):
+        if isinstance(child, (nnx.Module, list, tuple, dict)):
+            yield from _walk(child, (*path, name), node, seen)
+
+
+def _replaced(node, new, seen):
+    """The same with the modules in `new`, {id: module}, in place of those."""
+    if id(node) in new:
+        return new[id(node)]
+    if id(node) in seen or not _children(node):
+        return node
+    seen.add(id(node))
+    changed = {}
+    for name, child in _children(node):
+        if isinstance(child, (nnx.Module, list, tuple, dict)):
+            changed[name] = _replaced(child, new, seen)
+    changed = {name: child for name, child in changed.items() if child is not dict(_children(node))[name]}
+    if isinstance(node, tuple) and changed:
+        values = [changed.get(i, value) for i, value in enumerate(node)]
+        return type(node)(*values) if hasattr(node, '_fields') else tuple(values)
+    for name, child in changed.items():
+        if isinstance(node, nnx.Module):
+            setattr(node, name, child)
+        else:
+            node[name] = child
+    return node
+
+
+@functools.lru_cache(maxsize=256)
+def _spied(kind):
+    """A subclass that marks the layer's output, or its input if it is a normalization."""
+
+    def of_convolution(self, *args, **kwargs):
+        given = args[0] if args else kwargs['inputs']
+        y = kind.__call__(self, *args, **kwargs)
+        refusal = 'it is called with out_sharding' if kwargs.get('out_sharding') is not None else ''
+        return dataflow.mark(y, Call(self.number_of_layer, given.shape, y.shape, refusal))
+
+    def of_norm(self, x, *args, **kwargs):
+        refusal = 'it is called with a mask' if kwargs.get('mask') is not None else ''
+        axis = getattr(self, 'axis', -1)
+        if axis not in (-1, x.ndim - 1):
+            refusal = f'axis={axis}: a ConvNorm normalizes the last one'
+        x = dataflow.mark(x, Call(self.number_of_layer, x.shape, refusal=refusal))
+        return kind.__call__(self, x, *args, **kwargs)
+
+    function = of_convolution if issubclass(kind, _CONVOLUTIONS) else of_norm
+    return type(kind.__name__, (kind,), {'__call__': function})
+
+
+def _trace(model, numbers, call, images):
+    """The flow through the model, and the shapes of its outputs."""
+    spy = nnx.clone(model)
+    for path, node, _ in list(_walk(spy, (), None, set())):
+        number = numbers.get('/'.join(map(str, path)))
+        if number is not None:
+            object.__setattr__(node, '__class__', _spied(type(node)))
+            node.number_of_layer = number
+    graph, state = nnx.split(spy)
+    shapes = []
+
+    def run(state, images):
+        model = nnx.merge(graph, state)
+        y = call(model, images)
+        shapes.append(jax.tree.map(jax.numpy.shape, _arrays(y)))
+        return y, nnx.state(model)
+
+    return dataflow.trace(run, state, images), shapes[0]
+
+
+def _shapes(model, call, images):
+    """Of the arrays that the call returns."""
+    graph, state = nnx.split(model)
+    y = jax.eval_shape(lambda state, images: _arrays(call(nnx.merge(graph, state), images)), state, images)
+    return [leaf.shape for leaf in y]
+
+
+def _arrays(tree):
+    return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+
+
+def _build(conv, norm, calls, rngs, options):
+    transposed = isinstance(conv, nnx.ConvTranspose)
+    rank = len(conv.kernel_size)
+    sizes = sorted({call.input[-rank - 1 : -1] for call in calls})
+    given = {**_geometry(conv, transposed, sizes), 'dtype': conv.dtype, 'precision': conv.precision}
+    given['param_dtype'] = conv.kernel.dtype
+    batch_norm = norm is not None
+    running = options.get('spectrum') == 'running'
+    if batch_norm or running:
+        if len(calls) > 1:
+            raise Refused(f"it is called {len(calls)} times; spectrum='running' is of one call")
+        if len(calls[0].input) != rank + 2:
+            raise Refused(f'it is called on {calls[0].input}: a ConvNorm with state takes one batch axis')
+    if batch_norm:
+        given['batch_norm_epsilon'] = norm.epsilon
+        given['batch_norm_momentum'] = getattr(norm, 'momentum', 0.9)
+        given['use_running_average'] = getattr(norm, 'use_running_average', False)
+        kinds = (ConvNorm, ConvNormTranspose)
+        if isinstance(norm, nnx.BatchNorm):
+            kinds = (BatchNormedConvNorm, BatchNormedConvNormTranspose)
+    elif running:
+        kinds = (ConvNorm, ConvNormTranspose)
+    else:
+        kinds, given['spectrum'] = (StatelessConvNorm, StatelessConvNormTranspose), 'exact'
+    given = {**given, **options, 'use_batch_norm': batch_norm}
+    layer = kinds[transposed](conv.in_features, conv.out_features, conv.kernel_size, rngs=rngs, **given)
+    for size in sizes:
+        layer.settings.geometry(size)  # raises UserError
+    _carry_over(layer, conv, norm, transposed)
+    if batch_norm or running:
+        layer._make_state(sizes[0], 1)
+    return layer, conversion.details_of(layer.settings, conv.in_features, () if batch_norm else ('no BatchNorm',))
+
+
+def _geometry(conv, transposed, sizes):
+    """strides, padding, kernel_dilation and feature_group_count of the ConvNorm."""
+    rank = len(conv.kernel_size)
+    if not 1 <= rank <= 3:
+        raise Refused(f'{rank} spatial axes: ConvNorm has 1 to 3')
+    if conv.kernel[...].ndim != rank + 2:
+        raise Refused(f'its kernel has the shape {conv.kernel.shape}: layers stacked by a transformation')
+    if conv.mask is not None:
+        raise Refused('a mask on its kernel')
+    if getattr(conv, 'preferred_element_type', None) is not None:
+        raise Refused('preferred_element_type')
+    strides = geometry.ints_for_axes(conv.strides, 'strides', rank)
+    dilation = geometry.ints_for_axes(conv.kernel_dilation, 'kernel_dilation', rank)
+    spans = geometry.dilated_size(conv.kernel_size, dilation)
+    given = {'strides': strides, 'kernel_dilation': dilation}
+    padding = conv.padding
+    if isinstance(padding, str) and padding not in ('SAME', 'VALID', 'CIRCULAR'):
+        raise Refused(conversion.CAUSAL if padding == 'CAUSAL' else f'padding={padding!r}')
+    if transposed:
+        if padding == 'CIRCULAR':
+            raise Refused("padding='CIRCULAR' of a transposed convolution")
+        given['padding'] = _crop(padding, conv.kernel_size, spans, strides, dilation)
+        return given
+    if set(geometry.ints_for_axes(conv.input_dilation, 'input_dilation', rank)) != {1}:
+        raise Refused(f'input_dilation={conv.input_dilation}')
+    if conv.conv_general_dilated is not lax.conv_general_dilated:
+        raise Refused('a conv_general_dilated of its own')
+    if not isinstance(padding, str):
+        padding = [tuple(pair) for pair in geometry.padding_pairs(padding, rank)]
+        conversion.check_padding(padding, spans)
+    return {**given, 'padding': padding, 'feature_group_count': conv.feature_group_count}
+
+
+def _crop(padding, kernel_size, spans, strides, dilation):
+    """What `jax.lax.conv_transpose` crops from the full transposed convolution."""
+    if not isinstance(padding, str):
+        return conversion.transposed_crop(spans, geometry.padding_pairs(padding, len(spans)))
+    # The padding that it computes, asked for rather than computed again.
+    x, kernel = (jax.ShapeDtypeStruct((1, *(1 for _ in spans), 1), 'float32') for _ in range(2))
+    kernel = jax.ShapeDtypeStruct((*kernel_size, 1, 1), 'float32')
+    traced = jax.make_jaxpr(lambda x, k: lax.conv_transpose(x, k, strides, padding, rhs_dilation=dilation))(x, kernel)
+    found = next(e for e in traced.jaxpr.eqns if e.primitive.name == 'conv_general_dilated')
+    return conversion.transposed_crop(spans, found.params['padding'])
+
+
+def _carry_over(layer, conv, norm, transposed):
+    kernel = conv.kernel[...]
+    if transposed and conv.transpose_kernel:
+        kernel = kernel.swapaxes(-1, -2)
+    elif transposed:  # lax correlates, a transposed convolution of PyTorch and ours convolves
+        kernel = jax.numpy.flip(kernel, tuple(range(len(conv.kernel_size))))
+    layer.kernel[...] = kernel
+    if conv.bias is not None and layer.settings.use_affine:
+        layer.affine_bias[...] = conv.bias[...]
+    for name in ('scale', 'bias'):
+        value = getattr(norm, name, None)
+        if value is not None and hasattr(layer, name) and value[...].shape == (layer.settings.features,):
+            getattr(layer, name)[...] = value[...]
