@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from convnorm_jax.dataflow import Flow
 from convnorm_jax.errors import UserError
+from convnorm_jax.layers.core import Settings
 from convnorm_jax.layers.geometry import by_x
 
 # Of a ConvNorm; what says where the pixels and the taps lie is the convolution's.
@@ -55,7 +56,7 @@ class Left:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `convnormalize` did. `str(report)` is a table for reading.
+    """What `convnormalize` did. `str(report)` is a table to read.
 
     Attributes:
       replaced, left: in the order of the model.
@@ -96,11 +97,12 @@ class Refused(Exception):
     """A layer cannot become a ConvNorm; the message says why."""
 
 
-def check_options(options: Mapping):
-    """Raises UserError for what is no option of a ConvNorm, or not the caller's to choose."""
-    unknown = [name for name in options if name not in OPTIONS]
+def check_options(options: Mapping, known: Sequence[str] = OPTIONS):
+    """Raises UserError for what is no option of a ConvNorm, or not the caller's to choose, and for a wrong value."""
+    unknown = [name for name in options if name not in known]
     if unknown:
-        raise UserError(f'convnormalize({unknown[0]}=...): expected options of ConvNorm: {", ".join(OPTIONS)}')
+        raise UserError(f'convnormalize({unknown[0]}=...): expected options of ConvNorm: {", ".join(known)}')
+    Settings(features=1, **options)  # raises what a value is wrong with, before a layer is left for it
 
 
 def selection(where: Callable[[str], bool] | str | None, convolutions: Mapping[int, Found]) -> set[int]:

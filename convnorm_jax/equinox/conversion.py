@@ -1,0 +1,358 @@
+"""`convnormalize` for Equinox: ConvNorm in place of the convolutions of a model.
+
+    model, state, report = convnormalize(model, state, images, key=key)
+    print(report)
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from convnorm_jax import conversion, dataflow
+from convnorm_jax.conversion import Found, Refused, Report
+from convnorm_jax.dataflow import Call
+from convnorm_jax.equinox.layers import ConvNorm, ConvNormTranspose
+from convnorm_jax.layers import core, geometry
+
+_CONVOLUTIONS = (eqx.nn.Conv, eqx.nn.ConvTranspose)
+# They change the weight of the layer inside before they call it.
+_WRAPPERS = (eqx.nn.SpectralNorm, eqx.nn.WeightNorm)
+# The dtype is that of the weight.
+_OPTIONS = tuple(name for name in conversion.OPTIONS if name != 'dtype')
+
+
+def convnormalize(
+    model: eqx.Module,
+    state: eqx.nn.State | None,
+    images: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    key: jax.Array,
+    where: Callable[[str], bool] | str | None = None,
+    norms: tuple[type, ...] = (eqx.nn.BatchNorm,),
+    call: Callable | None = None,
+    **options,
+) -> tuple[eqx.Module, eqx.nn.State | None, Report]:
+    """The model with a ConvNorm in place of every convolution and of the normalization that follows it.
+
+    Which normalization follows which convolution is read off a trace of `call`: one goes into a ConvNorm if its input
+    is the output of one convolution, and nothing else takes that output. The ConvNorm is then at the BatchNorm's place,
+    where the state and `inference` reach it, and at the convolution's there is nothing. A convolution without BatchNorm
+    is called without state, so it becomes a ConvNorm without BatchNorm whose spectrum is always that of its kernel
+    (spectrum='exact'). Layers that cannot be replaced stay; the report says why.
+
+    The new model is another function: train it. What it keeps are the kernels, the bias of a convolution as
+    `affine_bias`, and the scale, bias, momentum and epsilon of a BatchNorm, not its running statistics, which are those
+    of other arrays. A BatchNorm of mode='ema' normalizes by its running statistics in training, too; a ConvNorm never
+    does. The model and the state that are given are not changed.
+
+    Args:
+      state: of the model, as `eqx.nn.make_with_state` gives it; None for a model without.
+      images: an example batch [B, C, *spatial], or its shape and dtype.
+      key: of the initial values of the channel-wise convolutions.
+      where: which convolutions, a function of a path such as 'layers/0/conv1', or a regular expression that is searched
+        in it; None is all.
+      norms: types of normalizations to replace; others stay behind their ConvNorm. The scale and bias of one without
+        state go into the channel-wise convolution.
+      call: (model, state, images) -> anything: how the model is called, if not under
+        `jax.vmap(axis_name='batch', in_axes=(0, None), out_axes=(0, None))` as model(image, state), or as model(image)
+        if the state is None.
+      options: of every ConvNorm: use_affine, momentum, spectrum (of those with BatchNorm), method,
+        batch_norm_momentum, batch_norm_epsilon, precision.
+
+    Returns:
+      The new model, its state, and the report: `print(report)`.
+
+    Raises:
+      UserError: no convolution in the model, or `where` chooses none; an unknown option; a model whose code depends on
+        the shape of an array between a convolution and its normalization.
+    """
+    conversion.check_options(options, _OPTIONS)
+    call = call or _call
+    kinds = (*_CONVOLUTIONS, *norms)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: isinstance(x, kinds))
+    layers = {n: leaf for n, (_, leaf) in enumerate(leaves) if isinstance(leaf, kinds) and not _is_ours(leaf)}
+    wrapped = _wrapped(model)
+    found = {n: _found(leaves[n][0], layer, wrapped, norms) for n, layer in layers.items()}
+    convolutions = {n: f for n, f in found.items() if isinstance(layers[n], _CONVOLUTIONS)}
+    following = {n: f for n, f in found.items() if n not in convolutions}
+    chosen = conversion.selection(where, convolutions)
+    spies = [_spy(leaf, n) if n in layers else leaf for n, (_, leaf) in enumerate(leaves)]
+    flow, before = _trace(jax.tree.unflatten(tree, spies), state, call, images)
+    keys = dict(zip(convolutions, jax.random.split(key, len(convolutions))))
+
+    def build(number, norm, calls):
+        return _build(layers[number], layers[norm] if norm is not None else None, calls, keys[number], options)
+
+    report, placed = conversion.convert(convolutions, following, flow, chosen, build)
+    stateful = {f'convnorm {found[n].path}': layer for n, layer in placed.items() if isinstance(layer, ConvNormalized)}
+    with_state, entries = eqx.nn.make_with_state(lambda: stateful)()
+    placed = {n: with_state.get(f'convnorm {found[n].path}', layer) for n, layer in placed.items()}
+    placed = {n: Identity() if layer is None else layer for n, layer in placed.items()}
+    new = jax.tree.unflatten(tree, [placed.get(n, leaf) for n, (_, leaf) in enumerate(leaves)])
+    state = _merged(state, [layers[n] for n in placed], entries)
+    conversion.check_shapes(before, lambda: _shapes(new, state, call, images))
+    return new, state, report
+
+
+class Identity(eqx.Module):
+    """Where a convolution or a normalization was that is part of a ConvNorm. It ignores further arguments."""
+
+    def __call__(self, x: jax.Array, state: eqx.nn.State | None = None, **ignored):
+        """The input; with a state, too, if it is given one."""
+        return x if state is None else (x, state)
+
+
+class StatelessConvNorm(eqx.Module):
+    """A ConvNorm without BatchNorm and running spectrum, called as a convolution; see `convnormalize`."""
+
+    params: dict[str, jax.Array]
+    settings: core.Settings = eqx.field(static=True)
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """[in_channels, *spatial] -> [out_channels, *spatial']; `key` is ignored."""
+        y, _ = core.apply(self.settings, self.params, None, jnp.moveaxis(x, 0, -1)[None], use_running_average=True)
+        return jnp.moveaxis(y[0], -1, 0)
+
+
+class BatchNormedConvNorm(ConvNorm, eqx.nn.BatchNorm):
+    """A ConvNorm at the place of a BatchNorm, for code that looks for `eqx.nn.BatchNorm` among its layers."""
+
+
+class BatchNormedConvNormTranspose(ConvNormTranspose, eqx.nn.BatchNorm):
+    """A ConvNormTranspose at the place of a BatchNorm, for code that looks for `eqx.nn.BatchNorm` among its layers."""
+
+
+ConvNormalized = (ConvNorm, ConvNormTranspose)
+
+
+def _is_ours(layer):
+    return isinstance(layer, ConvNormalized)
+
+
+def _call(model, state, images):
+    if state is None:
+        return jax.vmap(model, axis_name='batch')(images)
+    return jax.vmap(model, axis_name='batch', in_axes=(0, None), out_axes=(0, None))(images, state)
+
+
+def _path(keys):
+    names = ('name', 'idx', 'key')
+    return '/'.join(str(next(getattr(key, n) for n in names if hasattr(key, n))) for key in keys)
+
+
+def _wrapped(model):
+    """{id of a convolution: the wrapper around it}"""
+    found = {}
+    for wrapper in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, _WRAPPERS)):
+        if isinstance(wrapper, _WRAPPERS):
+            for layer in jax.tree.leaves(wrapper.layer, is_leaf=lambda x: isinstance(x, _CONVOLUTIONS)):
+                found[id(layer)] = wrapper
+    return found
+
+
+def _found(keys, layer, wrapped, norms):
+    kind, refusal = type(layer).__name__, ''
+    originals = _CONVOLUTIONS if isinstance(layer, _CONVOLUTIONS) else norms
+    if type(layer).__call__ not in {original.__call__ for original in originals}:
+        refusal = 'a class with its own __call__'
+    if id(layer) in wrapped:
+        refusal = f'its weight is that of {type(wrapped[id(layer)]).__name__}'
+    if not isinstance(getattr(layer, 'axis_name', ''), str):
+        refusal = f'axis_name={layer.axis_name!r}: a ConvNorm takes one name'
+    return Found(_path(keys), kind, refusal, movable=isinstance(layer, eqx.nn.BatchNorm))
+
+
+@functools.lru_cache(maxsize=256)
+def _spied(kind):
+    """A subclass that marks the layer's output, or its input if it is a normalization."""
+
+    class OfConvolution(kind):
+        number_of_layer: int = eqx.field(static=True)
+
+        def __call__(self, x, **kwargs):
+            y = kind.__call__(self, x, **kwargs)
+            return dataflow.mark(y, Call(self.number_of_layer, x.shape, y.shape))
+
+    class OfNorm(kind):
+        number_of_layer: int = eqx.field(static=True)
+
+        def __call__(self, x, *args, **kwargs):
+            x = dataflow.mark(x, Call(self.number_of_layer, x.shape))
+            return kind.__call__(self, x, *args, **kwargs)
+
+    return OfConvolution if issubclass(kind, _CONVOLUTIONS) else OfNorm
+
+
+def _instance(kind, **values):
+    """A module from the values of its fields, without its `__init__`."""
+    made = object.__new__(kind)
+    for field in dataclasses.fields(kind):
+        object.__setattr__(made, field.name, values[field.name])
+    return made
+
+
+def _fields(module):
+    return {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
+
+
+def _spy(layer, number):
+    return _instance(_spied(type(layer)), **_fields(layer), number_of_layer=number)
+
+
+def _trace(model, state, call, images):
+    """The flow through the model, and the shapes of its outputs."""
+    arrays, static = eqx.partition(model, eqx.is_array)
+    shapes = []
+
+    def run(arrays, state, images):
+        y = call(eqx.combine(arrays, static), state, images)
+        shapes.append([a.shape for a in _arrays(y)])
+        return y
+
+    flow = dataflow.trace(run, arrays, state, images)
+    return flow, shapes[0]
+
+
+def _shapes(model, state, call, images):
+    """Of the arrays that the call returns."""
+    arrays, static = eqx.partition(model, eqx.is_array)
+    run = lambda arrays, state, images: _arrays(call(eqx.combine(arrays, static), state, images))
+    return [leaf.shape for leaf in jax.eval_shape(run, arrays, state, images)]
+
+
+def _arrays(tree):
+    """The arrays but for those of a state, whose entries are others in the new model."""
+    is_state = lambda x: isinstance(x, eqx.nn.State)
+    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_state) if isinstance(leaf, jax.Array)]
+
+
+def _merged(state, gone, entries):
+    """The state without the entries of the layers in `gone`, and with `entries`."""
+    if state is None:
+        return None
+    is_index = lambda x: isinstance(x, eqx.nn.StateIndex)
+    markers = {leaf.marker for leaf in jax.tree.leaves(gone, is_leaf=is_index) if is_index(leaf)}
+    found = {}
+    for part in (state, entries):
+        values, keys = part.tree_flatten()
+        found.update({key: value for key, value in zip(keys, values) if key not in markers})
+    return eqx.nn.State.tree_unflatten(tuple(found), tuple(found.values()))
+
+
+def _build(conv, norm, calls, key, options):
+    transposed = isinstance(conv, eqx.nn.ConvTranspose)
+    sizes = sorted({call.input[1:] for call in calls})
+    batch_norm = isinstance(norm, eqx.nn.BatchNorm)
+    given = {**_geometry(conv, transposed, sizes), 'param_dtype': conv.weight.dtype, **options}
+    if batch_norm:
+        given = {'batch_norm_epsilon': norm.eps, 'batch_norm_momentum': norm.momentum, **given}
+    else:
+        given['spectrum'] = 'exact'
+    settings = core.Settings(
+        features=conv.out_channels,
+        kernel_size=conv.kernel_size,
+        transposed=transposed,
+        use_batch_norm=batch_norm,
+        **given,
+    )
+    for size in sizes:
+        settings.geometry(size)  # raises UserError
+    params = _carried_over(settings, core.initial_params(settings, key, conv.in_channels), conv, norm)
+    if not batch_norm:
+        extras = ('no BatchNorm',)
+        return StatelessConvNorm(params, settings), conversion.details_of(settings, conv.in_channels, extras)
+    # Of the BatchNorm's own fields only what says what it was: it has no state, weight and bias of its own.
+    nothing = {name: None for name, value in _fields(norm).items() if isinstance(value, (eqx.nn.StateIndex, jax.Array))}
+    names = ('kernel', 'affine_kernel', 'affine_bias', 'scale', 'bias')
+    kind = BatchNormedConvNormTranspose if transposed else BatchNormedConvNorm
+    layer = _instance(
+        kind,
+        **{
+            **_fields(norm),
+            **nothing,
+            **{name: params.get(name) for name in names},
+            'state_index': eqx.nn.StateIndex(core.initial_state(settings, params['kernel'], sizes[0])),
+            'in_channels': conv.in_channels,
+            'settings': settings,
+        },
+    )
+    return layer, conversion.details_of(settings, conv.in_channels)
+
+
+def _carried_over(settings, params, conv, norm):
+    """The parameters with the values that the convolution and the normalization have for them."""
+    rank = settings.rank
+    kernel = jnp.moveaxis(conv.weight, (0, 1), (-1, -2))
+    # lax correlates, a transposed convolution of PyTorch and ours convolves
+    params['kernel'] = jnp.flip(kernel, tuple(range(rank))) if settings.transposed else kernel
+    if conv.bias is not None and settings.use_affine:
+        params['affine_bias'] = conv.bias.reshape(-1)
+    scale, bias = (getattr(norm, name, None) for name in ('weight', 'bias'))
+    scale, bias = (a if a is not None and a.shape == (settings.features,) else None for a in (scale, bias))
+    if 'scale' in params:
+        params['scale'] = params['scale'] if scale is None else scale
+        params['bias'] = params['bias'] if bias is None else bias
+    elif settings.use_affine:  # a normalization without state: into the channel-wise convolution
+        scale, bias = (default if a is None else a for a, default in ((scale, 1), (bias, 0)))
+        params['affine_kernel'] = params['affine_kernel'] * scale
+        params['affine_bias'] = params['affine_bias'] * scale + bias
+    return params
+
+
+def _geometry(conv, transposed, sizes):
+    """strides, padding, kernel_dilation and feature_group_count of the ConvNorm."""
+    rank = conv.num_spatial_dims
+    if not 1 <= rank <= 3:
+        raise Refused(f'{rank} spatial axes: ConvNorm has 1 to 3')
+    if not eqx.is_array(conv.weight):
+        raise Refused('its weight is not an array: shared with another layer')
+    if conv.weight.ndim != rank + 2:
+        raise Refused(f'its weight has the shape {conv.weight.shape}: layers stacked by a transformation')
+    spans = geometry.dilated_size(conv.kernel_size, conv.dilation)
+    given = {'strides': conv.stride, 'kernel_dilation': conv.dilation, 'feature_group_count': conv.groups}
+    if transposed:
+        if conv.padding_mode != 'ZEROS':
+            raise Refused(f'padding_mode={conv.padding_mode!r} of a transposed convolution')
+        return {**given, 'padding': conversion.transposed_crop(spans, _padding_transposed(conv, spans))}
+    return {**given, 'padding': _padding(conv, spans, sizes)}
+
+
+def _padding(conv, spans, sizes):
+    """Of the ConvNorm: for `jax.lax`, or 'CIRCULAR'."""
+    if conv.padding in ('SAME', 'VALID') and conv.padding_mode == 'ZEROS':
+        return conv.padding
+    pairs = conv.padding
+    if isinstance(pairs, str):
+        found = {tuple(jax.lax.padtype_to_pads(size, spans, conv.stride, pairs)) for size in sizes}
+        if len(found) > 1:
+            raise Refused(f'padding={conv.padding!r} of images of several sizes')
+        (pairs,) = found
+    pairs = [tuple(pair) for pair in pairs]
+    if conv.padding_mode == 'ZEROS' or not any(map(any, pairs)):
+        conversion.check_padding(pairs, spans)
+        return pairs
+    if conv.padding_mode != 'CIRCULAR':
+        raise Refused(f'padding_mode={conv.padding_mode!r}')
+    expected = [((k - 1) // 2, k // 2) for k in spans]
+    if pairs != expected:
+        raise Refused(f'circular padding of {pairs}; that of a ConvNorm is {expected}')
+    return 'CIRCULAR'
+
+
+def _padding_transposed(conv, spans):
+    """What `eqx.nn.ConvTranspose` pads its dilated input with (Dumoulin and Visin, arXiv 1603.07285)."""
+    if conv.padding == 'VALID':
+        pairs, extra = [(0, 0)] * len(spans), conv.output_padding
+    elif isinstance(conv.padding, str):
+        total = [k - s + a for k, s, a in zip(spans, conv.stride, conv.output_padding)]
+        extra = [max(-t, 0) for t in total]
+        lower = int(conv.padding == 'SAME_LOWER')
+        before = [(max(t, 0) + lower) // 2 for t in total]
+        pairs = [(b, max(t, 0) - b) for b, t in zip(before, total)]
+    else:
+        pairs, extra = conv.padding, conv.output_padding
+    return [(k - 1 - p, k - 1 - q + a) for k, (p, q), a in zip(spans, pairs, extra)]
