@@ -63,9 +63,11 @@ def convnormalize(
     """
     conversion.check_options(options)
     call = call or (lambda model, images: model(images))
-    new = nnx.clone(model)
-    layers = dict(enumerate(_layers(new, norms)))
-    found = {n: Found(path, type(layer).__name__, refusal) for n, (path, layer, refusal) in layers.items()}
+    # The paths are those of the model itself: a clone has its attributes in another order.
+    layers = dict(enumerate(_layers(model, norms)))
+    found = {
+        n: Found('/'.join(map(str, path)), type(layer).__name__, refusal) for n, (path, layer, refusal) in layers.items()
+    }
     convolutions = {n: f for n, f in found.items() if isinstance(layers[n][1], _CONVOLUTIONS)}
     following = {n: f for n, f in found.items() if n not in convolutions}
     chosen = conversion.selection(where, convolutions)
@@ -75,7 +77,8 @@ def convnormalize(
         return _build(layers[number][1], layers[norm][1] if norm is not None else None, calls, rngs, options)
 
     report, placed = conversion.convert(convolutions, following, flow, chosen, build)
-    ids = {id(layers[n][1]): layer or Identity() for n, layer in placed.items()}
+    new = nnx.clone(model)
+    ids = {id(_at(new, layers[n][0])): Identity() if layer is None else layer for n, layer in placed.items()}
     new = _replaced(new, ids, set())
     conversion.check_shapes(before, lambda: _shapes(new, call, images))
     return new, report
@@ -115,7 +118,7 @@ class BatchNormedConvNormTranspose(ConvNormTranspose, nnx.BatchNorm):
     """A ConvNormTranspose at the place of a BatchNorm, for code that looks for `nnx.BatchNorm` among its layers."""
 
 
-def _layers(model, norms) -> Iterator[tuple[str, nnx.Module, str]]:
+def _layers(model, norms) -> Iterator[tuple[tuple, nnx.Module, str]]:
     """(path, layer, refusal) of each convolution and normalization, a shared one once."""
     owners, found = {}, []
     for path, node, parent in _walk(model, (), None, set()):
@@ -138,7 +141,7 @@ def _layers(model, norms) -> Iterator[tuple[str, nnx.Module, str]]:
     for path, node, refusal in found:
         if isinstance(node, _CONVOLUTIONS) and len(owners[id(node.kernel)]) > 1:
             refusal = refusal or 'it shares its kernel with another layer'
-        yield '/'.join(map(str, path)), node, refusal
+        yield path, node, refusal
 
 
 def _children(node):
@@ -162,6 +165,10 @@ def _walk(node, path, parent, seen):
     for name, child in _children(node):
         if isinstance(child, (nnx.Module, list, tuple, dict)):
             yield from _walk(child, (*path, name), node, seen)
+
+
+def _at(node, path):
+    return functools.reduce(lambda node, name: dict(_children(node))[name], path, node)
 
 
 def _replaced(node, new, seen):
@@ -212,11 +219,10 @@ def _spied(kind):
 def _trace(model, numbers, call, images):
     """The flow through the model, and the shapes of its outputs."""
     spy = nnx.clone(model)
-    for path, node, _ in list(_walk(spy, (), None, set())):
-        number = numbers.get('/'.join(map(str, path)))
-        if number is not None:
-            object.__setattr__(node, '__class__', _spied(type(node)))
-            node.number_of_layer = number
+    for path, number in numbers.items():
+        layer = _at(spy, path)
+        object.__setattr__(layer, '__class__', _spied(type(layer)))
+        layer.number_of_layer = number
     graph, state = nnx.split(spy)
     shapes = []
 
