@@ -261,7 +261,7 @@ def _build(conv, norm, calls, key, options):
     )
     for size in sizes:
         settings.geometry(size)  # raises UserError
-    params = _carried_over(settings, core.initial_params(settings, key, conv.in_channels), conv, norm)
+    params = _params(settings, conv, norm, batch_norm, iter(jax.random.split(key, 5)).__next__)
     if not batch_norm:
         extras = ('no BatchNorm',)
         return StatelessConvNorm(params, settings), conversion.details_of(settings, conv.in_channels, extras)
@@ -283,23 +283,21 @@ def _build(conv, norm, calls, key, options):
     return layer, conversion.details_of(settings, conv.in_channels)
 
 
-def _carried_over(settings, params, conv, norm):
-    """The parameters with the values that the convolution and the normalization have for them."""
-    rank = settings.rank
+def _params(settings, conv, norm, batch_norm, next_key):
+    """The parameters, with the values that the convolution and the normalization have for them."""
     kernel = jnp.moveaxis(conv.weight, (0, 1), (-1, -2))
-    # lax correlates, a transposed convolution of PyTorch and ours convolves
-    params['kernel'] = jnp.flip(kernel, tuple(range(rank))) if settings.transposed else kernel
-    if conv.bias is not None and settings.use_affine:
-        params['affine_bias'] = conv.bias.reshape(-1)
-    scale, bias = (getattr(norm, name, None) for name in ('weight', 'bias'))
-    scale, bias = (a if a is not None and a.shape == (settings.features,) else None for a in (scale, bias))
-    if 'scale' in params:
-        params['scale'] = params['scale'] if scale is None else scale
-        params['bias'] = params['bias'] if bias is None else bias
-    elif settings.use_affine:  # a normalization without state: into the channel-wise convolution
-        scale, bias = (default if a is None else a for a, default in ((scale, 1), (bias, 0)))
-        params['affine_kernel'] = params['affine_kernel'] * scale
-        params['affine_bias'] = params['affine_bias'] * scale + bias
+    if settings.transposed:  # lax correlates, a transposed convolution of PyTorch and ours convolves
+        kernel = jnp.flip(kernel, tuple(range(settings.rank)))
+    scale, bias = getattr(norm, 'weight', None), getattr(norm, 'bias', None)
+    known = {'kernel': kernel, 'affine_bias': None if conv.bias is None else conv.bias.reshape(-1)}
+    if batch_norm:
+        known |= {'scale': scale, 'bias': bias}
+    params = conversion.initial_params(settings, conv.in_channels, known, next_key)
+    if not batch_norm and settings.use_affine:  # of a normalization without state: into the channel-wise convolution
+        if scale is not None and scale.shape == (settings.features,):
+            params = {**params, **{name: params[name] * scale for name in ('affine_kernel', 'affine_bias')}}
+        if bias is not None and bias.shape == (settings.features,):
+            params['affine_bias'] = params['affine_bias'] + bias
     return params
 
 

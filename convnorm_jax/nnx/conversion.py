@@ -271,10 +271,13 @@ def _build(conv, norm, calls, rngs, options):
     else:
         kinds, given['spectrum'] = (StatelessConvNorm, StatelessConvNormTranspose), 'exact'
     given = {**given, **options, 'use_batch_norm': batch_norm}
-    layer = kinds[transposed](conv.in_features, conv.out_features, conv.kernel_size, rngs=rngs, **given)
+    make = functools.partial(kinds[transposed], conv.in_features, conv.out_features, conv.kernel_size, **given)
+    layer = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
     for size in sizes:
         layer.settings.geometry(size)  # raises UserError
-    _carry_over(layer, conv, norm, transposed)
+    known = _known(conv, norm, transposed)
+    for name, value in conversion.initial_params(layer.settings, conv.in_features, known, rngs.params).items():
+        setattr(layer, name, nnx.Param(value))
     if batch_norm or running:
         layer._make_state(sizes[0], 1)
     return layer, conversion.details_of(layer.settings, conv.in_features, () if batch_norm else ('no BatchNorm',))
@@ -325,16 +328,16 @@ def _crop(padding, kernel_size, spans, strides, dilation):
     return conversion.transposed_crop(spans, found.params['padding'])
 
 
-def _carry_over(layer, conv, norm, transposed):
+def _known(conv, norm, transposed):
+    """The parameters of the ConvNorm that the two layers have values for."""
     kernel = conv.kernel[...]
     if transposed and conv.transpose_kernel:
         kernel = kernel.swapaxes(-1, -2)
     elif transposed:  # lax correlates, a transposed convolution of PyTorch and ours convolves
         kernel = jax.numpy.flip(kernel, tuple(range(len(conv.kernel_size))))
-    layer.kernel[...] = kernel
-    if conv.bias is not None and layer.settings.use_affine:
-        layer.affine_bias[...] = conv.bias[...]
-    for name in ('scale', 'bias'):
-        value = getattr(norm, name, None)
-        if value is not None and hasattr(layer, name) and value[...].shape == (layer.settings.features,):
-            getattr(layer, name)[...] = value[...]
+    variables = {
+        'affine_bias': conv.bias,
+        'scale': getattr(norm, 'scale', None),
+        'bias': getattr(norm, 'bias', None),
+    }
+    return {'kernel': kernel, **{name: v[...] for name, v in variables.items() if v is not None}}
