@@ -278,6 +278,9 @@ def _build(conv, norm, calls, rngs, options):
     known = _known(conv, norm, transposed)
     for name, value in conversion.initial_params(layer.settings, conv.in_features, known, rngs.params).items():
         setattr(layer, name, nnx.Param(value))
+    if not (transposed and conv.transpose_kernel):  # the same axes: of the same type, with the same metadata
+        layer.kernel = nnx.clone(conv).kernel
+        layer.kernel[...] = known['kernel']
     if batch_norm or running:
         layer._make_state(sizes[0], 1)
     return layer, conversion.details_of(layer.settings, conv.in_features, () if batch_norm else ('no BatchNorm',))
