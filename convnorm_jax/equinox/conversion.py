@@ -1,7 +1,7 @@
 """`convnormalize` for Equinox: ConvNorm in place of the convolutions of a model.
 
-    model, state, report = convnormalize(model, state, images, key=key)
-    print(report)
+model, state, report = convnormalize(model, state, images, key=key)
+print(report)
 """
 
 import dataclasses
@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from convnorm_jax import conversion, dataflow
-from convnorm_jax.conversion import Found, Refused, Report
+from convnorm_jax.conversion import Found, Report
 from convnorm_jax.dataflow import Call
+from convnorm_jax.equinox.geometry import geometry_of
 from convnorm_jax.equinox.layers import ConvNorm, ConvNormTranspose
-from convnorm_jax.layers import core, geometry
+from convnorm_jax.layers import core
 
 _CONVOLUTIONS = (eqx.nn.Conv, eqx.nn.ConvTranspose)
-# They change the weight of the layer inside before they call it.
-_WRAPPERS = (eqx.nn.SpectralNorm, eqx.nn.WeightNorm)
+# They read or change the weights of the layers inside: {type: its field}.
+_WRAPPERS = {eqx.nn.SpectralNorm: 'layer', eqx.nn.WeightNorm: 'layer', eqx.nn.Shared: 'pytree'}
 # The dtype is that of the weight.
 _OPTIONS = tuple(name for name in conversion.OPTIONS if name != 'dtype')
 
@@ -146,10 +147,11 @@ def _path(keys):
 
 def _wrapped(model):
     """{id of a convolution: the wrapper around it}"""
-    found = {}
-    for wrapper in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, _WRAPPERS)):
-        if isinstance(wrapper, _WRAPPERS):
-            for layer in jax.tree.leaves(wrapper.layer, is_leaf=lambda x: isinstance(x, _CONVOLUTIONS)):
+    found, kinds = {}, tuple(_WRAPPERS)
+    for wrapper in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, kinds)):
+        if isinstance(wrapper, kinds):
+            inside = getattr(wrapper, next(field for kind, field in _WRAPPERS.items() if isinstance(wrapper, kind)))
+            for layer in jax.tree.leaves(inside, is_leaf=lambda x: isinstance(x, _CONVOLUTIONS)):
                 found[id(layer)] = wrapper
     return found
 
@@ -160,7 +162,7 @@ def _found(keys, layer, wrapped, norms):
     if type(layer).__call__ not in {original.__call__ for original in originals}:
         refusal = 'a class with its own __call__'
     if id(layer) in wrapped:
-        refusal = f'its weight is that of {type(wrapped[id(layer)]).__name__}'
+        refusal = f'{type(wrapped[id(layer)]).__name__} around it has a hand in its weight'
     if not isinstance(getattr(layer, 'axis_name', ''), str):
         refusal = f'axis_name={layer.axis_name!r}: a ConvNorm takes one name'
     return Found(_path(keys), kind, refusal, movable=isinstance(layer, eqx.nn.BatchNorm))
@@ -247,7 +249,7 @@ def _build(conv, norm, calls, key, options):
     transposed = isinstance(conv, eqx.nn.ConvTranspose)
     sizes = sorted({call.input[1:] for call in calls})
     batch_norm = isinstance(norm, eqx.nn.BatchNorm)
-    given = {**_geometry(conv, transposed, sizes), 'param_dtype': conv.weight.dtype, **options}
+    given = {**geometry_of(conv, transposed, sizes), 'param_dtype': conv.weight.dtype, **options}
     if batch_norm:
         given = {'batch_norm_epsilon': norm.eps, 'batch_norm_momentum': norm.momentum, **given}
     else:
@@ -299,58 +301,3 @@ def _params(settings, conv, norm, batch_norm, next_key):
         if bias is not None and bias.shape == (settings.features,):
             params['affine_bias'] = params['affine_bias'] + bias
     return params
-
-
-def _geometry(conv, transposed, sizes):
-    """strides, padding, kernel_dilation and feature_group_count of the ConvNorm."""
-    rank = conv.num_spatial_dims
-    if not 1 <= rank <= 3:
-        raise Refused(f'{rank} spatial axes: ConvNorm has 1 to 3')
-    if not eqx.is_array(conv.weight):
-        raise Refused('its weight is not an array: shared with another layer')
-    if conv.weight.ndim != rank + 2:
-        raise Refused(f'its weight has the shape {conv.weight.shape}: layers stacked by a transformation')
-    spans = geometry.dilated_size(conv.kernel_size, conv.dilation)
-    given = {'strides': conv.stride, 'kernel_dilation': conv.dilation, 'feature_group_count': conv.groups}
-    if transposed:
-        if conv.padding_mode != 'ZEROS':
-            raise Refused(f'padding_mode={conv.padding_mode!r} of a transposed convolution')
-        return {**given, 'padding': conversion.transposed_crop(spans, _padding_transposed(conv, spans))}
-    return {**given, 'padding': _padding(conv, spans, sizes)}
-
-
-def _padding(conv, spans, sizes):
-    """Of the ConvNorm: for `jax.lax`, or 'CIRCULAR'."""
-    if conv.padding in ('SAME', 'VALID') and conv.padding_mode == 'ZEROS':
-        return conv.padding
-    pairs = conv.padding
-    if isinstance(pairs, str):
-        found = {tuple(jax.lax.padtype_to_pads(size, spans, conv.stride, pairs)) for size in sizes}
-        if len(found) > 1:
-            raise Refused(f'padding={conv.padding!r} of images of several sizes')
-        (pairs,) = found
-    pairs = [tuple(pair) for pair in pairs]
-    if conv.padding_mode == 'ZEROS' or not any(map(any, pairs)):
-        conversion.check_padding(pairs, spans)
-        return pairs
-    if conv.padding_mode != 'CIRCULAR':
-        raise Refused(f'padding_mode={conv.padding_mode!r}')
-    expected = [((k - 1) // 2, k // 2) for k in spans]
-    if pairs != expected:
-        raise Refused(f'circular padding of {pairs}; that of a ConvNorm is {expected}')
-    return 'CIRCULAR'
-
-
-def _padding_transposed(conv, spans):
-    """What `eqx.nn.ConvTranspose` pads its dilated input with (Dumoulin and Visin, arXiv 1603.07285)."""
-    if conv.padding == 'VALID':
-        pairs, extra = [(0, 0)] * len(spans), conv.output_padding
-    elif isinstance(conv.padding, str):
-        total = [k - s + a for k, s, a in zip(spans, conv.stride, conv.output_padding)]
-        extra = [max(-t, 0) for t in total]
-        lower = int(conv.padding == 'SAME_LOWER')
-        before = [(max(t, 0) + lower) // 2 for t in total]
-        pairs = [(b, max(t, 0) - b) for b, t in zip(before, total)]
-    else:
-        pairs, extra = conv.padding, conv.output_padding
-    return [(k - 1 - p, k - 1 - q + a) for k, (p, q), a in zip(spans, pairs, extra)]

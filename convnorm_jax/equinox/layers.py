@@ -1,9 +1,9 @@
 """ConvNorm and ConvNormTranspose for Equinox (an extra: `pip install 'convnorm_jax[equinox]'`).
 
-    from convnorm_jax.equinox import ConvNorm
-    layer, state = eqx.nn.make_with_state(ConvNorm)(3, 64, 3, padding=1, image_size=(32, 32), key=key)
-    y, state = jax.vmap(layer, axis_name='batch', in_axes=(0, None), out_axes=(0, None))(images, state)
-    layer = eqx.nn.inference_mode(layer)      # inference from now on, as for eqx.nn.BatchNorm
+from convnorm_jax.equinox import ConvNorm
+layer, state = eqx.nn.make_with_state(ConvNorm)(3, 64, 3, padding=1, image_size=(32, 32), key=key)
+y, state = jax.vmap(layer, axis_name='batch', in_axes=(0, None), out_axes=(0, None))(images, state)
+layer = eqx.nn.inference_mode(layer)      # inference from now on, as for eqx.nn.BatchNorm
 """
 
 from collections.abc import Hashable, Sequence

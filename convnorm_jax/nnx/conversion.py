@@ -1,7 +1,7 @@
 """`convnormalize` for Flax NNX: ConvNorm in place of the convolutions of a model.
 
-    model, report = convnormalize(ResNet(rngs=nnx.Rngs(0)), images, rngs=nnx.Rngs(1))
-    print(report)
+model, report = convnormalize(ResNet(rngs=nnx.Rngs(0)), images, rngs=nnx.Rngs(1))
+print(report)
 """
 
 import functools
@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 
 import jax
 from flax import nnx
-from jax import lax
 
 from convnorm_jax import conversion, dataflow
 from convnorm_jax.conversion import Found, Refused, Report
 from convnorm_jax.dataflow import Call
-from convnorm_jax.layers import geometry
+from convnorm_jax.nnx.geometry import geometry_of
 from convnorm_jax.nnx.layers import ConvNorm, ConvNormTranspose
 
 _CONVOLUTIONS = (nnx.Conv, nnx.ConvTranspose)
@@ -66,7 +65,8 @@ def convnormalize(
     # The paths are those of the model itself: a clone has its attributes in another order.
     layers = dict(enumerate(_layers(model, norms)))
     found = {
-        n: Found('/'.join(map(str, path)), type(layer).__name__, refusal) for n, (path, layer, refusal) in layers.items()
+        n: Found('/'.join(map(str, path)), type(layer).__name__, refusal)
+        for n, (path, layer, refusal) in layers.items()
     }
     convolutions = {n: f for n, f in found.items() if isinstance(layers[n][1], _CONVOLUTIONS)}
     following = {n: f for n, f in found.items() if n not in convolutions}
@@ -131,7 +131,7 @@ def _layers(model, norms) -> Iterator[tuple[tuple, nnx.Module, str]]:
         if isinstance(node, _CONVOLUTIONS):
             refusal = '' if own in (nnx.Conv.__call__, nnx.ConvTranspose.__call__) else 'a class with its own __call__'
             if isinstance(parent, _WRAPPERS):
-                refusal = f'its kernel is that of {type(parent).__name__}'
+                refusal = f'{type(parent).__name__} around it has a hand in its kernel'
             found.append((path, node, refusal))
         elif isinstance(node, norms) and not isinstance(node, (ConvNorm, ConvNormTranspose)):
             refusal = '' if own in {kind.__call__ for kind in norms} else 'a class with its own __call__'
@@ -250,7 +250,7 @@ def _build(conv, norm, calls, rngs, options):
     transposed = isinstance(conv, nnx.ConvTranspose)
     rank = len(conv.kernel_size)
     sizes = sorted({call.input[-rank - 1 : -1] for call in calls})
-    given = {**_geometry(conv, transposed, sizes), 'dtype': conv.dtype, 'precision': conv.precision}
+    given = {**geometry_of(conv, transposed), 'dtype': conv.dtype, 'precision': conv.precision}
     given['param_dtype'] = conv.kernel.dtype
     batch_norm = norm is not None
     running = options.get('spectrum') == 'running'
@@ -284,51 +284,6 @@ def _build(conv, norm, calls, rngs, options):
     if batch_norm or running:
         layer._make_state(sizes[0], 1)
     return layer, conversion.details_of(layer.settings, conv.in_features, () if batch_norm else ('no BatchNorm',))
-
-
-def _geometry(conv, transposed, sizes):
-    """strides, padding, kernel_dilation and feature_group_count of the ConvNorm."""
-    rank = len(conv.kernel_size)
-    if not 1 <= rank <= 3:
-        raise Refused(f'{rank} spatial axes: ConvNorm has 1 to 3')
-    if conv.kernel[...].ndim != rank + 2:
-        raise Refused(f'its kernel has the shape {conv.kernel.shape}: layers stacked by a transformation')
-    if conv.mask is not None:
-        raise Refused('a mask on its kernel')
-    if getattr(conv, 'preferred_element_type', None) is not None:
-        raise Refused('preferred_element_type')
-    strides = geometry.ints_for_axes(conv.strides, 'strides', rank)
-    dilation = geometry.ints_for_axes(conv.kernel_dilation, 'kernel_dilation', rank)
-    spans = geometry.dilated_size(conv.kernel_size, dilation)
-    given = {'strides': strides, 'kernel_dilation': dilation}
-    padding = conv.padding
-    if isinstance(padding, str) and padding not in ('SAME', 'VALID', 'CIRCULAR'):
-        raise Refused(conversion.CAUSAL if padding == 'CAUSAL' else f'padding={padding!r}')
-    if transposed:
-        if padding == 'CIRCULAR':
-            raise Refused("padding='CIRCULAR' of a transposed convolution")
-        given['padding'] = _crop(padding, conv.kernel_size, spans, strides, dilation)
-        return given
-    if set(geometry.ints_for_axes(conv.input_dilation, 'input_dilation', rank)) != {1}:
-        raise Refused(f'input_dilation={conv.input_dilation}')
-    if conv.conv_general_dilated is not lax.conv_general_dilated:
-        raise Refused('a conv_general_dilated of its own')
-    if not isinstance(padding, str):
-        padding = [tuple(pair) for pair in geometry.padding_pairs(padding, rank)]
-        conversion.check_padding(padding, spans)
-    return {**given, 'padding': padding, 'feature_group_count': conv.feature_group_count}
-
-
-def _crop(padding, kernel_size, spans, strides, dilation):
-    """What `jax.lax.conv_transpose` crops from the full transposed convolution."""
-    if not isinstance(padding, str):
-        return conversion.transposed_crop(spans, geometry.padding_pairs(padding, len(spans)))
-    # The padding that it computes, asked for rather than computed again.
-    x, kernel = (jax.ShapeDtypeStruct((1, *(1 for _ in spans), 1), 'float32') for _ in range(2))
-    kernel = jax.ShapeDtypeStruct((*kernel_size, 1, 1), 'float32')
-    traced = jax.make_jaxpr(lambda x, k: lax.conv_transpose(x, k, strides, padding, rhs_dilation=dilation))(x, kernel)
-    found = next(e for e in traced.jaxpr.eqns if e.primitive.name == 'conv_general_dilated')
-    return conversion.transposed_crop(spans, found.params['padding'])
 
 
 def _known(conv, norm, transposed):

@@ -1,6 +1,7 @@
 """Each geometry of the libraries' convolutions: `convnormalize` filters what the library computes, as NumPy does."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +151,7 @@ REFUSED = {
     'reflected': (False, {'padding': 1, 'padding_mode': 'REFLECT'}, "padding_mode='REFLECT'"),
     'circular': (False, {'padding': 2, 'padding_mode': 'CIRCULAR'}, r'that of a ConvNorm is \[\(1, 1\), \(1, 1\)\]'),
     'wide': (False, {'padding': 3}, 'expected between 0 and kernel_size - 1'),
-    'up_circular': (True, {'padding': 1, 'padding_mode': 'CIRCULAR'}, "'CIRCULAR' of a transposed convolution"),
+    'up_circular': (True, {'padding': 'SAME', 'padding_mode': 'CIRCULAR'}, "'CIRCULAR' of a transposed convolution"),
     'up_beyond': (True, {'stride': 4, 'output_padding': 3}, 'beyond the full transposed convolution'),
 }
 
@@ -163,8 +164,7 @@ def test_equinox_refused(name):
     x = jnp.moveaxis(images((6, 6)), -1, 1)
     new, _, report = convnorm_eqx.convnormalize(conv, None, x, key=jax.random.key(1))
     assert type(new) is type(conv) and not report.replaced
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(report.left[0].reason)
+    assert re.search(reason, report.left[0].reason)
 
 
 def test_no_geometry_has_a_wrong_crop_of_same():

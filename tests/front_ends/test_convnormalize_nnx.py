@@ -24,8 +24,10 @@ def images(seed=0, shape=SPEC.shape):
 
 def at(model, path):
     for name in path.split('/'):
-        model = model[int(name)] if name.isdigit() and not isinstance(model, dict) else (
-            model[name] if isinstance(model, dict) else getattr(model, name)
+        model = (
+            model[int(name)]
+            if name.isdigit() and not isinstance(model, dict)
+            else (model[name] if isinstance(model, dict) else getattr(model, name))
         )
     return model
 
@@ -212,7 +214,7 @@ def test_every_reason():
         'own': 'a class with its own __call__',
         'tied1': 'it shares its kernel',
         'tied2': 'it shares its kernel',
-        'spectral/layer_instance': 'its kernel is that of SpectralNorm',
+        'spectral/layer_instance': 'SpectralNorm around it',
         'causal': 'sees the whole sequence',
         'one_sided': 'sees the whole sequence',
         'never': 'does not reach it',
@@ -382,7 +384,9 @@ def test_mistakes():
     with pytest.raises(UserError, match='the model has no convolution'):
         convert(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
     model = ResNet(nnx.Rngs(0))
-    with pytest.raises(UserError, match=r"where='bottleneck'\): it matches none of the convolutions stem, blocks/0/conv1"):
+    with pytest.raises(
+        UserError, match=r"where='bottleneck'\): it matches none of the convolutions stem, blocks/0/conv1"
+    ):
         convert(model, where='bottleneck')
     with pytest.raises(UserError, match=r'kernel_size=...\): expected options of ConvNorm: use_affine'):
         convert(model, kernel_size=5)

@@ -1,0 +1,58 @@
+"""The geometry of Flax NNX's convolutions in the terms of a ConvNorm."""
+
+import jax
+from flax import nnx
+from jax import lax
+
+from convnorm_jax import conversion
+from convnorm_jax.conversion import Refused
+from convnorm_jax.layers import geometry
+
+
+def geometry_of(conv: nnx.Conv | nnx.ConvTranspose, transposed: bool) -> dict:
+    """strides, padding, kernel_dilation and feature_group_count of a ConvNorm.
+
+    Raises:
+      Refused: there are none.
+    """
+    rank = len(conv.kernel_size)
+    if not 1 <= rank <= 3:
+        raise Refused(f'{rank} spatial axes: ConvNorm has 1 to 3')
+    if conv.kernel[...].ndim != rank + 2:
+        raise Refused(f'its kernel has the shape {conv.kernel.shape}: layers stacked by a transformation')
+    if conv.mask is not None:
+        raise Refused('a mask on its kernel')
+    if getattr(conv, 'preferred_element_type', None) is not None:
+        raise Refused('preferred_element_type')
+    strides = geometry.ints_for_axes(conv.strides, 'strides', rank)
+    dilation = geometry.ints_for_axes(conv.kernel_dilation, 'kernel_dilation', rank)
+    spans = geometry.dilated_size(conv.kernel_size, dilation)
+    given = {'strides': strides, 'kernel_dilation': dilation}
+    padding = conv.padding
+    if isinstance(padding, str) and padding not in ('SAME', 'VALID', 'CIRCULAR'):
+        raise Refused(conversion.CAUSAL if padding == 'CAUSAL' else f'padding={padding!r}')
+    if transposed:
+        if padding == 'CIRCULAR':
+            raise Refused("padding='CIRCULAR' of a transposed convolution")
+        given['padding'] = _crop(padding, conv.kernel_size, spans, strides, dilation)
+        return given
+    if set(geometry.ints_for_axes(conv.input_dilation, 'input_dilation', rank)) != {1}:
+        raise Refused(f'input_dilation={conv.input_dilation}')
+    if conv.conv_general_dilated is not lax.conv_general_dilated:
+        raise Refused('a conv_general_dilated of its own')
+    if not isinstance(padding, str):
+        padding = [tuple(pair) for pair in geometry.padding_pairs(padding, rank)]
+        conversion.check_padding(padding, spans)
+    return {**given, 'padding': padding, 'feature_group_count': conv.feature_group_count}
+
+
+def _crop(padding, kernel_size, spans, strides, dilation):
+    """What `jax.lax.conv_transpose` crops from the full transposed convolution."""
+    if not isinstance(padding, str):
+        return conversion.transposed_crop(spans, geometry.padding_pairs(padding, len(spans)))
+    # The padding that it computes, asked for rather than computed again.
+    x, kernel = (jax.ShapeDtypeStruct((1, *(1 for _ in spans), 1), 'float32') for _ in range(2))
+    kernel = jax.ShapeDtypeStruct((*kernel_size, 1, 1), 'float32')
+    traced = jax.make_jaxpr(lambda x, k: lax.conv_transpose(x, k, strides, padding, rhs_dilation=dilation))(x, kernel)
+    found = next(e for e in traced.jaxpr.eqns if e.primitive.name == 'conv_general_dilated')
+    return conversion.transposed_crop(spans, found.params['padding'])
