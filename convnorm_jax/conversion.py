@@ -1,8 +1,10 @@
-"""What `convnormalize` of every library shares: which convolution becomes a ConvNorm with which normalization, and the report."""
+"""What `convnormalize` of every library shares: which layers go into a ConvNorm, and the report."""
 
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+
+import jax
 
 from convnorm_jax.dataflow import Flow
 from convnorm_jax.errors import UserError
@@ -29,7 +31,8 @@ class Replaced:
     Attributes:
       path: of the convolution.
       norm: path of the normalization that went into it, None without.
-      place: path of the new layer: the normalization's, whose calls say whether the model trains, else the convolution's.
+      place: path of the new layer: that of the normalization, whose calls say whether the model trains, or without
+        one that of the convolution.
       layer: its class, ConvNorm or ConvNormTranspose.
       details: its kernel size, channels and the like.
     """
@@ -254,6 +257,14 @@ def transposed_crop(spans: Sequence[int], padding: Sequence[tuple[int, int]]) ->
             f'input with kernel_size={tuple(spans)}'
         )
     return crop
+
+
+def named_padding(name: str, sizes: Sequence[Sequence[int]], spans: Sequence[int], strides: Sequence[int]) -> list:
+    """'SAME_LOWER' and the like as pairs for each axis, where they are the same for images of all these sizes."""
+    found = {tuple(jax.lax.padtype_to_pads(size, spans, strides, name)) for size in sizes}
+    if len(found) > 1:
+        raise Refused(f'padding={name!r} of images of several sizes')
+    return [tuple(map(int, pair)) for pair in found.pop()]
 
 
 CAUSAL = 'causal padding: the filter of a ConvNorm sees the whole sequence'

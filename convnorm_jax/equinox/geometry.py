@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import equinox as eqx
-import jax
 
 from convnorm_jax import conversion
 from convnorm_jax.conversion import Refused
@@ -34,13 +33,10 @@ def _padding(conv, spans, sizes):
     """Of the ConvNorm: for `jax.lax`, or 'CIRCULAR'."""
     if conv.padding in ('SAME', 'VALID') and conv.padding_mode == 'ZEROS':
         return conv.padding
-    pairs = conv.padding
-    if isinstance(pairs, str):
-        found = {tuple(jax.lax.padtype_to_pads(size, spans, conv.stride, pairs)) for size in sizes}
-        if len(found) > 1:
-            raise Refused(f'padding={conv.padding!r} of images of several sizes')
-        (pairs,) = found
-    pairs = [tuple(pair) for pair in pairs]
+    if isinstance(conv.padding, str):
+        pairs = conversion.named_padding(conv.padding, sizes, spans, conv.stride)
+    else:
+        pairs = [tuple(pair) for pair in conv.padding]
     if conv.padding_mode == 'ZEROS' or not any(map(any, pairs)):
         conversion.check_padding(pairs, spans)
         return pairs

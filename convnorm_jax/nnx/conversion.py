@@ -250,7 +250,7 @@ def _build(conv, norm, calls, rngs, options):
     transposed = isinstance(conv, nnx.ConvTranspose)
     rank = len(conv.kernel_size)
     sizes = sorted({call.input[-rank - 1 : -1] for call in calls})
-    given = {**geometry_of(conv, transposed), 'dtype': conv.dtype, 'precision': conv.precision}
+    given = {**geometry_of(conv, transposed, sizes), 'dtype': conv.dtype, 'precision': conv.precision}
     given['param_dtype'] = conv.kernel.dtype
     batch_norm = norm is not None
     running = options.get('spectrum') == 'running'

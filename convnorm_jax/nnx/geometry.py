@@ -1,5 +1,7 @@
 """The geometry of Flax NNX's convolutions in the terms of a ConvNorm."""
 
+from collections.abc import Sequence
+
 import jax
 from flax import nnx
 from jax import lax
@@ -9,8 +11,8 @@ from convnorm_jax.conversion import Refused
 from convnorm_jax.layers import geometry
 
 
-def geometry_of(conv: nnx.Conv | nnx.ConvTranspose, transposed: bool) -> dict:
-    """strides, padding, kernel_dilation and feature_group_count of a ConvNorm.
+def geometry_of(conv: nnx.Conv | nnx.ConvTranspose, transposed: bool, sizes: Sequence[tuple[int, ...]]) -> dict:
+    """strides, padding, kernel_dilation and feature_group_count of a ConvNorm, for images of these sizes.
 
     Raises:
       Refused: there are none.
@@ -29,17 +31,18 @@ def geometry_of(conv: nnx.Conv | nnx.ConvTranspose, transposed: bool) -> dict:
     spans = geometry.dilated_size(conv.kernel_size, dilation)
     given = {'strides': strides, 'kernel_dilation': dilation}
     padding = conv.padding
-    if isinstance(padding, str) and padding not in ('SAME', 'VALID', 'CIRCULAR'):
-        raise Refused(conversion.CAUSAL if padding == 'CAUSAL' else f'padding={padding!r}')
+    if padding == 'CAUSAL':
+        raise Refused(conversion.CAUSAL)
+    if padding == 'REFLECT' or (transposed and padding == 'CIRCULAR'):
+        raise Refused(f'padding={padding!r}' + (' of a transposed convolution' if transposed else ''))
     if transposed:
-        if padding == 'CIRCULAR':
-            raise Refused("padding='CIRCULAR' of a transposed convolution")
-        given['padding'] = _crop(padding, conv.kernel_size, spans, strides, dilation)
-        return given
+        return {**given, 'padding': _crop(padding, conv.kernel_size, spans, strides, dilation)}
     if set(geometry.ints_for_axes(conv.input_dilation, 'input_dilation', rank)) != {1}:
         raise Refused(f'input_dilation={conv.input_dilation}')
     if conv.conv_general_dilated is not lax.conv_general_dilated:
         raise Refused('a conv_general_dilated of its own')
+    if isinstance(padding, str) and padding not in ('SAME', 'VALID', 'CIRCULAR'):
+        padding = conversion.named_padding(padding, sizes, spans, strides)
     if not isinstance(padding, str):
         padding = [tuple(pair) for pair in geometry.padding_pairs(padding, rank)]
         conversion.check_padding(padding, spans)
@@ -51,8 +54,7 @@ def _crop(padding, kernel_size, spans, strides, dilation):
     if not isinstance(padding, str):
         return conversion.transposed_crop(spans, geometry.padding_pairs(padding, len(spans)))
     # The padding that it computes, asked for rather than computed again.
-    x, kernel = (jax.ShapeDtypeStruct((1, *(1 for _ in spans), 1), 'float32') for _ in range(2))
-    kernel = jax.ShapeDtypeStruct((*kernel_size, 1, 1), 'float32')
+    x, kernel = (jax.ShapeDtypeStruct(shape, 'float32') for shape in ((1, *spans, 1), (*kernel_size, 1, 1)))
     traced = jax.make_jaxpr(lambda x, k: lax.conv_transpose(x, k, strides, padding, rhs_dilation=dilation))(x, kernel)
     found = next(e for e in traced.jaxpr.eqns if e.primitive.name == 'conv_general_dilated')
     return conversion.transposed_crop(spans, found.params['padding'])

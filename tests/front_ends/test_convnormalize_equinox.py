@@ -93,7 +93,7 @@ def test_what_is_replaced(net):
 def test_it_trains(net):
     model, state = converted(net)[2:4]
     x, labels = images(1), jnp.arange(8) % 3
-    tx = optax.sgd(1.0 if net is nets.Decoder else 0.05, 0.9)
+    tx = optax.sgd(1.0 if net is nets.Decoder else 0.1, 0.9)
     opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
 
     @eqx.filter_jit
@@ -171,7 +171,6 @@ def test_the_numbers_of_a_net_by_hand():
         for part in ('mean', 'var', 'count'):
             np.testing.assert_array_equal(entry[part], fresh[part])
         hand_state = hand_state.set(hand.layers[name].state_index, entry)
-        assert layer.settings == hand.layers[name].settings
         for part, value in layer.params.items():
             where = lambda hand, name=name, part=part: getattr(hand.layers[name], part)
             hand = eqx.tree_at(where, hand, value)
@@ -250,7 +249,7 @@ class OwnCall(eqx.nn.Conv2d):
 
 def test_every_reason():
     model, state = eqx.nn.make_with_state(Odd)(KEY)
-    new, new_state, report = convert(model, state)
+    report = convert(model, state)[2]
     expected = {
         'own': 'a class with its own __call__',
         'spectral/layer': 'WeightNorm around it',

@@ -21,6 +21,8 @@ NNX = {
     'same': ((6, 7), (3, 3), {}),
     'same_even_strided': ((7, 6), (4, 2), {'strides': (2, 3)}),
     'valid': ((6, 7), (3, 2), {'padding': 'VALID', 'strides': None}),
+    'same_lower': ((7, 6), (4, 2), {'strides': (2, 1), 'padding': 'SAME_LOWER'}),
+    'small_letters': ((6, 7), (3, 3), {'padding': 'same', 'strides': 2}),
     'pairs': ((6, 7), (4, 3), {'padding': [(3, 1), 2], 'strides': 2}),
     'dilated': ((8, 8), (3, 3), {'padding': 2, 'kernel_dilation': 2}),
     'groups': ((5, 5), (3, 3), {'feature_group_count': 2}),
