@@ -116,7 +116,10 @@ def selection(where: Callable[[str], bool] | str | None, convolutions: Mapping[i
     """
     if not convolutions:
         raise UserError('convnormalize: the model has no convolution')
-    chosen = where if callable(where) else re.compile(where or '').search
+    try:
+        chosen = where if callable(where) else re.compile(where or '').search
+    except re.error as error:
+        raise UserError(f'convnormalize(where={where!r}): no regular expression, {error}') from None
     found = {number for number, layer in convolutions.items() if chosen(layer.path)}
     if not found:
         paths = [layer.path for layer in convolutions.values()]
@@ -137,7 +140,8 @@ def convert(
     Args:
       convolutions, norms: by their numbers in the flow.
       build: (convolution, normalization or None, the convolution's calls) -> (the layer, details for the report);
-        numbers of layers. Raises Refused or UserError where the layer cannot be.
+        numbers of layers. Raises Refused or UserError where the layer cannot be. What cannot be with its normalization
+        is built without.
 
     Returns:
       The report; {number: what takes its place, None for nothing}.
@@ -147,27 +151,29 @@ def convert(
     reasons = {number: _why_alone(number, convolutions, norms, flow) for number in norms}
     for number, layer in convolutions.items():
         norm, calls = followers.get(number), flow.calls.get(number, [])
-        try:
-            _check(layer, number in chosen, calls)
-            made, details = build(number, norm, calls)
-        except (Refused, UserError) as error:
-            left.append(Left(layer.path, layer.kind, str(error)))
+        for together in [norm] if norm is None else [norm, None]:
+            try:
+                _check(layer, number in chosen, calls)
+                made, details = build(number, together, calls)
+            except (Refused, UserError) as error:
+                reason = str(error)
+                if together is not None:
+                    reasons[together] = reason
+                continue
+            place = number if together is None or not norms[together].movable else together
+            new.update({n: None for n in (number, together) if n is not None})
+            new[place] = made
+            path = {**convolutions, **norms}[place].path
+            name = 'ConvNormTranspose' if made.settings.transposed else 'ConvNorm'
+            gone = None if together is None else norms[together].path
+            replaced.append(Replaced(layer.path, gone, path, name, details))
+            break
+        else:
+            left.append(Left(layer.path, layer.kind, reason))
             if norm is not None:
                 reasons[norm] = f'its convolution {layer.path} is left'
-            continue
-        place = number if norm is None or not norms[norm].movable else norm
-        new.update({n: None for n in (number, norm) if n is not None})
-        new[place] = made
-        path = {**convolutions, **norms}[place].path
-        name = 'ConvNormTranspose' if made_transposed(made) else 'ConvNorm'
-        replaced.append(Replaced(layer.path, None if norm is None else norms[norm].path, path, name, details))
     left += [Left(layer.path, layer.kind, reasons[n]) for n, layer in norms.items() if n not in new]
     return Report(tuple(replaced), tuple(left)), new
-
-
-def made_transposed(layer) -> bool:
-    """Whether a new layer is a transposed convolution."""
-    return layer.settings.transposed
 
 
 def _check(layer, chosen, calls):

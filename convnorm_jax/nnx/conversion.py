@@ -258,9 +258,9 @@ def _build(conv, norm, calls, rngs, options):
         if len(calls) > 1:
             raise Refused(f"it is called {len(calls)} times; spectrum='running' is of one call")
         if len(calls[0].input) != rank + 2:
-            raise Refused(f'it is called on {calls[0].input}: a ConvNorm with state takes one batch axis')
+            raise Refused(f'its convolution is called on {calls[0].input}: a ConvNorm with state takes one batch axis')
     if batch_norm:
-        given['batch_norm_epsilon'] = norm.epsilon
+        given['batch_norm_epsilon'] = getattr(norm, 'epsilon', 1e-5)
         given['batch_norm_momentum'] = getattr(norm, 'momentum', 0.9)
         given['use_running_average'] = getattr(norm, 'use_running_average', False)
         kinds = (ConvNorm, ConvNormTranspose)
