@@ -1,9 +1,9 @@
 """ConvNorm and ConvNormTranspose for Equinox (an extra: `pip install 'convnorm_jax[equinox]'`).
 
-    from convnorm_jax.equinox import ConvNorm
-    layer, state = eqx.nn.make_with_state(ConvNorm)(3, 64, 3, padding=1, image_size=(32, 32), key=key)
-    y, state = jax.vmap(layer, axis_name='batch', in_axes=(0, None), out_axes=(0, None))(images, state)
-    layer = eqx.nn.inference_mode(layer)      # inference from now on, as for eqx.nn.BatchNorm
+from convnorm_jax.equinox import ConvNorm
+layer, state = eqx.nn.make_with_state(ConvNorm)(3, 64, 3, padding=1, image_size=(32, 32), key=key)
+y, state = jax.vmap(layer, axis_name='batch', in_axes=(0, None), out_axes=(0, None))(images, state)
+layer = eqx.nn.inference_mode(layer)      # inference from now on, as for eqx.nn.BatchNorm
 """
 
 from collections.abc import Hashable, Sequence
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers import core
-from convnorm_jax.layers.batch_axis import index_in_batch, own_example
+from convnorm_jax.layers.batch_axis import index_in_batch, own_example, whole_batch
 
 try:
     import equinox as eqx
@@ -131,7 +131,7 @@ class _NormalizedConvolution(eqx.nn.StatefulLayer):
                 f'jax.vmap(model, axis_name={self.axis_name!r}, in_axes=(0, None), out_axes=(0, None))(images, state)'
             )
         # The layer is one operation on the batch: each example sees the whole of it, and keeps its own output.
-        batch = x[None] if index is None else jax.lax.all_gather(x, self.axis_name)
+        batch = x[None] if index is None else whole_batch(x, index, self.axis_name)
         y, changed = core.apply(
             self.settings,
             self.params,

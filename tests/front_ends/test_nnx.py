@@ -37,7 +37,9 @@ def linen_variables(layer):
     inside = lambda tree, names: {name: tree.pop(name) for name in names if name in tree}
     params['batch_norm'] = inside(params, ('scale', 'bias'))
     statistics['batch_norm'] = inside(statistics, ('mean', 'var'))
-    drop = lambda tree: {name: value for name, value in tree.items() if value is not None and not (isinstance(value, dict) and not value)}
+    drop = lambda tree: {
+        name: value for name, value in tree.items() if value is not None and not (isinstance(value, dict) and not value)
+    }
     return {'params': drop(params), 'batch_stats': drop(statistics)}
 
 
