@@ -173,7 +173,21 @@ class ConvNormTranspose(_NormalizedConvolution):
     """`ConvNorm` for transposed convolutions; the same as `convnorm_jax.ConvNormTranspose` (Linen).
 
     Args: see `ConvNorm`. `padding` is an int, or an int or a pair for each axis, cropped from the output as by
-      `eqx.nn.ConvTranspose` and by PyTorch's ConvTranspose2d.
+      `eqx.nn.ConvTranspose` and by PyTorch's ConvTranspose2d. Named, as all that follows the stride: in
+      `eqx.nn.ConvTranspose` the output's padding comes there first.
     """
 
     _transposed = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        *,
+        padding: int | Sequence = 0,
+        key: jax.Array,
+        **options,
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, key=key, **options)
