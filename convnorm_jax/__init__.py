@@ -18,15 +18,16 @@ _PLACES = {
     'ConvNormTranspose': 'convnorm_jax.layers.transposed',
     'fold_for_inference': 'convnorm_jax.layers.folding',
 }
+_MODULES = ('equinox', 'functional', 'layers', 'nnx')
 
 
 def __getattr__(name):
-    if name == 'layers':
-        return importlib.import_module('convnorm_jax.layers')
+    if name in _MODULES:
+        return importlib.import_module(f'convnorm_jax.{name}')
     if name not in _PLACES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     return getattr(importlib.import_module(_PLACES[name]), name)
 
 
 def __dir__():
-    return [*globals(), *_PLACES]
+    return [*globals(), *_PLACES, *_MODULES]

@@ -53,7 +53,9 @@ def conv_norm(
 ) -> jax.Array:
     r"""Convolution with each output channel divided by the square root of its power spectrum.
 
-    .. math:: z_o = S\,F^{-1}\bigl(V_o\, F(x * k_o)\bigr), \qquad V_o(\omega) = \Bigl(\sum_i |F k_{io}(\omega)|^2\Bigr)^{-1/2}
+    .. math::
+        z_o = S\,F^{-1}\bigl(V_o\, F(x * k_o)\bigr), \qquad
+        V_o(\omega) = \Bigl(\sum_i |F k_{io}(\omega)|^2\Bigr)^{-1/2}
 
     with :math:`x * k` the full convolution and :math:`S` the crop and the stride (arXiv 2103.00673, section 3). The
     gradient takes V as a constant, as the paper does.

@@ -3,19 +3,42 @@
 import pathlib
 import re
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
 
 
-def blocks(language):
-    return re.findall(rf'```{language}\n(.*?)```', README, re.S)
+def blocks(language, text=README):
+    return re.findall(rf'```{language}\n(.*?)```', text, re.S)
 
 
-def test_the_layer_example_runs_and_learns(capsys):
-    code, _ = blocks('python')  # the second needs a net of the reader's
-    assert len(code.strip().splitlines()) <= 30
-    exec(compile(code, 'README.md', 'exec'), {'__name__': 'readme'})
+LAYER = README.split('## The layer in your own net')[1].split('\n## ')[0]
+LAYER_PAGE = (ROOT / 'docs' / 'layer.md').read_text()
+
+
+def run(code, name):
+    found = {'__name__': 'documentation'}
+    exec(compile(code, name, 'exec'), found)
+    return found
+
+
+@pytest.mark.parametrize('library', ['linen', 'nnx', 'equinox'])
+def test_the_layer_examples_run(library):
+    if library == 'equinox':
+        pytest.importorskip('equinox')
+    codes = blocks('python', LAYER)
+    assert len(codes) == 3
+    (code,) = (code for code in codes if f'import {library}' in code)
+    assert len([line for line in code.splitlines() if line.strip() and not re.search(r'^(from|import) ', line)]) <= 10
+    assert run(code, 'README.md')['logits'].shape == (64, 10)
+
+
+def test_the_training_loop_learns(capsys):
+    code, functions = blocks('python', LAYER_PAGE)
+    run(code, 'docs/layer.md')
     assert float(re.search(r'loss ([\d.]+)', capsys.readouterr().out)[1]) < 2.0  # chance is ln 10 = 2.30
+    assert run(functions, 'docs/layer.md')['y'].shape == (8, 32, 32, 16)
 
 
 def test_ci_runs_the_readmes_test_line():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers import core
-from convnorm_jax.layers.batch_axis import index_in_batch, own_example
+from convnorm_jax.layers.batch_axis import index_in_batch, own_example, whole_batch
 
 try:
     import equinox as eqx
@@ -131,7 +131,7 @@ class _NormalizedConvolution(eqx.nn.StatefulLayer):
                 f'jax.vmap(model, axis_name={self.axis_name!r}, in_axes=(0, None), out_axes=(0, None))(images, state)'
             )
         # The layer is one operation on the batch: each example sees the whole of it, and keeps its own output.
-        batch = x[None] if index is None else jax.lax.all_gather(x, self.axis_name)
+        batch = x[None] if index is None else whole_batch(x, index, self.axis_name)
         y, changed = core.apply(
             self.settings,
             self.params,
@@ -173,7 +173,21 @@ class ConvNormTranspose(_NormalizedConvolution):
     """`ConvNorm` for transposed convolutions; the same as `convnorm_jax.ConvNormTranspose` (Linen).
 
     Args: see `ConvNorm`. `padding` is an int, or an int or a pair for each axis, cropped from the output as by
-      `eqx.nn.ConvTranspose` and by PyTorch's ConvTranspose2d.
+      `eqx.nn.ConvTranspose` and by PyTorch's ConvTranspose2d. Named, as all that follows the stride: in
+      `eqx.nn.ConvTranspose` the output's padding comes there first.
     """
 
     _transposed = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        *,
+        padding: int | Sequence = 0,
+        key: jax.Array,
+        **options,
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, key=key, **options)

@@ -1,9 +1,12 @@
-"""A batch behind the named axis of a `jax.vmap`: all of it at once, and each example's own part.
+"""A batch behind the named axis of a `jax.vmap`: all of it at once, and each example's own part of a result.
 
-A layer that is one operation on a batch is called on one example at a time in Equinox. It gathers the batch, which under
-`vmap` costs nothing, and takes its own example from what it computes. As an index that would be a gather, whose operand
-XLA replicates over devices; `own_example` is instead a primitive that `vmap` undoes without any operation.
+A layer that is one operation on a batch is called on one example at a time in Equinox. It gathers the batch and takes
+its own example from what it computes. Both are primitives, which `vmap` removes without any operation: JAX's own
+all-gather raises within `jax.shard_map`, and XLA would replicate the operand of an index over the devices. Under
+`jax.pmap` they are an all-gather and an index.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,38 +22,65 @@ def index_in_batch(axis_name) -> jax.Array | None:
         return None
 
 
+def whole_batch(x: jax.Array, index: jax.Array, axis_name) -> jax.Array:
+    """x of all examples of the axis, [B, ...]; `index` is `index_in_batch`."""
+    return _whole.bind(x, index, axis_name=axis_name)
+
+
 def own_example(batch: jax.Array, index: jax.Array) -> jax.Array:
-    """batch[index]; `index` is `index_in_batch` of the axis that the first axis of `batch` was gathered over."""
+    """batch[index] of what was computed from `whole_batch`; `index` is `index_in_batch`."""
     return _own.bind(batch, index)
 
 
-_own = Primitive('own_example')
+def _gathered(x, index, *, axis_name):
+    del index
+    return jax.lax.all_gather(x, axis_name)
 
 
 def _taken(batch, index):
     return jax.lax.dynamic_index_in_dim(batch, index, keepdims=False)
 
 
-def _abstract(batch, index):
-    return jax.make_jaxpr(_taken)(batch, index).out_avals[0]
+def _batch_whole(arguments, axes, *, axis_name):
+    (x, index), (axis_of_x, axis_of_index) = arguments, axes
+    if axis_of_index is None:  # another axis
+        return _whole.bind(jnp.moveaxis(x, axis_of_x, 0), index, axis_name=axis_name), 1
+    if axis_of_x is None:
+        return jnp.broadcast_to(x, (*index.shape, *x.shape)), None
+    return jnp.moveaxis(x, axis_of_x, 0), None
 
 
-def _batch(arguments, axes):
-    batch, index = arguments
-    if axes[0] is None and index.shape == (batch.shape[0],):
+def _batch_own(arguments, axes):
+    (batch, index), (axis_of_batch, axis_of_index) = arguments, axes
+    if axis_of_index is None:
+        return _own.bind(jnp.moveaxis(batch, axis_of_batch, 1), index), 0
+    if axis_of_batch is None:
         return batch, 0
     return jax.vmap(_taken, in_axes=axes)(batch, index), 0
 
 
-def _transpose(cotangent, batch, index):
+def _transpose_whole(cotangent, x, index, *, axis_name):
+    del x, index
+    return [None if type(cotangent) is ad.Zero else jax.lax.psum_scatter(cotangent, axis_name), None]
+
+
+def _transpose_own(cotangent, batch, index):
     if type(cotangent) is ad.Zero:
         return [None, None]
     return [jnp.zeros(batch.aval.shape, batch.aval.dtype).at[index].set(cotangent), None]
 
 
-_own.def_impl(_taken)
-_own.def_abstract_eval(_abstract)
-ad.defjvp(_own, lambda tangent, batch, index: _own.bind(tangent, index), None)
-ad.primitive_transposes[_own] = _transpose
-batching.primitive_batchers[_own] = _batch
-mlir.register_lowering(_own, mlir.lower_fun(_taken, multiple_results=False))
+def _primitive(name, function, batch, transpose):
+    primitive = Primitive(name)
+    primitive.def_impl(function)
+    abstract = lambda *given, **options: jax.make_jaxpr(functools.partial(function, **options))(*given).out_avals[0]
+    primitive.def_abstract_eval(abstract)
+    ad.defjvp(primitive, lambda tangent, _, index, **options: primitive.bind(tangent, index, **options), None)
+    ad.primitive_transposes[primitive] = transpose
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
+    return primitive
+
+
+_whole = _primitive('whole_batch', _gathered, _batch_whole, _transpose_whole)
+_own = _primitive('own_example', _taken, _batch_own, _transpose_own)

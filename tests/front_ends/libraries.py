@@ -11,6 +11,7 @@ from flax import nnx
 
 import convnorm_jax
 import convnorm_jax.nnx
+from convnorm_jax import functional
 
 LAYERS = {  # (transposed, kernel size, image size, arguments)
     'plain': (False, (3, 3), (8, 8), {}),
@@ -23,7 +24,7 @@ LAYERS = {  # (transposed, kernel size, image size, arguments)
     'without': (False, (3, 3), (6, 6), {'use_affine': False, 'use_batch_norm': False}),
     'transposed': (True, (4, 4), (4, 5), {'strides': 2, 'padding': 1}),
 }
-LIBRARIES = ('linen', 'nnx', 'equinox')
+LIBRARIES = ('functional', 'linen', 'nnx', 'equinox')
 
 
 @dataclasses.dataclass
@@ -45,21 +46,26 @@ def build(library: str, name: str, seed: int = 0, features: int = 8, **options) 
     transposed, kernel_size, size, given = LAYERS[name]
     options = {'strides': 1, 'padding': 'SAME', **given, **options}
     kind = 'ConvNormTranspose' if transposed else 'ConvNorm'
-    layer = getattr(convnorm_jax.nnx, kind)(
-        4, features, kernel_size, image_size=size, rngs=nnx.Rngs(seed), **options
-    )
+    layer = getattr(convnorm_jax.nnx, kind)(4, features, kernel_size, image_size=size, rngs=nnx.Rngs(seed), **options)
     graph, params, state, rest = nnx.split(layer, nnx.Param, nnx.BatchStat, ...)
     params, state = ({k[-1]: v for k, v in nnx.to_flat_state(part)} for part in (params, state))
     params, state = ({k: v[...] for k, v in part.items()} for part in (params, state))
     if library == 'nnx':
 
         def apply(params, state, x, train):
-            layer = nnx.merge(graph, nnx.State(_variables(nnx.Param, params)), nnx.State(_variables(nnx.BatchStat, state)), rest)
+            layer = nnx.merge(
+                graph, nnx.State(_variables(nnx.Param, params)), nnx.State(_variables(nnx.BatchStat, state)), rest
+            )
             y = layer(x, use_running_average=not train)
             after = nnx.split(layer, nnx.Param, nnx.BatchStat, ...)[2]
             return y, {k[-1]: v[...] for k, v in nnx.to_flat_state(after)}
 
         return FrontEnd(params, state, apply)
+    if library == 'functional':
+        apply = functional.apply
+        return FrontEnd(
+            params, state, lambda p, s, x, train: apply(layer.settings, p, s, x, use_running_average=not train)
+        )
     if library == 'linen':
         linen = getattr(convnorm_jax, kind)(features, kernel_size, **options)
 
@@ -74,7 +80,12 @@ def build(library: str, name: str, seed: int = 0, features: int = 8, **options) 
     eqx = pytest.importorskip('equinox')
     from convnorm_jax import equinox
 
-    names = {'strides': 'stride', 'kernel_dilation': 'dilation', 'feature_group_count': 'groups', 'param_dtype': 'dtype'}
+    names = {
+        'strides': 'stride',
+        'kernel_dilation': 'dilation',
+        'feature_group_count': 'groups',
+        'param_dtype': 'dtype',
+    }
     options = {names.get(k, k): v for k, v in options.items()}
     layer, initial = eqx.nn.make_with_state(getattr(equinox, kind))(
         4, features, kernel_size, image_size=size, key=jax.random.key(0), **options
@@ -82,9 +93,13 @@ def build(library: str, name: str, seed: int = 0, features: int = 8, **options) 
 
     def apply(params, state, x, train):
         mine = eqx.tree_at(lambda layer: [getattr(layer, name) for name in params], layer, list(params.values()))
-        leaves, tree = jax.tree.flatten(initial)
-        given = jax.tree.unflatten(tree, leaves).set(layer.state_index, state)
-        call = jax.vmap(lambda x, state: mine(x, state, inference=not train), axis_name='batch', in_axes=(0, None), out_axes=(0, None))
+        given = jax.tree.unflatten(jax.tree.structure(initial), jax.tree.leaves(state))
+        call = jax.vmap(
+            lambda x, state: mine(x, state, inference=not train),
+            axis_name='batch',
+            in_axes=(0, None),
+            out_axes=(0, None),
+        )
         y, after = call(jnp.moveaxis(x, -1, 1), given)
         return jnp.moveaxis(y, 1, -1), after.get(layer.state_index)
 

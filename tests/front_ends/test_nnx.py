@@ -1,4 +1,7 @@
-"""The NNX layers: the numbers of the Linen ones, and the ways of NNX."""
+"""The NNX layers: the ways of NNX. Their numbers: test_same.py."""
+
+import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -11,77 +14,51 @@ from flax.nnx import bridge
 
 import convnorm_jax
 from convnorm_jax.errors import UserError
-from convnorm_jax.nnx import ConvNorm, ConvNormTranspose
+from convnorm_jax.nnx import ConvNorm
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
-
-LAYERS = {
-    'plain': (ConvNorm, convnorm_jax.ConvNorm, (3, 3), {}, (8, 8)),
-    'strided': (ConvNorm, convnorm_jax.ConvNorm, (3, 3), {'strides': 2, 'padding': 1}, (8, 7)),
-    'pointwise': (ConvNorm, convnorm_jax.ConvNorm, (1, 1), {}, (5, 5)),
-    'sequence': (ConvNorm, convnorm_jax.ConvNorm, (3,), {'kernel_dilation': 2}, (9,)),
-    'depthwise': (ConvNorm, convnorm_jax.ConvNorm, (3, 3), {'feature_group_count': 4, 'momentum': 0.9}, (6, 6)),
-    'without': (ConvNorm, convnorm_jax.ConvNorm, (3, 3), {'use_affine': False, 'use_batch_norm': False}, (6, 6)),
-    'transposed': (ConvNormTranspose, convnorm_jax.ConvNormTranspose, (4, 4), {}, (4, 5)),
-}
 
 
 def images(seed, size, batch=8, channels=4):
     return jnp.asarray(np.random.default_rng(seed).standard_normal((batch, *size, channels)), jnp.float32)
 
 
-def linen_variables(layer):
-    """The parameters and statistics of an NNX layer under Linen's names."""
-    params, statistics = nnx.split(layer, nnx.Param, nnx.BatchStat)[1:]
-    params, statistics = (nnx.to_pure_dict(part) for part in (params, statistics))
-    inside = lambda tree, names: {name: tree.pop(name) for name in names if name in tree}
-    params['batch_norm'] = inside(params, ('scale', 'bias'))
-    statistics['batch_norm'] = inside(statistics, ('mean', 'var'))
-    drop = lambda tree: {name: value for name, value in tree.items() if value is not None and not (isinstance(value, dict) and not value)}
-    return {'params': drop(params), 'batch_stats': drop(statistics)}
+def modes(transform):
+    """A transformation of NNX in each mode that flax has: modules as graphs with references, and as pytrees."""
+    if 'graph' not in inspect.signature(transform).parameters:
+        return [transform]
+    return [functools.partial(transform, graph=graph) for graph in (True, False)]
 
 
-@pytest.mark.parametrize('name', LAYERS)
-def test_ten_steps_are_linens(name):
-    """Training by SGD and then inference: the same bits."""
-    kind, linen, kernel_size, options, size = LAYERS[name]
-    layer = kind(4, 8, kernel_size, **options, image_size=size, rngs=nnx.Rngs(0))
-    other = linen(8, kernel_size, **options)
-    variables = linen_variables(layer)
-    optimizer = nnx.Optimizer(layer, optax.sgd(0.05), wrt=nnx.Param)
-    tx = optax.sgd(0.05)
-    opt_state = tx.init(variables['params'])
+def test_every_transformation_in_graph_and_tree_mode():
+    x = images(0, (6, 6))
+    found = []
+    for jit, grad in zip(modes(nnx.jit), modes(nnx.value_and_grad), strict=True):
+        layer = ConvNorm(4, 4, (3, 3), image_size=(6, 6), rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(layer, optax.sgd(0.1), wrt=nnx.Param)
 
-    @nnx.jit
-    def step(layer, optimizer, x):
-        loss, gradients = nnx.value_and_grad(lambda layer: jnp.sin(layer(x)).sum())(layer)
-        optimizer.update(layer, gradients)
-        return loss
+        @jit
+        def step(layer, optimizer, x, grad=grad):
+            graph, params, statistics = nnx.split(layer, nnx.Param, nnx.BatchStat)
 
-    @jax.jit
-    def linen_step(variables, opt_state, x):
-        def loss_of(params):
-            given = {**variables, 'params': params}
-            y, changed = other.apply(given, x, use_running_average=False, mutable=['batch_stats'])
-            return jnp.sin(y).sum(), changed
+            def loss_of(params):
+                layer = nnx.merge(graph, params, statistics, copy=True)
+                loss = jnp.sin(layer(x)).sum()
+                return loss, nnx.state(layer, nnx.BatchStat)
 
-        (loss, changed), gradients = jax.value_and_grad(loss_of, has_aux=True)(variables['params'])
-        updates, opt_state = tx.update(gradients, opt_state)
-        return {'params': optax.apply_updates(variables['params'], updates), **changed}, opt_state, loss
+            (loss, after), gradients = grad(loss_of, has_aux=True)(params)
+            optimizer.update(layer, gradients)
+            nnx.update(layer, after)
+            return loss
 
-    for seed in range(10):
-        x = images(seed, size)
-        loss = step(layer, optimizer, x)
-        variables, opt_state, expected = linen_step(variables, opt_state, x)
-        np.testing.assert_array_equal(loss, expected)
-    found = linen_variables(layer)
-    jax.tree.map(np.testing.assert_array_equal, found, variables)
-    assert found['batch_stats']['count'] == 10
-    layer.eval()
-    y = nnx.jit(lambda layer, x: layer(x))(layer, images(11, size))
-    expected = jax.jit(lambda v, x: other.apply(v, x, use_running_average=True))(variables, images(11, size))
-    np.testing.assert_array_equal(y, expected)
-    jax.tree.map(np.testing.assert_array_equal, linen_variables(layer), variables)  # inference changes nothing
+        losses = [step(layer, optimizer, x) for _ in range(3)]
+        assert layer.count[...] == 3
+        found.append((losses, layer.kernel[...], layer.preconditioner[...]))
+    for other in found[1:]:
+        jax.tree.map(np.testing.assert_array_equal, other, found[0])
+    for remat in modes(nnx.remat):
+        layer = ConvNorm(4, 4, (3, 3), image_size=(6, 6), rngs=nnx.Rngs(0))
+        np.testing.assert_allclose(remat(lambda layer, x: layer(x))(layer, x), layer(x), atol=1e-5)
 
 
 def test_train_and_eval_and_the_argument():
@@ -119,20 +96,22 @@ def test_exact_without_batch_norm_needs_no_size():
     assert layer.preconditioner is None
 
 
-def test_scan_and_vmap_over_layers():
+@pytest.mark.parametrize('mode', range(len(modes(nnx.scan))))
+def test_scan_and_vmap_over_layers(mode):
+    scan, vmap = modes(nnx.scan)[mode], modes(nnx.vmap)[mode]
     x = images(0, (6, 6), channels=4)
 
-    @nnx.vmap(in_axes=0, out_axes=0)
+    @functools.partial(vmap, in_axes=0, out_axes=0)
     def make(key):
         return ConvNorm(4, 4, (3, 3), image_size=(6, 6), rngs=nnx.Rngs(key))
 
     layers = make(jax.random.split(jax.random.key(0), 3))
 
-    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    @functools.partial(scan, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
     def through(layer, x):
         return nnx.relu(layer(x))
 
-    y = nnx.jit(through)(layers, x)
+    y = modes(nnx.jit)[mode](through)(layers, x)
     assert layers.count[...].tolist() == [1, 1, 1]
     again = make(jax.random.split(jax.random.key(0), 3))
     each = x
@@ -141,7 +120,7 @@ def test_scan_and_vmap_over_layers():
         one = nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state))
         each = nnx.relu(one(each))
     np.testing.assert_allclose(y, each, atol=2e-5)
-    many = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(layers, x)
+    many = vmap(lambda layer, x: layer(x), in_axes=(0, None))(layers, x)
     assert many.shape == (3, *x.shape) and layers.count[...].tolist() == [2, 2, 2]
 
 

@@ -1,4 +1,4 @@
-"""Linen, NNX and Equinox: the same bits from the same parameters, in training and at inference."""
+"""Functions, Linen, NNX and Equinox: the same bits from the same parameters, in training and at inference."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 
-from convnorm_jax import functional
 from tests.front_ends.libraries import LAYERS, build, images
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -40,5 +39,5 @@ def ten_steps(layer, name):
 def test_ten_steps_and_inference(name):
     expected = ten_steps(build('linen', name), name)
     assert expected[2]['count'] == 10
-    for library in ('nnx', 'equinox'):
+    for library in ('functional', 'nnx', 'equinox'):
         jax.tree.map(np.testing.assert_array_equal, ten_steps(build(library, name), name), expected)

@@ -1,12 +1,15 @@
 """Every geometry: dimensions, dilation, groups, circular, transposed."""
 
 import itertools
+import os
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from hypothesis import strategies
 
 from benchmarks import geometries
 from convnorm_jax import ConvNorm, ConvNormTranspose, fold_for_inference
@@ -22,13 +25,21 @@ def random(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-@pytest.mark.parametrize('seed', range(6))
-def test_random_geometries_against_dense_matrices(seed):
-    rng = np.random.default_rng(1000 + seed)
-    for _ in range(10):
-        one = geometries.draw(rng)
-        for name, error in geometries.errors(one).items():
-            assert error < geometries.TOLERANCES[one.dtype], (name, error, one)
+@hypothesis.settings(
+    max_examples=int(os.environ.get('CONVNORM_GEOMETRIES', 40)),
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+    phases=[hypothesis.Phase.generate],
+)
+@hypothesis.given(data=strategies.data())
+def test_random_geometries_against_dense_matrices(data):
+    """`.ci/run` draws 300, `benchmarks.geometries` 5,000."""
+    one = geometries.draw(lambda count: data.draw(strategies.integers(0, count - 1)))
+    hypothesis.assume(one is not None)
+    for name, error in geometries.errors(one).items():
+        assert error < geometries.TOLERANCES[one.dtype], (name, error, one)
 
 
 # --- without the filter it is flax's convolution --------------------------------------------------
@@ -168,7 +179,7 @@ def test_refused(layer, shape, message):
 
 def test_every_method_is_drawn():
     rng = np.random.default_rng(0)
-    drawn = [geometries.draw(rng) for _ in range(300)]
+    drawn = list(filter(None, (geometries.draw(lambda count: int(rng.integers(count))) for _ in range(400))))
     assert {d.method for d in drawn} == {None, *METHODS}
     kinds = {(len(d.size), d.transposed, d.groups > 1, d.padding == 'CIRCULAR') for d in drawn}
     possible = set(itertools.product((1, 2, 3), (False, True), (False, True), (False, True)))
