@@ -1,7 +1,9 @@
 """`convnormalize` for Equinox: ConvNorm in place of the convolutions of a model.
 
-model, state, report = convnormalize(model, state, images, key=key)
-print(report)
+    model, state, report = convnormalize(model, state, images, key=key)
+    print(report)
+
+The geometry of the convolutions is in `geometry`, what all libraries share in `convnorm_jax.conversion`.
 """
 
 import dataclasses

@@ -1,7 +1,9 @@
 """`convnormalize` for Flax NNX: ConvNorm in place of the convolutions of a model.
 
-model, report = convnormalize(ResNet(rngs=nnx.Rngs(0)), images, rngs=nnx.Rngs(1))
-print(report)
+    model, report = convnormalize(ResNet(rngs=nnx.Rngs(0)), images, rngs=nnx.Rngs(1))
+    print(report)
+
+The geometry of the convolutions is in `geometry`, what all libraries share in `convnorm_jax.conversion`.
 """
 
 import functools
