@@ -217,8 +217,8 @@ def _why_alone(number, convolutions, norms, flow):
     return call.refusal or norms[number].refusal
 
 
-def details_of(settings, features_in: int, extras: Sequence[str] = ()) -> str:
-    """'3x3, 16 -> 32, strides 2x2', from the settings of a layer."""
+def details_of(settings: Settings, features_in: int, had_bias: bool) -> str:
+    """'3x3, 16 -> 32, strides 2x2', from the settings of a layer; `had_bias`: the convolution had one."""
     parts = [by_x(settings.kernel_size), f'{features_in} -> {settings.features}']
     for name, text in (('strides', 'strides'), ('kernel_dilation', 'dilation')):
         value = getattr(settings, name)
@@ -228,7 +228,11 @@ def details_of(settings, features_in: int, extras: Sequence[str] = ()) -> str:
         parts.append(f'{settings.feature_group_count} groups')
     if settings.padding == 'CIRCULAR':
         parts.append('circular')
-    return ', '.join([*parts, *extras])
+    if not settings.use_batch_norm:
+        parts.append('no BatchNorm')
+    if had_bias and not settings.use_affine:
+        parts.append('without the bias of the convolution')
+    return ', '.join(parts)
 
 
 def initial_params(settings: Settings, features_in: int, known: Mapping, next_key: Callable) -> dict:

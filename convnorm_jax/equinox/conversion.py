@@ -22,6 +22,7 @@ from convnorm_jax.equinox.layers import ConvNorm, ConvNormTranspose
 from convnorm_jax.layers import core
 
 _CONVOLUTIONS = (eqx.nn.Conv, eqx.nn.ConvTranspose)
+_OURS = (ConvNorm, ConvNormTranspose)
 # They read or change the weights of the layers inside: {type: its field}.
 _WRAPPERS = {eqx.nn.SpectralNorm: 'layer', eqx.nn.WeightNorm: 'layer', eqx.nn.Shared: 'pytree'}
 # The dtype is that of the weight.
@@ -77,7 +78,7 @@ def convnormalize(
     call = call or _call
     kinds = (*_CONVOLUTIONS, *norms)
     leaves, tree = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: isinstance(x, kinds))
-    layers = {n: leaf for n, (_, leaf) in enumerate(leaves) if isinstance(leaf, kinds) and not _is_ours(leaf)}
+    layers = {n: leaf for n, (_, leaf) in enumerate(leaves) if isinstance(leaf, kinds) and not isinstance(leaf, _OURS)}
     wrapped = _wrapped(model)
     found = {n: _found(leaves[n][0], layer, wrapped, norms) for n, layer in layers.items()}
     convolutions = {n: f for n, f in found.items() if isinstance(layers[n], _CONVOLUTIONS)}
@@ -91,7 +92,7 @@ def convnormalize(
         return _build(layers[number], layers[norm] if norm is not None else None, calls, keys[number], options)
 
     report, placed = conversion.convert(convolutions, following, flow, chosen, build)
-    stateful = {f'convnorm {found[n].path}': layer for n, layer in placed.items() if isinstance(layer, ConvNormalized)}
+    stateful = {f'convnorm {found[n].path}': layer for n, layer in placed.items() if isinstance(layer, _OURS)}
     with_state, entries = eqx.nn.make_with_state(lambda: stateful)()
     placed = {n: with_state.get(f'convnorm {found[n].path}', layer) for n, layer in placed.items()}
     placed = {n: Identity() if layer is None else layer for n, layer in placed.items()}
@@ -127,13 +128,6 @@ class BatchNormedConvNorm(ConvNorm, eqx.nn.BatchNorm):
 
 class BatchNormedConvNormTranspose(ConvNormTranspose, eqx.nn.BatchNorm):
     """A ConvNormTranspose at the place of a BatchNorm, for code that looks for `eqx.nn.BatchNorm` among its layers."""
-
-
-ConvNormalized = (ConvNorm, ConvNormTranspose)
-
-
-def _is_ours(layer):
-    return isinstance(layer, ConvNormalized)
 
 
 def _call(model, state, images):
@@ -266,9 +260,9 @@ def _build(conv, norm, calls, key, options):
     for size in sizes:
         settings.geometry(size)  # raises UserError
     params = _params(settings, conv, norm, batch_norm, iter(jax.random.split(key, 5)).__next__)
+    details = conversion.details_of(settings, conv.in_channels, conv.bias is not None)
     if not batch_norm:
-        extras = ('no BatchNorm',)
-        return StatelessConvNorm(params, settings), conversion.details_of(settings, conv.in_channels, extras)
+        return StatelessConvNorm(params, settings), details
     # Of the BatchNorm's own fields only what says what it was: it has no state, weight and bias of its own.
     nothing = {name: None for name, value in _fields(norm).items() if isinstance(value, (eqx.nn.StateIndex, jax.Array))}
     names = ('kernel', 'affine_kernel', 'affine_bias', 'scale', 'bias')
@@ -284,7 +278,7 @@ def _build(conv, norm, calls, key, options):
             'settings': settings,
         },
     )
-    return layer, conversion.details_of(settings, conv.in_channels)
+    return layer, details
 
 
 def _params(settings, conv, norm, batch_norm, next_key):

@@ -99,6 +99,8 @@ class _Stateless:
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         rank = self.settings.rank
+        if inputs.ndim == rank + 2:
+            return super().__call__(inputs, use_running_average=True)
         flat = inputs.reshape(-1, *inputs.shape[-rank - 1 :])
         y = super().__call__(flat, use_running_average=True)
         return y.reshape(*inputs.shape[: -rank - 1], *y.shape[1:])
@@ -285,7 +287,7 @@ def _build(conv, norm, calls, rngs, options):
         layer.kernel[...] = known['kernel']
     if batch_norm or running:
         layer._make_state(sizes[0], 1)
-    return layer, conversion.details_of(layer.settings, conv.in_features, () if batch_norm else ('no BatchNorm',))
+    return layer, conversion.details_of(layer.settings, conv.in_features, conv.bias is not None)
 
 
 def _known(conv, norm, transposed):

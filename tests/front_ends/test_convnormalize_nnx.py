@@ -299,7 +299,8 @@ def test_a_path_or_a_function_chooses():
 
 def test_options():
     model = PreActivation(nnx.Rngs(0))
-    new, _ = convert(model, spectrum='running', use_affine=False, momentum=0.9)
+    new, report = convert(model, spectrum='running', use_affine=False, momentum=0.9)
+    assert '3x3, 3 -> 8, no BatchNorm, without the bias of the convolution' in str(report)
     for layer in (new.stem, new.bn2):
         assert layer.settings.momentum == 0.9 and not layer.settings.use_affine
         assert layer.preconditioner[...].shape == (10, 10, 8)
