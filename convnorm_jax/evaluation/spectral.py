@@ -186,7 +186,7 @@ def _checked_kernel(kernel, size):
     taps = kernel.shape[:-2]
     if len(size) != len(taps) or any(n < k for n, k in zip(size, taps)):
         axes = {1: '(Wf,)', 2: '(Hf, Wf)', 3: '(Df, Hf, Wf)'}[len(taps)]
-        raise UserError(f'size={size}: expected {axes}, at least the kernel, {taps}')
+        raise UserError(f'size={size} with kernel.shape={kernel.shape}: expected {axes}, at least the kernel')
     return kernel.astype(np.float64 if kernel.dtype == np.float64 else np.float32)
 
 
