@@ -249,7 +249,7 @@ class ONIConv(_ReparametrizedConv):
         kernel, bias = self._parameters(x)
         _check_weights_per_filter(kernel)
         filters, weights = self.features // self.feature_group_count, kernel.size // self.features
-        groups = _groups_of_filters(self.groups, filters) * self.feature_group_count
+        groups = _filter_groups(self) * self.feature_group_count
         rows = self.rows_only or filters <= weights
         orthogonalized = orthogonal.oni(kernel, self.iterations, groups, self.eps, rows, self.bounded_columns)
         return self._convolution(x, orthogonalized * self._scale(self.init_scale, self.learn_scale), bias)
@@ -289,7 +289,7 @@ class OWNConv(_ReparametrizedConv):
         if self.groups is None:
             most = min(most, MOST_FILTERS)
             return next(g for g in range(1, filters + 1) if filters % g == 0 and filters // g <= most)
-        groups = _groups_of_filters(self.groups, filters, ', or None')
+        groups = _filter_groups(self, ', or None')
         if filters // groups > most:
             raise UserError(
                 f'groups={groups} with features={filters}: at most {most} centred filters of {weights} '
@@ -315,10 +315,14 @@ class WeightNormConv(_ReparametrizedConv):
         return self._convolution(x, orthogonal.weight_norm(kernel, scale), bias)
 
 
-def _groups_of_filters(groups, filters, otherwise=''):
+def _filter_groups(layer, otherwise=''):
     """ONI's and OWN's option `groups`, checked against the filters of a group of channels."""
+    filters, groups = layer.features // layer.feature_group_count, layer.groups
     if not isinstance(groups, numbers.Integral) or groups < 1 or filters % groups:
-        raise UserError(f'groups={groups!r}: expected a divisor of features={filters}{otherwise}')
+        where = f'features={filters}'
+        if layer.feature_group_count > 1:
+            where = f'the {filters} filters of each of the {layer.feature_group_count} groups of channels'
+        raise UserError(f'groups={groups!r}: expected a divisor of {where}{otherwise}')
     return groups
 
 
