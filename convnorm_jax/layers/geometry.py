@@ -10,6 +10,12 @@ from convnorm_jax.errors import UserError
 
 CIRCULAR = 'CIRCULAR'
 
+_EXPECTED = {
+    1: '[batch, width, channels]',
+    2: '[batch, height, width, channels]',
+    3: '[batch, depth, height, width, channels]',
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
@@ -247,6 +253,28 @@ def spatial_axes(kernel_size) -> int:
     """How many spatial axes a kernel size is of; 2 for one int, and for what is no size at all."""
     count = len(kernel_size) if isinstance(kernel_size, Sequence) else 2
     return count if count in (1, 3) else 2
+
+
+def check_shape(shape, kernel_size):
+    """Raises ValueError unless `shape` is one of a batch of images with an axis for each of `kernel_size`."""
+    if len(shape) != len(kernel_size) + 2:
+        raise UserError(
+            f'x.shape={tuple(shape)}: expected {_EXPECTED[len(kernel_size)]} with kernel_size={tuple(kernel_size)}'
+        )
+
+
+def channels_in_a_group(groups, features_in, features):
+    """Input channels of each group of a convolution.
+
+    Raises:
+      ValueError: a number of groups that does not divide the channels of both sides.
+    """
+    if not is_int(groups) or groups < 1 or features_in % groups or features % groups:
+        raise UserError(
+            f'feature_group_count={groups!r} with {features_in} channels and features={features}: '
+            'expected a positive int that divides both'
+        )
+    return features_in // groups
 
 
 def pair_of_ints(value, name):
