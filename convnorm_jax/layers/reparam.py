@@ -96,13 +96,7 @@ class _ReparametrizedConv(nn.Module):
         strides, kernel_size = self._ints('strides'), self._ints('kernel_size')
         if self.transposed:
             return strides, canonical_transposed_padding(self.padding, image_size, kernel_size, strides)
-        if self.padding == 'CIRCULAR':
-            return strides, 'CIRCULAR'
-        if isinstance(self.padding, str) and self.padding not in ('SAME', 'VALID'):
-            raise UserError(
-                f"padding={self.padding!r}: expected 'SAME', 'VALID', 'CIRCULAR', an int or a pair for each axis"
-            )
-        return strides, canonical_padding(self.padding, image_size, kernel_size, strides)
+        return strides, canonical_padding(self.padding, image_size, kernel_size, strides, True)
 
     def _convolution(self, x, kernel, bias):
         strides, padding = self._geometry(x.shape[1:-1])
