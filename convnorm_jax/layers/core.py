@@ -110,7 +110,7 @@ class Settings:
             padding = geometry.canonical_transposed_padding(self.padding, image_size, self.spans, self.strides)
             build = geometry.of_transposed_convolution
         else:
-            padding = geometry.canonical_padding(self.padding, image_size, self.spans, self.strides, True)
+            padding = geometry.canonical_padding(self.padding, image_size, self.spans, self.strides)
             build = geometry.of_convolution
         return build(
             image_size, self.kernel_size, self.strides, padding, self.kernel_dilation, self.feature_group_count

@@ -150,8 +150,8 @@ def transposed_grid_size(image_size, kernel_size, strides):
     return tuple((n - 1) * s + k for n, k, s in zip(image_size, kernel_size, strides))
 
 
-def canonical_padding(padding, image_size, kernel_size, strides, may_be_circular=False):
-    """Padding as pairs, ((top, bottom), (left, right)) in 2 dimensions, or 'CIRCULAR' where it may be.
+def canonical_padding(padding, image_size, kernel_size, strides):
+    """Padding as pairs, ((top, bottom), (left, right)) in 2 dimensions, or 'CIRCULAR'.
 
     Args:
       padding: 'SAME' or 'VALID' (as in `jax.lax`), 'CIRCULAR', one int for all sides, or an int or a pair an axis.
@@ -161,13 +161,12 @@ def canonical_padding(padding, image_size, kernel_size, strides, may_be_circular
       ValueError: another form, or a padding outside 0 ... k-1, which ConvNorm's crop of
         the full convolution cannot give.
     """
-    if may_be_circular and isinstance(padding, str) and padding == CIRCULAR:
+    if isinstance(padding, str) and padding == CIRCULAR:
         return CIRCULAR
-    names = ('SAME', 'VALID')
-    if isinstance(padding, str) and padding in names:
+    if isinstance(padding, str) and padding in ('SAME', 'VALID'):
         pairs = jax.lax.padtype_to_pads(image_size, kernel_size, strides, padding)
     else:
-        pairs = padding_pairs(padding, len(image_size), (*names, CIRCULAR) if may_be_circular else names)
+        pairs = padding_pairs(padding, len(image_size), ('SAME', 'VALID', CIRCULAR))
     for pair, n, k in zip(pairs, image_size, kernel_size):
         if not all(0 <= p <= k - 1 for p in pair):
             raise UserError(
@@ -218,7 +217,7 @@ def is_int(value):
 
 
 def _axes(rank):
-    return {1: 'axis', 2: 'two axes', 3: 'three axes'}[rank]
+    return {1: 'the axis', 2: 'each of the two axes', 3: 'each of the three axes'}[rank]
 
 
 def padding_pairs(padding, rank=2, names=()):
@@ -233,7 +232,7 @@ def padding_pairs(padding, rank=2, names=()):
         if all(isinstance(p, Sequence) and len(p) == 2 and all(map(is_int, p)) for p in pairs):
             return pairs
     others = ''.join(f'{name!r}, ' for name in names)
-    raise UserError(f'padding={padding!r}: expected {others}an int or a pair for each of the {_axes(rank)}')
+    raise UserError(f'padding={padding!r}: expected {others}an int or a pair for {_axes(rank)}')
 
 
 def ints_for_axes(value, name, rank=2):

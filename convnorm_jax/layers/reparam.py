@@ -96,7 +96,7 @@ class _ReparametrizedConv(nn.Module):
         strides, kernel_size = self._ints('strides'), self._ints('kernel_size')
         if self.transposed:
             return strides, canonical_transposed_padding(self.padding, image_size, kernel_size, strides)
-        return strides, canonical_padding(self.padding, image_size, kernel_size, strides, True)
+        return strides, canonical_padding(self.padding, image_size, kernel_size, strides)
 
     def _convolution(self, x, kernel, bias):
         strides, padding = self._geometry(x.shape[1:-1])
