@@ -25,10 +25,12 @@ ALLOWED = {
     'training': {'steps', 'models', 'layers', 'data', 'attacks', 'mesh', 'evaluation'},
     'torch_import': {'models', 'layers'},
     'plots': {'evaluation'},
+    'exported': {'steps', 'layers', 'data', 'mesh', 'version'},
+    'weights': {'mesh'},
     'version': set(),
     'errors': set(),
     'files': set(),
-    '__init__': {'layers', 'version'},
+    '__init__': {'layers', 'version', 'exported', 'weights'},
 }
 
 
