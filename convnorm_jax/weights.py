@@ -34,7 +34,7 @@ def save_weights(path, variables, config: dict | None = None):
     Raises:
       ValueError: safetensors is missing; a tree that is not made of dicts, or a dtype that the format does not have.
     """
-    library, arrays = _safetensors(), _flat(variables)
+    library, arrays = check_installed(), _flat(variables)
     check_place(path, 'path')
     # Its values are texts.
     metadata = {'format': 'flax', 'convnorm_jax_config': json.dumps(config), 'convnorm_jax_digest': _digest(arrays)}
@@ -57,7 +57,7 @@ def load_weights(path) -> tuple[dict[str, Any], dict | None]:
     Raises:
       ValueError: safetensors is missing; no such file, or a damaged one.
     """
-    library = _safetensors()
+    library = check_installed()
     try:
         with open(path, 'rb') as file:
             content = file.read()
@@ -75,7 +75,8 @@ def load_weights(path) -> tuple[dict[str, Any], dict | None]:
     return _nested(arrays), json.loads(metadata.get('convnorm_jax_config', 'null'))
 
 
-def _safetensors():
+def check_installed():
+    """The package safetensors; raises UserError where it is missing."""
     try:
         importlib.import_module('safetensors.numpy')
         return importlib.import_module('safetensors')

@@ -117,7 +117,7 @@ def _save(path, model, variables, run, inputs, *, kind, output, platforms, confi
     """Exports `run(variables, *inputs)`, with the ConvNorms of `model` folded."""
     check_installed()
     check_place(path, 'path')
-    platforms = _platforms(platforms)
+    platforms = check_platforms(platforms)
     named, structure = jax.tree_util.tree_flatten_with_path(fetch(dict(variables)))
     weights = [np.asarray(jnp.asarray(leaf)) for _, leaf in named]
     abstract = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in weights])
@@ -203,9 +203,14 @@ def _dtype(dtype):
     return dtype.name
 
 
-def _platforms(platforms):
+def check_platforms(platforms: str | Sequence[str], argument: str = 'platforms') -> list[str]:
+    """The platforms as a list.
+
+    Raises:
+      ValueError: one that is not known, or none, or one twice; `argument` is what the message calls them.
+    """
     platforms = [platforms] if isinstance(platforms, str) else list(platforms)
     unknown = [name for name in platforms if name not in _KNOWN]
     if unknown or not platforms or len(set(platforms)) < len(platforms):
-        raise UserError(f'platforms={platforms}: expected some of {", ".join(_KNOWN)}, each once')
+        raise UserError(f'{argument}={",".join(map(str, platforms))}: expected some of {", ".join(_KNOWN)}, each once')
     return platforms
