@@ -1,9 +1,9 @@
 """ConvNorm and ConvNormTranspose for Flax NNX.
 
-    from convnorm_jax.nnx import ConvNorm
-    layer = ConvNorm(3, 64, (3, 3), image_size=(32, 32), rngs=nnx.Rngs(0))
-    y = layer(images)      # training: the running statistics are updated
-    layer.eval()           # inference from now on, as for nnx.BatchNorm
+from convnorm_jax.nnx import ConvNorm
+layer = ConvNorm(3, 64, (3, 3), image_size=(32, 32), rngs=nnx.Rngs(0))
+y = layer(images)      # training: the running statistics are updated
+layer.eval()           # inference from now on, as for nnx.BatchNorm
 """
 
 from collections.abc import Sequence

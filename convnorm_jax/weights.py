@@ -97,7 +97,7 @@ def _flat(variables):
         keys = [getattr(entry, 'key', None) for entry in path]
         if not all(isinstance(key, str) and key and SEPARATOR not in key for key in keys):
             raise UserError(f'variables: {name!r} is not in nested dicts whose keys are texts without {SEPARATOR!r}')
-        array = np.asarray(fetch(jnp.asarray(leaf) if np.isscalar(leaf) else leaf), order='C')
+        array = np.asarray(fetch(leaf), order='C')
         if array.dtype.name not in _DTYPES.values():
             raise UserError(f'variables: {name!r} is of {array.dtype}, which safetensors does not have')
         flat[name] = array

@@ -18,7 +18,7 @@ from convnorm_jax.errors import UserError
 from convnorm_jax.exported.container import write_container
 from convnorm_jax.exported.serialization import check_installed, serialize
 from convnorm_jax.files import check_place
-from convnorm_jax.layers.folding import fold_for_inference, is_foldable, without_originals
+from convnorm_jax.layers.folding import COLLECTION, fold_for_inference, is_foldable, without_originals
 from convnorm_jax.layers.method import LEAST_BATCH
 from convnorm_jax.mesh import fetch
 from convnorm_jax.steps.gan import make_sampler
@@ -118,7 +118,8 @@ def _save(path, model, variables, run, inputs, *, kind, output, platforms, confi
     check_installed()
     check_place(path, 'path')
     platforms = check_platforms(platforms)
-    named, structure = jax.tree_util.tree_flatten_with_path(fetch(dict(variables)))
+    variables = {name: tree for name, tree in variables.items() if name != COLLECTION}
+    named, structure = jax.tree_util.tree_flatten_with_path(fetch(variables))
     weights = [np.asarray(jnp.asarray(leaf)) for _, leaf in named]
     abstract = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in weights])
     # Folded as for large batches.
