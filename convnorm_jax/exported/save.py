@@ -125,16 +125,13 @@ def _save(path, model, variables, run, inputs, *, kind, output, platforms, confi
     # Folded as for large batches.
     batch = [jax.ShapeDtypeStruct((LEAST_BATCH, *about['shape']), about['dtype']) for about in inputs]
     folded = is_foldable(model, abstract, *batch)
-    groups = _groups(model, abstract, batch, platforms) if folded else [platforms]
+    groups = _groups(model, abstract, batch, platforms) if folded else [(platforms, abstract)]
     blocks = {_name(place): array for (place, _), array in zip(named, weights)}
     symbolic = _symbolic(inputs)
-    for number, group in enumerate(groups):
-        prepared = abstract
+    for number, (group, prepared) in enumerate(groups):
         if folded:
-            fold = lambda variables, platform=group[0]: _fold(model, variables, batch, platform)
-            prepared = jax.eval_shape(fold, abstract)
-            folding = _on_leaves(lambda variables, fold=fold: jax.tree.leaves(fold(variables)), structure)
-            blocks[f'folding {number}'] = _program(folding, group, jax.tree.leaves(abstract))
+            fold = lambda variables, platform=group[0]: jax.tree.leaves(_fold(model, variables, batch, platform))
+            blocks[f'folding {number}'] = _program(_on_leaves(fold, structure), group, jax.tree.leaves(abstract))
         leaves, prepared_structure = jax.tree.flatten(prepared)
         blocks[f'program {number}'] = _program(_on_leaves(run, prepared_structure), group, leaves, *symbolic)
     found = jax.eval_shape(run, abstract, *batch)
@@ -146,7 +143,7 @@ def _save(path, model, variables, run, inputs, *, kind, output, platforms, confi
         'inputs': inputs,
         'outputs': [{'name': output, 'shape': found.shape[1:], 'dtype': found.dtype.name}],
         'platforms': platforms,
-        'programs': groups,
+        'programs': [group for group, _ in groups],
         'folded': folded,
         'parameters': sum(np.size(leaf) for leaf in jax.tree.leaves(variables.get('params', {}))),
         'config': config,
@@ -155,13 +152,19 @@ def _save(path, model, variables, run, inputs, *, kind, output, platforms, confi
 
 
 def _groups(model, variables, inputs, platforms):
-    """The platforms, those together that are folded into the same values."""
-    groups = {}
+    """[(platforms that are folded into the same values, these values as shapes and dtypes), ...]."""
+    shapes, groups = {}, []
     for platform in platforms:
-        folded = jax.eval_shape(lambda v, platform=platform: _fold(model, v, inputs, platform), variables)
-        leaves, structure = jax.tree.flatten(folded)
-        groups.setdefault((structure, *((leaf.shape, leaf.dtype) for leaf in leaves)), []).append(platform)
-    return list(groups.values())
+        kind = platform == 'cpu'  # see `folding.method`
+        if kind not in shapes:
+            shapes[kind] = jax.eval_shape(lambda v, platform=platform: _fold(model, v, inputs, platform), variables)
+        prepared = shapes[kind]
+        same = [group for group, other in groups if other == prepared]
+        if same:
+            same[0].append(platform)
+        else:
+            groups.append(([platform], prepared))
+    return groups
 
 
 def _fold(model, variables, inputs, platform):
