@@ -63,7 +63,7 @@ class Exported:
         program = self._program(blocks[f'program {number}'])
         weights = [jnp.asarray(array) for array in weights]
         if self.folded:
-            weights = jax.jit(self._program(blocks[f'folding {number}']).call)(weights)
+            weights = self._result(jax.jit(self._program(blocks[f'folding {number}']).call), weights)
         self._weights, self._run = weights, jax.jit(program.call)
 
     def __call__(self, *inputs):
@@ -81,7 +81,7 @@ class Exported:
         if len({array.shape[0] for array in inputs}) > 1:
             batches = ' and '.join(f'{array.shape[0]} {about["name"]}' for array, about in zip(inputs, self.inputs))
             raise UserError(f'{self.path}: got {batches}; expected as many of each')
-        return self._run(self._weights, *inputs)
+        return self._result(self._run, self._weights, *inputs)
 
     def __repr__(self):
         taken = ', '.join(f'{about["name"]} {about["dtype"]}{["B", *about["shape"]]}' for about in self.inputs)
@@ -121,12 +121,24 @@ class Exported:
             return deserialize(content)
         except UserError:
             raise
-        except Exception as error:  # JAX promises to read programs of the last six months
-            words = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
-            raise UserError(
-                f'{self.path}: jax {jax.__version__} cannot read this program of jax {self.versions["jax"]} ({words}); '
-                'export the net again, or install a JAX of that time'
-            ) from error
+        except Exception as error:
+            raise self._unreadable(error) from error
+
+    def _result(self, run, *arguments):
+        try:
+            return run(*arguments)
+        except jax.errors.JaxRuntimeError as error:  # a program is parsed when it is first called
+            if 'Failed to deserialize' not in str(error):
+                raise
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error):
+        # JAX promises to read programs of the last six months, and those of a JAX that is three weeks newer.
+        words = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+        return UserError(
+            f'{self.path}: jax {jax.__version__} cannot read this program of jax {self.versions["jax"]} ({words}); '
+            'install that version, or export the net again with this one'
+        )
 
 
 def platform() -> str:
