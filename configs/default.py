@@ -15,11 +15,12 @@ def get_config():
     config.plots = True  # pictures at the end of a run
 
     config.model = ConfigDict()
-    # resnet18, resnet34, resnet50, resnet101, resnet152, vgg11, vgg13, vgg16, vgg19, simple_cnn2; of a GAN: sngan, dcgan
+    # resnet18, resnet34, resnet50, resnet101, resnet152, vgg11, vgg13, vgg16, vgg19, simple_cnn2, mobilenet,
+    # sequence_cnn; of a GAN: sngan, dcgan
     config.model.name = 'simple_cnn'
     # batchnorm, groupnorm, switchnorm, spectralnorm, oni, own, weightnorm, none
     config.model.layer = 'convnorm'
-    config.model.width = config_dict.placeholder(int)  # channels of the first stage
+    config.model.width = config_dict.placeholder(int)  # channels of the first stage; mobilenet: of the stem
     config.model.depth = config_dict.placeholder(tuple)  # blocks of each stage, e.g. (1,1,1)
     config.model.stem = ''  # ResNet: cifar (the default) or imagenet
     config.model.activation = 'relu'  # or shifted_relu

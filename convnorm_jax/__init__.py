@@ -6,17 +6,35 @@ from typing import TYPE_CHECKING
 from convnorm_jax.version import __version__
 
 if TYPE_CHECKING:
+    from convnorm_jax.exported.load import load_exported
+    from convnorm_jax.exported.save import save_exported, save_exported_generator
     from convnorm_jax.layers.convnorm import ConvNorm
     from convnorm_jax.layers.folding import fold_for_inference
     from convnorm_jax.layers.transposed import ConvNormTranspose
+    from convnorm_jax.weights import load_weights, save_weights
 
-__all__ = ['ConvNorm', 'ConvNormTranspose', '__version__', 'fold_for_inference']
+__all__ = [
+    'ConvNorm',
+    'ConvNormTranspose',
+    '__version__',
+    'fold_for_inference',
+    'load_exported',
+    'load_weights',
+    'save_exported',
+    'save_exported_generator',
+    'save_weights',
+]
 
 # Imported where they are first used: a command that only has to say what is wrong with it does without JAX.
 _PLACES = {
     'ConvNorm': 'convnorm_jax.layers.convnorm',
     'ConvNormTranspose': 'convnorm_jax.layers.transposed',
     'fold_for_inference': 'convnorm_jax.layers.folding',
+    'load_exported': 'convnorm_jax.exported.load',
+    'load_weights': 'convnorm_jax.weights',
+    'save_exported': 'convnorm_jax.exported.save',
+    'save_exported_generator': 'convnorm_jax.exported.save',
+    'save_weights': 'convnorm_jax.weights',
 }
 _MODULES = ('equinox', 'functional', 'layers', 'nnx')
 

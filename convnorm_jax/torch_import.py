@@ -114,6 +114,10 @@ def published_name(model, path, given=()):
     Raises:
       ValueError: the net or its layer has no published counterpart.
     """
+    if not isinstance(model, (PlainNet, SimpleCNN2, ResNet)):
+        raise UserError(
+            f'a {type(model).__name__} was not published: there are weights of ResNets, VGGs and the SimpleCNNs'
+        )
     *modules, block, leaf = path if len(path) > 1 else ('', *path)
     if (block, leaf) in _BLOCK_NAMES:
         block, leaf = modules.pop(), (block, leaf)

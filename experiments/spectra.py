@@ -15,6 +15,7 @@ from absl import flags
 from convnorm_jax.errors import UserError
 from experiments import command_line
 from experiments.markdown import aligned_table
+from experiments.run_config import run_config
 
 NOTE = 'measured, not certified: power iteration comes from below, in float32'
 QUANTILES = {'min': 0.0, 'quantile_05': 0.05, 'median': 0.5, 'quantile_95': 0.95, 'max': 1.0}
@@ -58,7 +59,7 @@ def run():
     keep_programs()
     if len(workdirs) > MAX_RUNS:
         raise UserError(f'--workdirs: {len(workdirs)} runs; at most {MAX_RUNS} can be told apart in one picture')
-    configs = [_config(workdir) for workdir in workdirs]
+    configs = [run_config(workdir) for workdir in workdirs]
     labels = _labels(workdirs, configs)
     try:
         os.makedirs(output, exist_ok=True)
@@ -85,27 +86,6 @@ def run():
     for name in ('spectra.json', 'spectra.md', 'spectra.png'):
         print(f'wrote {os.path.join(output, name)}')
     return 0
-
-
-def _config(workdir):
-    """The config of a run; keys that are younger than the run have their defaults."""
-    from configs import default
-    from convnorm_jax.training.config import check_config
-    from convnorm_jax.training.workdir import load_config
-
-    config = default.get_config()
-    _fill(config, load_config(workdir))
-    check_config(config)
-    return config
-
-
-def _fill(config, saved):
-    for key, value in saved.items():
-        if isinstance(value, dict) and key in config:
-            _fill(config[key], value)
-        elif key in config:
-            with config.ignore_type():
-                config[key] = tuple(value) if isinstance(value, list) else value
 
 
 def _labels(workdirs, configs):

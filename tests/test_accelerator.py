@@ -6,6 +6,7 @@ The compilers are pyproject's extra `aot`. Without it those tests are skipped, u
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -14,7 +15,10 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import accelerator, aot, hlo
+from convnorm_jax import save_exported
+from convnorm_jax.models import create_model
 
+ROOT = pathlib.Path(__file__).parent.parent
 REQUIRED = bool(os.environ.get('CONVNORM_REQUIRE_AOT'))
 
 
@@ -227,3 +231,34 @@ def test_what_jax_compiles_is_counted():
 def test_text_that_is_no_program():
     with pytest.raises(ValueError, match='no ENTRY computation'):
         hlo.Program('module @jit_f {}')
+
+
+EXPORTED = """
+import sys
+from benchmarks import aot
+device = aot.devices(sys.argv[1])[0]
+import jax
+from jax import export
+from convnorm_jax.exported.container import read_container
+header, blocks = read_container(sys.argv[2])
+number = next(i for i, group in enumerate(header['programs']) if 'cuda' in group and 'tpu' in group)
+there = jax.sharding.SingleDeviceSharding(device)
+for name in (f'folding {number}', f'program {number}'):
+    program = export.deserialize(bytearray(blocks[name]))
+    shapes = [[n if isinstance(n, int) else 16 for n in aval.shape] for aval in program.in_avals]
+    avals = [jax.ShapeDtypeStruct(s, a.dtype, sharding=there) for s, a in zip(shapes, program.in_avals)]
+    arguments, _ = jax.tree.unflatten(program.in_tree, avals)
+    print(jax.jit(program.call).lower(*arguments).compile().out_info)
+"""
+
+
+@pytest.mark.parametrize('target', aot.TARGETS)
+def test_an_exported_net_compiles(target, tmp_path):
+    need(target)
+    model = create_model('simple_cnn', num_classes=7, layer='convnorm', width=16, depth=(1, 1))
+    variables = jax.jit(lambda x: model.init(jax.random.key(0), x, train=False))(jnp.zeros((1, 16, 16, 3)))
+    save_exported(tmp_path / 'net', model, variables, (16, 16, 3))
+    command = [sys.executable, '-c', EXPORTED, target, str(tmp_path / 'net')]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert 'shape=(16, 7), dtype=float32' in done.stdout.splitlines()[-1]

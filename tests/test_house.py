@@ -30,10 +30,12 @@ ALLOWED = {
     'dataflow': set(),
     'torch_import': {'models', 'layers'},
     'plots': {'evaluation'},
+    'exported': {'steps', 'layers', 'data', 'mesh', 'version'},
+    'weights': {'mesh'},
     'version': set(),
     'errors': set(),
     'files': set(),
-    '__init__': {'layers', 'version'},
+    '__init__': {'layers', 'version', 'exported', 'weights'},
 }
 
 

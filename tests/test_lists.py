@@ -17,7 +17,7 @@ from convnorm_jax.layers import factory
 from convnorm_jax.training import classification, evaluation_checks, generation
 from convnorm_jax.training import config as config_lib
 from convnorm_jax.training.experiment import STREAMED_ATTACK_EXAMPLES
-from experiments import gan_report, robustness, robustness_text, spectra, sweep_report, sweep_runs
+from experiments import export, gan_report, robustness, robustness_text, spectra, sweep_report, sweep_runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 DEFAULT = (ROOT / 'configs' / 'default.py').read_text()
@@ -123,6 +123,7 @@ def test_the_scores_of_generators():
 def test_the_checkpoints_of_the_commands(monkeypatch):
     for which in config_lib.CHECKPOINTS:
         assert spectra.parse(['spectra', '--workdirs=a', f'--checkpoint={which}'])[2] == which
+        assert export.parse(['export', '--workdir=a', '--out=b', f'--checkpoint={which}']).checkpoint == which
     with pytest.raises(ValueError, match=f'should be one of <{"|".join(config_lib.CHECKPOINTS)}>'):
         spectra.parse(['spectra', '--workdirs=a', '--checkpoint=none'])
 

@@ -14,7 +14,7 @@ from convnorm_jax.layers import spectral
 from convnorm_jax.layers.batch_norm import BatchNorm
 from convnorm_jax.layers.convnorm import ConvNorm
 from convnorm_jax.layers.factory import ConvThenNorm
-from convnorm_jax.layers.geometry import pair_of_ints
+from convnorm_jax.layers.geometry import ints_for_axes, spatial_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,8 @@ class LayerSite:
       path: the same as a tuple.
       module: a copy of the module outside the net, as it stands at evaluation.
       parts: the same of the modules it is made of, by name: 'conv', 'norm', 'batch_norm'.
-      picture, output: shapes without the batch of what it is given and gives, (H, W, C) or (C,).
+      picture, output: shapes without the batch of what it is given and gives, (H, W, C), of a sequence (W, C),
+        or (C,).
     """
 
     name: str
@@ -43,18 +44,28 @@ class LayerSite:
 
     @property
     def kernel_size(self):
-        """(kh, kw); (1, 1) of a linear layer."""
-        return pair_of_ints(self.module.kernel_size, 'kernel_size') if self.convolution else (1, 1)
+        """(kh, kw), or as many ints as there are spatial axes; (1, 1) of a linear layer."""
+        return self._ints('kernel_size')
 
     @property
     def strides(self):
-        """(sh, sw); (1, 1) of a linear layer."""
-        return pair_of_ints(self.module.strides, 'strides') if self.convolution else (1, 1)
+        """(sh, sw), or as many ints as there are spatial axes; (1, 1) of a linear layer."""
+        return self._ints('strides')
+
+    def _ints(self, name):
+        if not self.convolution:
+            return 1, 1
+        return ints_for_axes(getattr(self.module, name), name, spatial_axes(self.module.kernel_size))
+
+    @property
+    def groups(self):
+        """Groups of channels; 1 of a linear layer."""
+        return self.module.feature_group_count if self.convolution else 1
 
     @property
     def grid(self):
         """(Hf, Wf) of the full convolution of its pictures."""
-        return spectral.grid_size(self.picture[:2], self.kernel_size)
+        return spectral.grid_size(self.picture[:-1], self.kernel_size)
 
     @property
     def batch_norm(self):
@@ -120,7 +131,7 @@ def inner_variables(variables, path):
 
 
 def effective_kernel(site, variables):
-    """The kernel that a convolution convolves with at evaluation, float32 [kh, kw, cin, cout].
+    """The kernel that a convolution convolves with at evaluation, float32 [kh, kw, cin / groups, cout].
 
     That of a reparametrized convolution (spectral norm, ONI, OWN, weight norm) as it comes out of
     the reparametrization; ConvNorm's is the parameter, without its preconditioner.
@@ -166,7 +177,7 @@ def layer_spectra(model, variables, input_shape, *inputs, most=6):
 
 def _measure(site, variables):
     scale = normalized_scale(site, variables) if isinstance(site.module, ConvNorm) else norm_scale(site, variables)
-    return layer_spectrum(site.name, effective_kernel(site, variables), site.grid, scale)
+    return layer_spectrum(site.name, effective_kernel(site, variables), site.grid, scale, site.groups)
 
 
 def normalized_scale(site, variables):
@@ -182,7 +193,7 @@ def normalized_scale(site, variables):
     else:
         v = inside['batch_stats']['preconditioner']
     v = np.asarray(v)
-    return v[0, 0] if v.shape[:2] == (1, 1) else v[:, : site.grid[1] // 2 + 1]
+    return v.reshape(-1) if set(v.shape[:-1]) == {1} else v[..., : site.grid[-1] // 2 + 1, :]
 
 
 def norm_scale(site, variables):

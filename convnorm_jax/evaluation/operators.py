@@ -32,8 +32,13 @@ from convnorm_jax.errors import UserError
 from convnorm_jax.evaluation.layers import effective_kernel, find_sites, inner_variables, norm_scale, normalized_scale
 from convnorm_jax.evaluation.spectral import singular_values
 from convnorm_jax.layers.convnorm import ConvNorm
+from convnorm_jax.models.mobilenet import MobileNet
 from convnorm_jax.models.plain import PlainNet, SimpleCNN2
 from convnorm_jax.models.resnet import ResNet
+from convnorm_jax.models.sequence import SequenceCNN
+
+_CHAINS = (PlainNet, SimpleCNN2)
+_POOLED_CHAINS = (MobileNet, SequenceCNN)
 
 VECTORS = 4  # of a power iteration
 MOST_ITERATIONS = 300
@@ -52,8 +57,9 @@ class LayerOperator:
         stride-1 convolution with the effective kernel. Of a Dense layer, those of its matrix.
       layer_circular: the same of the whole layer (ConvNorm's channel-wise convolution behind a stride s
         stands in front of it, with its taps s apart), or None if it is not linear.
-      strides: (sh, sw).
-      picture, output: shapes of what it is given and gives, (H, W, C), or (C,) of a Dense layer.
+      strides: (sh, sw), or (s,) of a 1-D layer.
+      picture, output: shapes of what it is given and gives, (H, W, C), (W, C) of a 1-D layer, or (C,) of a Dense
+        layer.
     """
 
     name: str
@@ -62,7 +68,7 @@ class LayerOperator:
     layer_norm: float | None
     conv_circular: np.ndarray
     layer_circular: np.ndarray | None
-    strides: tuple[int, int]
+    strides: tuple[int, ...]
     picture: tuple
     output: tuple
 
@@ -201,7 +207,7 @@ def _circular_values(site, variables):
     kernel, scale = effective_kernel(site, variables), normalized_scale(site, variables)
     whole = scale * norm_scale(site, variables) * _channelwise_gain(site, variables)
     _check_finite(site, kernel, whole)
-    return singular_values(kernel, site.grid, scale), singular_values(kernel, site.grid, whole)
+    return tuple(singular_values(kernel, site.grid, factor, site.groups) for factor in (scale, whole))
 
 
 def _check_finite(site, *arrays):
@@ -216,12 +222,11 @@ def _channelwise_gain(site, variables):
     """
     if not getattr(site.module, 'use_affine', False):
         return np.float32(1)
-    taps = np.asarray(inner_variables(variables, site.path)['params']['affine_kernel'], np.float32)[:, :, 0]
+    taps = np.asarray(inner_variables(variables, site.path)['params']['affine_kernel'], np.float32)[..., 0, :]
     padded = np.zeros((*site.grid, taps.shape[-1]), np.float32)
-    for row, column in itertools.product(*map(range, taps.shape[:2])):
-        place = tuple(s * i % n for s, i, n in zip(site.strides, (row, column), site.grid))
-        padded[place] += taps[row, column]
-    return np.abs(np.fft.rfft2(padded, axes=(0, 1))).astype(np.float32)
+    for tap in itertools.product(*map(range, taps.shape[:-1])):
+        padded[tuple(s * i % n for s, i, n in zip(site.strides, tap, site.grid))] += taps[tap]
+    return np.abs(np.fft.rfftn(padded, axes=range(len(site.grid)))).astype(np.float32)
 
 
 # --- the net ---------------------------------------------------------------------------------
@@ -243,12 +248,15 @@ def product_bound(model, operators):
     Returns:
       float; None for a net other than those of `convnorm_jax.models`, or with a layer that is not linear.
     """
-    if not isinstance(model, (PlainNet, SimpleCNN2, ResNet)) or any(o.layer_norm is None for o in operators):
+    known = isinstance(model, (*_CHAINS, *_POOLED_CHAINS, ResNet))
+    if not known or any(o.layer_norm is None for o in operators):
         return None
-    if not isinstance(model, ResNet):
+    if isinstance(model, _CHAINS):
         return math.prod(o.layer_norm for o in operators)
     *layers, head = operators
-    bound = head.layer_norm / math.sqrt(math.prod(layers[-1].output[:2]))
+    bound = head.layer_norm / math.sqrt(math.prod(layers[-1].output[:-1]))
+    if isinstance(model, _POOLED_CHAINS):
+        return bound * math.prod(o.layer_norm for o in layers)
     bound *= 2 if model.stem == 'imagenet' else 1
     for block, members in itertools.groupby(layers, lambda o: o.name.rpartition('/')[0]):
         norms = {o.name.rpartition('/')[2]: o.layer_norm for o in members}

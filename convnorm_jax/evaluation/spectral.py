@@ -2,15 +2,17 @@
 
 A circular stride-1 convolution on a grid (Hf, Wf) is a product with one cin x cout matrix per
 frequency, so its singular values are those of these matrices, exactly (Sedghi, Gupta, Long 2019,
-arXiv 1805.10408, theorem 6). ConvNorm (arXiv 2103.00673, section 3) works on that same grid
-(Hf, Wf) = (H + kh - 1, W + kw - 1), and multiplies each output channel by a real factor per
-frequency. These figures are measurements, not certificates: a zero-padded, cropped or strided
-layer is not circular.
+arXiv 1805.10408, theorem 6). A grouped one has a matrix for each group, and the singular values of all.
+A kernel, and with it the grid, may also have 1 or 3 spatial axes; the half grid halves the last one.
+ConvNorm (arXiv 2103.00673, section 3) works on that same grid (Hf, Wf) = (H + kh - 1, W + kw - 1), and
+multiplies each output channel by a real factor per frequency. These figures are measurements, not
+certificates: a zero-padded, cropped or strided layer is not circular.
 
 Everything here is NumPy in, NumPy out, in float32, or float64 for a float64 kernel.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -33,21 +35,24 @@ class LayerSpectrum:
     """
 
     name: str
-    size: tuple[int, int]
+    size: tuple[int, ...]
     power_before: np.ndarray
     power_after: np.ndarray
     singular_before: np.ndarray
     singular_after: np.ndarray
 
 
-def layer_spectrum(name: str, kernel: np.ndarray, size: tuple[int, int], scale: np.ndarray) -> LayerSpectrum:
+def layer_spectrum(
+    name: str, kernel: np.ndarray, size: tuple[int, ...], scale: np.ndarray, groups: int = 1
+) -> LayerSpectrum:
     """Spectra of `kernel` alone (before) and with its output channels times `scale` (after).
 
     Args:
       name: the layer's name.
-      kernel: float [kh, kw, cin, cout].
+      kernel: float [kh, kw, cin / groups, cout].
       size: (Hf, Wf), at least (kh, kw).
       scale: real [cout] (BatchNorm: gamma / sqrt(variance)) or [Hf, Wf//2+1, cout] (ConvNorm: V).
+      groups: of channels.
 
     Raises:
       ValueError: as `singular_values`.
@@ -59,12 +64,12 @@ def layer_spectrum(name: str, kernel: np.ndarray, size: tuple[int, int], scale: 
         size=tuple(size),
         power_before=power,
         power_after=power * factor**2,
-        singular_before=singular_values(kernel, size),
-        singular_after=singular_values(kernel, size, scale),
+        singular_before=singular_values(kernel, size, groups=groups),
+        singular_after=singular_values(kernel, size, scale, groups),
     )
 
 
-def frequency_response(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def frequency_response(kernel: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """rfft2 of the zero-padded kernel. A layer's cross-correlation multiplies by its conjugate.
 
     Args:
@@ -75,14 +80,19 @@ def frequency_response(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
       complex [Hf, Wf//2+1, cin, cout].
 
     Raises:
-      ValueError: a kernel without four axes, or a grid smaller than the kernel.
+      ValueError: a kernel without three to five axes, or a grid smaller than the kernel.
     """
     kernel = _checked_kernel(kernel, size)
     responses = [response for _, response in _responses(kernel, size)]
-    return np.concatenate(responses).reshape(size[0], size[1] // 2 + 1, *kernel.shape[2:])
+    return np.concatenate(responses).reshape(*half_grid(size), *kernel.shape[-2:])
 
 
-def channel_power_spectrum(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def half_grid(size: tuple[int, ...]) -> tuple[int, ...]:
+    """The frequencies of a real transform: half of the last axis."""
+    return (*size[:-1], size[-1] // 2 + 1)
+
+
+def channel_power_spectrum(kernel: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """Sum over input channels of |frequency response|^2: what ConvNorm brings to 1.
 
     Args and raises as `frequency_response`.
@@ -92,35 +102,41 @@ def channel_power_spectrum(kernel: np.ndarray, size: tuple[int, int]) -> np.ndar
     """
     kernel = _checked_kernel(kernel, size)
     powers = [(response.real**2 + response.imag**2).sum(axis=1) for _, response in _responses(kernel, size)]
-    return np.concatenate(powers).reshape(size[0], size[1] // 2 + 1, -1)
+    return np.concatenate(powers).reshape(*half_grid(size), -1)
 
 
-def singular_values(kernel: np.ndarray, size: tuple[int, int], scale: np.ndarray | None = None) -> np.ndarray:
+def singular_values(
+    kernel: np.ndarray, size: tuple[int, ...], scale: np.ndarray | None = None, groups: int = 1
+) -> np.ndarray:
     """All singular values of the circular stride-1 convolution on a grid, exactly.
 
     Args:
-      kernel: float [kh, kw, cin, cout].
+      kernel: float [kh, kw, cin / groups, cout].
       size: (Hf, Wf), at least (kh, kw).
       scale: real factor of each output channel, [cout] or, per frequency, [Hf, Wf//2+1, cout]
         (a phase would not change a singular value: of a complex factor, pass the absolute value).
+      groups: of channels.
 
     Returns:
       float [Hf*Wf*min(cin, cout)], descending. The first is the operator norm.
 
     Raises:
-      ValueError: a kernel without four axes, a grid smaller than the kernel, or a scale of
-        another shape.
+      ValueError: a kernel without three to five axes, a grid smaller than the kernel, a scale of
+        another shape, or groups that do not divide cout.
     """
     kernel = _checked_kernel(kernel, size)
     if scale is not None:
         scale = _checked_scale(scale, size, kernel.shape[-1], kernel.dtype)
-        scale = np.broadcast_to(scale, (size[0], size[1] // 2 + 1, kernel.shape[-1]))
+        scale = np.broadcast_to(scale, (*half_grid(size), kernel.shape[-1]))
         scale = scale.reshape(-1, 1, kernel.shape[-1])
+    if groups < 1 or kernel.shape[-1] % groups:
+        raise UserError(f'groups={groups}: expected a divisor of the {kernel.shape[-1]} output channels')
     values = []
     for chunk, response in _responses(kernel, size):
         if scale is not None:
             response = response * scale[chunk]
-        values.append(np.linalg.svd(response, compute_uv=False))
+        matrices = response.reshape(*response.shape[:2], groups, -1).swapaxes(1, 2)  # of each group
+        values.append(np.linalg.svd(matrices, compute_uv=False).reshape(len(response), -1))
     repeated = np.repeat(np.concatenate(values), _multiplicity(size), axis=0)
     return np.sort(repeated, axis=None)[::-1]
 
@@ -131,20 +147,22 @@ def _responses(kernel, size) -> Iterator[tuple[slice, np.ndarray]]:
     A product with the DFT matrix of the few taps, not an FFT of the padded kernel: the whole
     response of a wide layer on a large picture would not fit in memory.
     """
-    taps = kernel.reshape(-1, kernel.shape[2] * kernel.shape[3])
-    phases = _phases(kernel.shape[:2], size).astype(np.result_type(kernel.dtype, np.complex64))
+    taps = kernel.reshape(-1, kernel.shape[-2] * kernel.shape[-1])
+    phases = _phases(kernel.shape[:-2], size).astype(np.result_type(kernel.dtype, np.complex64))
     step = max(1, _CHUNK_ENTRIES // taps.shape[1])
     for start in range(0, len(phases), step):
         chunk = slice(start, start + step)
-        yield chunk, (phases[chunk] @ taps).reshape(-1, *kernel.shape[2:])
+        yield chunk, (phases[chunk] @ taps).reshape(-1, *kernel.shape[-2:])
 
 
 def _phases(kernel_size, size):
     """exp(-2 pi i (u a / Hf + v b / Wf)), complex128 [Hf * (Wf//2+1), kh * kw]."""
-    rows = np.outer(np.arange(size[0]), np.arange(kernel_size[0])) / size[0]
-    columns = np.outer(np.arange(size[1] // 2 + 1), np.arange(kernel_size[1])) / size[1]
-    turns = rows[:, None, :, None] + columns[None, :, None, :]
-    return np.exp(-2j * np.pi * turns).reshape(-1, kernel_size[0] * kernel_size[1])
+    turns = np.zeros((1, 1))
+    for frequencies, taps, n in zip(half_grid(size), kernel_size, size):
+        axis = np.outer(np.arange(frequencies), np.arange(taps)) / n
+        turns = turns[:, None, :, None] + axis[None, :, None, :]
+        turns = turns.reshape(turns.shape[0] * frequencies, -1)
+    return np.exp(-2j * np.pi * turns)
 
 
 def _multiplicity(size):
@@ -153,25 +171,28 @@ def _multiplicity(size):
     The kernel is real, so frequency -w has the conjugate matrix of w and the same singular values.
     Columns 0 and, on an even grid, Wf/2 are their own mirror images.
     """
-    counts = np.full(size[1] // 2 + 1, 2)
+    *others, last = size
+    counts = np.full(last // 2 + 1, 2)
     counts[0] = 1
-    if size[1] % 2 == 0:
+    if last % 2 == 0:
         counts[-1] = 1
-    return np.tile(counts, size[0])
+    return np.tile(counts, math.prod(others))
 
 
 def _checked_kernel(kernel, size):
     kernel = np.asarray(kernel)
-    if kernel.ndim != 4:
-        raise UserError(f'kernel.shape={kernel.shape}: expected [kh, kw, cin, cout]')
-    if len(size) != 2 or size[0] < kernel.shape[0] or size[1] < kernel.shape[1]:
-        raise UserError(f'size={size}: expected (Hf, Wf), at least the kernel, {kernel.shape[:2]}')
+    if kernel.ndim not in (3, 4, 5):
+        raise UserError(f'kernel.shape={kernel.shape}: expected [kh, kw, cin, cout], or 1 or 3 spatial axes')
+    taps = kernel.shape[:-2]
+    if len(size) != len(taps) or any(n < k for n, k in zip(size, taps)):
+        axes = {1: '(Wf,)', 2: '(Hf, Wf)', 3: '(Df, Hf, Wf)'}[len(taps)]
+        raise UserError(f'size={size} with kernel.shape={kernel.shape}: expected {axes}, at least the kernel')
     return kernel.astype(np.float64 if kernel.dtype == np.float64 else np.float32)
 
 
 def _checked_scale(scale, size, cout, dtype):
     scale = np.asarray(scale)
-    choices = ((cout,), (size[0], size[1] // 2 + 1, cout))
+    choices = ((cout,), (*half_grid(size), cout))
     if scale.shape not in choices:
         raise UserError(f'scale.shape={scale.shape}: expected {choices[0]} or {choices[1]}')
     if np.iscomplexobj(scale):

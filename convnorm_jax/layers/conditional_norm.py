@@ -60,5 +60,5 @@ class ConditionalBatchNorm(nn.Module):
         scale = self.param('scale', nn.initializers.ones, shape, self.param_dtype)
         bias = self.param('bias', nn.initializers.zeros, shape, self.param_dtype)
         ones = (1,) * (x.ndim - 2)
-        scale, bias = (p[labels].reshape(-1, *ones, x.shape[-1]).astype(y.dtype) for p in (scale, bias))
+        scale, bias = (jnp.asarray(p)[labels].reshape(-1, *ones, x.shape[-1]).astype(y.dtype) for p in (scale, bias))
         return (y * scale + bias).astype(self.dtype or x.dtype)

@@ -30,11 +30,6 @@ from convnorm_jax.layers.reference import layouts
 from convnorm_jax.layers.spectral import is_pointwise
 
 SPECTRUM_MODES = ('running', 'exact')
-_EXPECTED = {
-    1: '[batch, width, channels]',
-    2: '[batch, height, width, channels]',
-    3: '[batch, depth, height, width, channels]',
-}
 
 # The published schedule of the running spectrum: half a cosine over this many updates,
 # down to this weight for the new value.
@@ -107,10 +102,7 @@ class Settings:
 
     def check_shape(self, shape: Sequence[int]):
         """Raises ValueError unless `shape` is one of a batch of images."""
-        if len(shape) != self.rank + 2:
-            raise UserError(
-                f'x.shape={tuple(shape)}: expected {_EXPECTED[self.rank]} with kernel_size={self.kernel_size}'
-            )
+        geometry.check_shape(shape, self.kernel_size)
 
     def geometry(self, image_size: Sequence[int]) -> Geometry:
         """Of images of this size."""
@@ -118,7 +110,7 @@ class Settings:
             padding = geometry.canonical_transposed_padding(self.padding, image_size, self.spans, self.strides)
             build = geometry.of_transposed_convolution
         else:
-            padding = geometry.canonical_padding(self.padding, image_size, self.spans, self.strides, True)
+            padding = geometry.canonical_padding(self.padding, image_size, self.spans, self.strides)
             build = geometry.of_convolution
         return build(
             image_size, self.kernel_size, self.strides, padding, self.kernel_dilation, self.feature_group_count
@@ -134,14 +126,9 @@ class Settings:
 
     def initializers(self, features_in: int) -> dict[str, tuple[Callable, tuple[int, ...]]]:
         """{parameter: (initializer of (key, shape, dtype), shape)}; see the module's docstring."""
-        groups = self.feature_group_count
-        if not is_int(groups) or groups < 1 or features_in % groups or self.features % groups:
-            raise UserError(
-                f'feature_group_count={groups!r} with {features_in} channels and features={self.features}: '
-                'expected a positive int that divides both'
-            )
+        channels = geometry.channels_in_a_group(self.feature_group_count, features_in, self.features)
         init = torch_transposed_kernel_init if self.transposed else torch_kernel_init
-        found = {'kernel': (init, (*self.kernel_size, features_in // groups, self.features))}
+        found = {'kernel': (init, (*self.kernel_size, channels, self.features))}
         if self.use_affine:
             bias_init = torch_bias_init(math.prod(self.kernel_size))
             found['affine_kernel'] = (torch_kernel_init, (*self.kernel_size, 1, self.features))

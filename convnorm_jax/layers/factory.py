@@ -2,12 +2,13 @@
 
 A model is given one constructor and never learns which layer it is:
 
-    layer(features, kernel_size, strides=, padding=, use_bias=, train=, name=)(x)
+    layer(features, kernel_size, strides=, padding=, use_bias=, feature_group_count=, train=, name=)(x)
 
 Transposed convolutions and dense layers have constructors of the same kind.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from flax import linen as nn
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers.batch_norm import BatchNorm
 from convnorm_jax.layers.convnorm import ConvNorm
-from convnorm_jax.layers.geometry import pair_of_ints
+from convnorm_jax.layers.geometry import channels_in_a_group, check_shape, ints_for_axes, spatial_axes
 from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init
 from convnorm_jax.layers.reparam import ONIConv, OWNConv, SpectralNormConv, SpectralNormDense, WeightNormConv
 from convnorm_jax.layers.switch_norm import SwitchNorm
@@ -48,7 +49,8 @@ class ConvThenNorm(nn.Module):
     """A convolution, with PyTorch's initial values, and the normalization that follows it.
 
     Attributes:
-      features, kernel_size, strides, padding, use_bias, dtype: as in `flax.linen.Conv`.
+      features, kernel_size, strides, padding, use_bias, feature_group_count, dtype: as in `flax.linen.Conv`; an int is
+        a square of 2 spatial axes.
       conv: constructor of the convolution, one of `layers.reparam`'s or `layers.transposed`'s;
         None is the plain one.
       norm: constructor of the normalization, or None.
@@ -57,22 +59,28 @@ class ConvThenNorm(nn.Module):
 
     features: int
     kernel_size: int | Sequence[int]
-    strides: int | Sequence[int] = (1, 1)
+    strides: int | Sequence[int] = 1
     padding: str | int | Sequence = 'SAME'
     use_bias: bool = False
     conv: Callable[..., nn.Module] | None = None
     norm: Callable[..., nn.Module] | None = None
     dtype: jnp.dtype | None = None
     kernel_init: Callable | None = None
+    feature_group_count: int = 1
 
     @nn.compact
     def __call__(self, x):
-        kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
-        conv = self.conv or _plain_conv(self.kernel_init, kernel_size[0] * kernel_size[1] * x.shape[-1])
+        rank = spatial_axes(self.kernel_size)
+        kernel_size = ints_for_axes(self.kernel_size, 'kernel_size', rank)
+        check_shape(x.shape, kernel_size)
+        channels = channels_in_a_group(self.feature_group_count, x.shape[-1], self.features)
+        conv = self.conv or _plain_conv(self.kernel_init, math.prod(kernel_size) * channels)
+        if self.feature_group_count > 1:  # transposed convolutions take none
+            conv = functools.partial(conv, feature_group_count=self.feature_group_count)
         x = conv(
             self.features,
             kernel_size,
-            self.strides,
+            ints_for_axes(self.strides, 'strides', rank),
             self.padding,
             use_bias=self.use_bias,
             dtype=self.dtype,
@@ -101,8 +109,10 @@ def make_layer(name, *, dtype=None, **options):
       **options: see `LAYER_OPTIONS`.
 
     Returns:
-      A function (features, kernel_size, *, strides, padding, use_bias, train, kernel_init,
-      name) -> Linen module, called with the images only. ConvNorm's layers take no bias of the
+      A function (features, kernel_size, *, strides, padding, use_bias, feature_group_count, train,
+      kernel_init, name) -> Linen module, called with the images only. `kernel_size` has one int
+      for each spatial axis, (3,) for a sequence; `feature_group_count` is flax's, as many as
+      channels for a depthwise convolution. ConvNorm's layers take no bias of the
       convolution, whatever `use_bias` says: the channel-wise convolution has one. Nor do
       they take a `kernel_init`: they do not depend on the kernel's scale.
 
@@ -179,9 +189,10 @@ def _convnorm(
     features,
     kernel_size,
     *,
-    strides=(1, 1),
+    strides=1,
     padding='SAME',
     use_bias=False,
+    feature_group_count=1,
     train=False,
     kernel_init=None,
     transposed=False,
@@ -190,7 +201,15 @@ def _convnorm(
     del use_bias, kernel_init
     layer = ConvNormTranspose if transposed else ConvNorm
     return layer(
-        features, kernel_size, strides, padding, use_running_average=not train, dtype=dtype, name=name, **options
+        features,
+        kernel_size,
+        strides,
+        padding,
+        feature_group_count=feature_group_count,
+        use_running_average=not train,
+        dtype=dtype,
+        name=name,
+        **options,
     )
 
 
@@ -198,6 +217,8 @@ def _plain(options, dtype, features, kernel_size, *, train=False, transposed=Fal
     """The plain convolution; `settings` may hold the normalization behind it."""
     del options, train
     if transposed:
+        if settings.pop('feature_group_count', 1) != 1:
+            raise UserError('feature_group_count above 1: a transposed convolution has one group; take convnorm')
         settings = dict(settings, conv=functools.partial(ConvTranspose, kernel_init=kernel_init))
     else:
         settings = dict(settings, kernel_init=kernel_init)

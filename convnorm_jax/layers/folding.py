@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from convnorm_jax.layers.spectral import is_pointwise
 COLLECTION = 'folded'
 
 
-def fold_for_inference(model, variables, images):
+def fold_for_inference(model, variables, images, *others, platform=None):
     """Variables with which a net's inference takes fewer operations; the net stays as it is.
 
     In every ConvNorm and ConvNormTranspose the running preconditioner goes into the kernel's filters, and BatchNorm's
@@ -30,6 +31,8 @@ def fold_for_inference(model, variables, images):
       model: a Linen module that takes `images` and `train`, as the nets of `convnorm_jax.models`.
       variables: of the trained net.
       images: of the shape that it will be given, [B, H, W, C], an array or a `jax.ShapeDtypeStruct`.
+      *others: what the net takes next to them, likewise: the labels of a generator, whose `images` are latents.
+      platform: that the program will run on, 'cpu', 'cuda', 'rocm' or 'tpu'; None for the device at hand.
 
     Returns:
       The variables with one collection more, 'folded', for `model.apply(folded, images, train=False)`. About 1.5 values
@@ -40,10 +43,10 @@ def fold_for_inference(model, variables, images):
       ValueError: a net without ConvNorm; images of another size than those trained on; layers inside `nn.scan` or
         another lifted transformation that does not carry the collection.
     """
-    variables = {name: tree for name, tree in variables.items() if name != COLLECTION}
-    with _asked_for() as met:
-        fold = lambda variables, images: model.apply(variables, images, train=False, mutable=[COLLECTION])[1]
-        folded = jax.jit(fold)(variables, jnp.zeros(images.shape, images.dtype))
+    variables = _unfolded(variables)
+    with _asked_for(platform) as met:
+        fold = lambda variables, *inputs: model.apply(variables, *inputs, train=False, mutable=[COLLECTION])[1]
+        folded = jax.jit(fold)(variables, *_zeros(images, *others))
     if not met:
         raise UserError('fold_for_inference: there is no ConvNorm in this net, nothing to fold')
     missing = sorted('/'.join(path) for path in met if not _holds(folded.get(COLLECTION, {}), path))
@@ -56,21 +59,52 @@ def fold_for_inference(model, variables, images):
     return {**variables, **folded}
 
 
+def is_foldable(model, variables, images, *others) -> bool:
+    """Whether there is a ConvNorm in a net; arguments: see `fold_for_inference`."""
+    with _asked_for() as met:
+        run = lambda variables, *inputs: model.apply(variables, *inputs, train=False)
+        jax.eval_shape(run, _unfolded(variables), *_zeros(images, *others))
+    return bool(met)
+
+
+def without_originals(variables):
+    """The variables of a folded net that its inference reads: none of what the folded values stand for."""
+    folded = variables[COLLECTION]
+    return {name: tree if name == COLLECTION else _needed(tree, folded) for name, tree in variables.items()}
+
+
+def _needed(tree, folded):
+    if not isinstance(tree, Mapping):
+        return tree
+    if not isinstance(folded.get('grid', {}), Mapping):  # of a layer; a module may have that name, too
+        return {}
+    return {name: _needed(part, folded.get(name, {})) for name, part in tree.items()}
+
+
+def _unfolded(variables):
+    return {name: tree for name, tree in variables.items() if name != COLLECTION}
+
+
+def _zeros(*inputs):
+    return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), inputs)
+
+
 class _Asked(threading.local):
     layers = None  # the paths of the layers that were met, while a net is folded
+    platform = None  # that it is folded for
 
 
 _ASKED = _Asked()
 
 
 @contextlib.contextmanager
-def _asked_for():
-    _ASKED.layers = met = set()
+def _asked_for(platform=None):
+    _ASKED.layers, _ASKED.platform = set(), platform
     try:
         with nn.intercept_methods(_note):
-            yield met
+            yield _ASKED.layers
     finally:
-        _ASKED.layers = None
+        _ASKED.layers = _ASKED.platform = None
 
 
 def _note(call, arguments, settings, context):
@@ -91,8 +125,8 @@ def is_asked_for() -> bool:
 
 
 def method(geometry: Geometry, x: jax.Array, kernel: jax.Array) -> str:
-    """The method to fold for: that of the device at hand."""
-    plane = geometry.rank == 2 and jax.default_backend() == 'cpu'
+    """The method to fold for: that of the platform asked for, or of the device at hand."""
+    plane = geometry.rank == 2 and (_ASKED.platform or jax.default_backend()) == 'cpu'
     return choose_method(geometry, x.shape[0], *kernel.shape[2:]) if plane else 'spatial'
 
 

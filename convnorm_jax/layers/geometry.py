@@ -10,6 +10,12 @@ from convnorm_jax.errors import UserError
 
 CIRCULAR = 'CIRCULAR'
 
+_EXPECTED = {
+    1: '[batch, width, channels]',
+    2: '[batch, height, width, channels]',
+    3: '[batch, depth, height, width, channels]',
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
@@ -144,8 +150,8 @@ def transposed_grid_size(image_size, kernel_size, strides):
     return tuple((n - 1) * s + k for n, k, s in zip(image_size, kernel_size, strides))
 
 
-def canonical_padding(padding, image_size, kernel_size, strides, may_be_circular=False):
-    """Padding as pairs, ((top, bottom), (left, right)) in 2 dimensions, or 'CIRCULAR' where it may be.
+def canonical_padding(padding, image_size, kernel_size, strides):
+    """Padding as pairs, ((top, bottom), (left, right)) in 2 dimensions, or 'CIRCULAR'.
 
     Args:
       padding: 'SAME' or 'VALID' (as in `jax.lax`), 'CIRCULAR', one int for all sides, or an int or a pair an axis.
@@ -155,13 +161,12 @@ def canonical_padding(padding, image_size, kernel_size, strides, may_be_circular
       ValueError: another form, or a padding outside 0 ... k-1, which ConvNorm's crop of
         the full convolution cannot give.
     """
-    if may_be_circular and isinstance(padding, str) and padding == CIRCULAR:
+    if isinstance(padding, str) and padding == CIRCULAR:
         return CIRCULAR
-    names = ('SAME', 'VALID')
-    if isinstance(padding, str) and padding in names:
+    if isinstance(padding, str) and padding in ('SAME', 'VALID'):
         pairs = jax.lax.padtype_to_pads(image_size, kernel_size, strides, padding)
     else:
-        pairs = padding_pairs(padding, len(image_size), (*names, CIRCULAR) if may_be_circular else names)
+        pairs = padding_pairs(padding, len(image_size), ('SAME', 'VALID', CIRCULAR))
     for pair, n, k in zip(pairs, image_size, kernel_size):
         if not all(0 <= p <= k - 1 for p in pair):
             raise UserError(
@@ -212,7 +217,7 @@ def is_int(value):
 
 
 def _axes(rank):
-    return {1: 'axis', 2: 'two axes', 3: 'three axes'}[rank]
+    return {1: 'the axis', 2: 'each of the two axes', 3: 'each of the three axes'}[rank]
 
 
 def padding_pairs(padding, rank=2, names=()):
@@ -227,7 +232,7 @@ def padding_pairs(padding, rank=2, names=()):
         if all(isinstance(p, Sequence) and len(p) == 2 and all(map(is_int, p)) for p in pairs):
             return pairs
     others = ''.join(f'{name!r}, ' for name in names)
-    raise UserError(f'padding={padding!r}: expected {others}an int or a pair for each of the {_axes(rank)}')
+    raise UserError(f'padding={padding!r}: expected {others}an int or a pair for {_axes(rank)}')
 
 
 def ints_for_axes(value, name, rank=2):
@@ -247,6 +252,28 @@ def spatial_axes(kernel_size) -> int:
     """How many spatial axes a kernel size is of; 2 for one int, and for what is no size at all."""
     count = len(kernel_size) if isinstance(kernel_size, Sequence) else 2
     return count if count in (1, 3) else 2
+
+
+def check_shape(shape, kernel_size):
+    """Raises ValueError unless `shape` is one of a batch of images with an axis for each of `kernel_size`."""
+    if len(shape) != len(kernel_size) + 2:
+        raise UserError(
+            f'x.shape={tuple(shape)}: expected {_EXPECTED[len(kernel_size)]} with kernel_size={tuple(kernel_size)}'
+        )
+
+
+def channels_in_a_group(groups, features_in, features):
+    """Input channels of each group of a convolution.
+
+    Raises:
+      ValueError: a number of groups that does not divide the channels of both sides.
+    """
+    if not is_int(groups) or groups < 1 or features_in % groups or features % groups:
+        raise UserError(
+            f'feature_group_count={groups!r} with {features_in} channels and features={features}: '
+            'expected a positive int that divides both'
+        )
+    return features_in // groups
 
 
 def pair_of_ints(value, name):

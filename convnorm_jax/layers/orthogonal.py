@@ -1,9 +1,10 @@
 """Reparametrized kernels: spectral norm, ONI, OWN and weight norm, pure functions of arrays.
 
-Kernels are [kh, kw, cin, cout]. What counts as a filter's vector is PyTorch's: the
-matrix of a kernel has one row for each output channel, flattened as (cin, kh, kw), so
-that published singular vectors carry over. Statistics are float32 whatever the
-kernel's dtype, and every product is a true float32 one on accelerators too.
+Kernels are [kh, kw, cin, cout], or have 1 or 3 spatial axes; of a grouped convolution cin counts
+one group's inputs. What counts as a filter's vector is PyTorch's: the matrix of a kernel has one
+row for each output channel, flattened as (cin, kh, kw), so that published singular vectors carry
+over. Statistics are float32 whatever the kernel's dtype, and every product is a true float32 one
+on accelerators too.
 """
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convnorm_jax.errors import UserError
+from convnorm_jax.layers.reference import layouts
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -23,13 +25,14 @@ _RELATIVE_FLOOR = 1e-7
 
 def as_matrix(kernel):
     """float32 [cout, cin * kh * kw] of a kernel, a row for each output channel."""
-    return kernel.astype(jnp.float32).transpose(3, 2, 0, 1).reshape(kernel.shape[3], -1)
+    spatial = range(kernel.ndim - 2)
+    return kernel.astype(jnp.float32).transpose(-1, -2, *spatial).reshape(kernel.shape[-1], -1)
 
 
 def as_kernel(matrix, shape):
     """The kernel of `shape` whose `as_matrix` is `matrix`."""
-    kh, kw, cin, cout = shape
-    return matrix.reshape(cout, cin, kh, kw).transpose(2, 3, 1, 0)
+    *kernel_size, cin, cout = shape
+    return matrix.reshape(cout, cin, *kernel_size).transpose(*range(2, len(shape)), 1, 0)
 
 
 def normalized(x, eps=1e-12):
@@ -51,30 +54,37 @@ def reshaped_operator(kernel):
     return lambda v: jnp.dot(matrix, v, precision=_EXACT)
 
 
-def convolution_operator(kernel, strides=(1, 1), padding='SAME'):
+def convolution_operator(kernel, strides=(1, 1), padding='SAME', groups=1):
     """The linear map of the convolution itself, [H, W, cin] -> [H', W', cout], float32.
 
     Args:
       kernel: [kh, kw, cin, cout].
-      strides, padding: see `convolve`.
+      strides, padding, groups: see `convolve`.
     """
     kernel = kernel.astype(jnp.float32)
-    return lambda v: convolve(v[None], kernel, strides, padding, _EXACT)[0]
+    return lambda v: convolve(v[None], kernel, strides, padding, _EXACT, groups)[0]
 
 
-def convolve(x, kernel, strides=(1, 1), padding='SAME', precision=None):
-    """Cross-correlation of x, [B, H, W, cin].
+def convolve(x, kernel, strides=(1, 1), padding='SAME', precision=None, groups=1):
+    """Cross-correlation of x, [B, H, W, cin], or with 1 or 3 spatial axes.
 
     Args:
       padding: as in `jax.lax.conv_general_dilated`, or 'CIRCULAR' as in `flax.linen.Conv`:
         the picture is periodic, (k-1)//2 before and k//2 after.
+      groups: of channels, flax's `feature_group_count`.
     """
     if padding == 'CIRCULAR':
-        pads = [((k - 1) // 2, k // 2) for k in kernel.shape[:2]]
+        pads = [((k - 1) // 2, k // 2) for k in kernel.shape[:-2]]
         x = jnp.pad(x, [(0, 0), *pads, (0, 0)], mode='wrap')
         padding = 'VALID'
     return jax.lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'), precision=precision
+        x,
+        kernel,
+        strides,
+        padding,
+        dimension_numbers=layouts(kernel.ndim - 2),
+        feature_group_count=groups,
+        precision=precision,
     )
 
 
@@ -268,7 +278,7 @@ def _eigen_roots(s):
 
 def filter_norms(kernel):
     """Norm of every output channel's filter, float32 [cout]; its gradient at a zero filter is 0."""
-    energy = jnp.square(kernel.astype(jnp.float32)).sum((0, 1, 2))
+    energy = jnp.square(kernel.astype(jnp.float32)).sum(tuple(range(kernel.ndim - 1)))
     dead = energy < np.finfo(np.float32).tiny
     return jnp.where(dead, 0.0, jnp.sqrt(jnp.where(dead, 1.0, energy)))
 
@@ -286,4 +296,4 @@ def weight_norm(kernel, scale):
     """
     norms = filter_norms(kernel)
     factor = scale.astype(jnp.float32) / jnp.where(norms == 0, 1.0, norms)
-    return kernel.astype(jnp.float32) * factor.reshape(1, 1, 1, -1)
+    return kernel.astype(jnp.float32) * factor

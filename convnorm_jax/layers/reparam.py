@@ -5,7 +5,7 @@ does, with PyTorch's initial values, and leaves the normalization of its output 
 follows. Spectral norm has a dense layer too. The mathematics is in `orthogonal`.
 """
 
-import functools
+import math
 import numbers
 from collections.abc import Callable, Sequence
 
@@ -18,8 +18,16 @@ from flax.linen.module import merge_param
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers import orthogonal
 from convnorm_jax.layers.channelwise import over_channels
-from convnorm_jax.layers.geometry import canonical_padding, canonical_transposed_padding, pair_of_ints
+from convnorm_jax.layers.geometry import (
+    canonical_padding,
+    canonical_transposed_padding,
+    channels_in_a_group,
+    check_shape,
+    ints_for_axes,
+    spatial_axes,
+)
 from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init, torch_transposed_kernel_init
+from convnorm_jax.layers.power_iterated import check_iterations, power_iterated_norm
 from convnorm_jax.layers.transposed import transposed_convolution
 
 SPECTRAL_NORM_MODES = ('reshaped', 'conv')
@@ -33,8 +41,8 @@ class _ReparametrizedConv(nn.Module):
 
     Attributes:
       features: output channels.
-      kernel_size: int or (kh, kw).
-      strides: int or (sh, sw).
+      kernel_size: (kw,), (kh, kw) or (kd, kh, kw), for 1, 2 or 3 spatial axes; an int is a square of 2.
+      strides: int, or an int for each axis.
       padding: 'SAME', 'VALID', 'CIRCULAR' (periodic pictures, as in `flax.linen.Conv`), int,
         or pairs, between 0 and k-1 on each side.
       use_bias: add a learned bias.
@@ -44,13 +52,14 @@ class _ReparametrizedConv(nn.Module):
       precision: of the convolution's products (`jax.lax.Precision`).
       kernel_init: of the kernel; None is PyTorch's.
       transposed: a transposed convolution, with the geometry of `transposed.ConvTranspose`:
-        padding is an int or pairs then. The kernel is reparametrized just so, a filter
-        being what an output channel has.
+        padding is an int or pairs then, and there are 2 spatial axes and one group. The kernel is
+        reparametrized just so, a filter being what an output channel has.
+      feature_group_count: groups of channels with kernels of their own; as many as channels is a depthwise convolution.
     """
 
     features: int
     kernel_size: int | Sequence[int] = (3, 3)
-    strides: int | Sequence[int] = (1, 1)
+    strides: int | Sequence[int] = 1
     padding: str | int | Sequence[int | tuple[int, int]] = 'SAME'
     use_bias: bool = True
     dtype: jnp.dtype | None = None
@@ -58,40 +67,44 @@ class _ReparametrizedConv(nn.Module):
     precision: jax.lax.PrecisionLike = None
     kernel_init: Callable | None = None
     transposed: bool = False
+    feature_group_count: int = 1
 
     def _parameters(self, x):
         """(kernel, bias or None) for images x, checked."""
-        if x.ndim != 4:
-            raise UserError(f'x.shape={x.shape}: expected [batch, height, width, channels]')
+        kernel_size = self._ints('kernel_size')
+        check_shape(x.shape, kernel_size)
         if not isinstance(self.features, numbers.Integral) or self.features < 1:
             raise UserError(f'features={self.features!r}: expected a positive int')
-        kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
+        channels = channels_in_a_group(self.feature_group_count, x.shape[-1], self.features)
+        if self.transposed and (self.feature_group_count > 1 or len(kernel_size) != 2):
+            raise UserError(
+                f'kernel_size={kernel_size} with feature_group_count={self.feature_group_count}: a transposed '
+                f'{type(self).__name__} has 2 spatial axes and one group; take convnorm'
+            )
         init = self.kernel_init or (torch_transposed_kernel_init if self.transposed else torch_kernel_init)
-        kernel = self.param('kernel', init, (*kernel_size, x.shape[-1], self.features), self.param_dtype)
+        kernel = self.param('kernel', init, (*kernel_size, channels, self.features), self.param_dtype)
         if not self.use_bias:
             return kernel, None
-        fan_in = kernel_size[0] * kernel_size[1] * (self.features if self.transposed else x.shape[-1])
+        fan_in = math.prod(kernel_size) * (self.features if self.transposed else channels)
         return kernel, self.param('bias', torch_bias_init(fan_in), (self.features,), self.param_dtype)
+
+    def _ints(self, name):
+        return ints_for_axes(getattr(self, name), name, spatial_axes(self.kernel_size))
 
     def _geometry(self, image_size):
         """(strides, padding) as `orthogonal.convolve`, or `transposed_convolution`, takes them."""
-        strides = pair_of_ints(self.strides, 'strides')
-        kernel_size = pair_of_ints(self.kernel_size, 'kernel_size')
+        strides, kernel_size = self._ints('strides'), self._ints('kernel_size')
         if self.transposed:
             return strides, canonical_transposed_padding(self.padding, image_size, kernel_size, strides)
-        if self.padding == 'CIRCULAR':
-            return strides, 'CIRCULAR'
-        if isinstance(self.padding, str) and self.padding not in ('SAME', 'VALID'):
-            raise UserError(
-                f"padding={self.padding!r}: expected 'SAME', 'VALID', 'CIRCULAR', an int or a pair for each axis"
-            )
         return strides, canonical_padding(self.padding, image_size, kernel_size, strides)
 
     def _convolution(self, x, kernel, bias):
-        strides, padding = self._geometry(x.shape[1:3])
+        strides, padding = self._geometry(x.shape[1:-1])
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        convolve = transposed_convolution if self.transposed else orthogonal.convolve
-        y = convolve(x, kernel, strides, padding, self.precision)
+        if self.transposed:
+            y = transposed_convolution(x, kernel, strides, padding, self.precision)
+        else:
+            y = orthogonal.convolve(x, kernel, strides, padding, self.precision, self.feature_group_count)
         return y if bias is None else y + over_channels(bias, y)
 
     def _scale(self, init_scale, learn_scale):
@@ -99,7 +112,7 @@ class _ReparametrizedConv(nn.Module):
         if not learn_scale:
             return init_scale
         scale = self.param('scale', nn.initializers.constant(init_scale), (self.features,), self.param_dtype)
-        return scale.astype(jnp.float32).reshape(1, 1, 1, -1)
+        return scale.astype(jnp.float32)
 
 
 class SpectralNormConv(_ReparametrizedConv):
@@ -113,8 +126,8 @@ class SpectralNormConv(_ReparametrizedConv):
 
     Attributes:
       mode: 'reshaped' is the published way, the norm of the kernel as a matrix, a row for each output
-        channel: u [features], v [cin*kh*kw]. It is not the norm of the layer, which can be up to
-        sqrt(kh*kw) times as large. 'conv' takes that of the convolution itself with its padding and
+        channel: u [features], v [cin*kh*kw], cin that of a group. It is not the norm of the layer, which can
+        be up to sqrt(kh*kw) times as large. 'conv' takes that of the convolution itself with its padding and
         strides, on pictures of the size it was initialized with: u [H', W', features], v [H, W, cin].
       iterations: steps of each training pass.
       init_iterations: steps at initialization, from random u and v. With 0, as in
@@ -136,8 +149,8 @@ class SpectralNormConv(_ReparametrizedConv):
         use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
         self._check_options()
         kernel, bias = self._parameters(x)
-        v_shape = (kernel.size // self.features,) if self.mode == 'reshaped' else (*x.shape[1:3], x.shape[3])
-        norm = _power_iterated_norm(self, self._operator, kernel, v_shape, use_running_average)
+        v_shape = (kernel.size // self.features,) if self.mode == 'reshaped' else x.shape[1:]
+        norm = power_iterated_norm(self, self._operator, kernel, v_shape, use_running_average)
         return self._convolution(x, kernel.astype(jnp.float32) / orthogonal.safe_divisor(norm), bias)
 
     def _check_options(self):
@@ -145,12 +158,12 @@ class SpectralNormConv(_ReparametrizedConv):
             raise UserError(f'mode={self.mode!r}: expected one of {SPECTRAL_NORM_MODES}')
         if self.mode == 'conv' and self.transposed:
             raise UserError(f"mode={self.mode!r}: a transposed convolution takes 'reshaped' only")
-        _check_iterations(self)
+        check_iterations(self)
 
     def _operator(self, kernel, v):
         if self.mode == 'reshaped':
             return orthogonal.reshaped_operator(kernel)
-        return orthogonal.convolution_operator(kernel, *self._geometry(v.shape[:2]))
+        return orthogonal.convolution_operator(kernel, *self._geometry(v.shape[:-1]), self.feature_group_count)
 
 
 class SpectralNormDense(nn.Module):
@@ -182,10 +195,10 @@ class SpectralNormDense(nn.Module):
     def __call__(self, x, use_running_average=None):
         """[..., cin] -> [..., features]; use_running_average: True in evaluation."""
         use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
-        _check_iterations(self)
+        check_iterations(self)
         kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
         bias = self.param('bias', nn.initializers.zeros, (self.features,), self.param_dtype) if self.use_bias else None
-        norm = _power_iterated_norm(
+        norm = power_iterated_norm(
             self,
             lambda w, _: orthogonal.reshaped_operator(w[None, None]),
             kernel,
@@ -198,48 +211,6 @@ class SpectralNormDense(nn.Module):
         return y if bias is None else y + over_channels(bias, y)
 
 
-def _check_iterations(module):
-    for name, least in (('iterations', 1), ('init_iterations', 0)):
-        if not isinstance(getattr(module, name), numbers.Integral) or getattr(module, name) < least:
-            raise UserError(f'{name}={getattr(module, name)!r}: expected an int of {least} or more')
-
-
-def _power_iterated_norm(module, operator_of, kernel, v_shape, use_running_average):
-    """Norm of the kernel, float32 scalar; moves the module's u and v in training.
-
-    Args:
-      module: has iterations, init_iterations, eps; keeps u and v.
-      operator_of: (kernel, v) -> the linear map of the kernel on arrays of v's shape.
-    """
-    u_state, v_state = _singular_vectors(module, operator_of, kernel, v_shape)
-    u, v = u_state.value, v_state.value
-    if not use_running_average:
-        constant = operator_of(jax.lax.stop_gradient(kernel), v)
-        u, v = orthogonal.power_iteration(constant, u, v, module.iterations, module.eps)
-        if not module.is_initializing():
-            u_state.value, v_state.value = u, v
-    return orthogonal.norm_estimate(operator_of(kernel, v), u, v)
-
-
-def _singular_vectors(module, operator_of, kernel, v_shape):
-    """The variables u and v; made from the kernel and the 'params' random stream."""
-
-    @functools.cache
-    def initial():
-        # Without that stream, as when statistics are made for given parameters, a fixed key.
-        key = module.make_rng('params') if module.has_rng('params') else jax.random.key(0)
-        u_key, v_key = jax.random.split(key)
-        v = orthogonal.normalized(jax.random.normal(v_key, v_shape, jnp.float32), module.eps)
-        operator = operator_of(jax.lax.stop_gradient(kernel), v)
-        u = jax.random.normal(u_key, jax.eval_shape(operator, v).shape, jnp.float32)
-        u = orthogonal.normalized(u, module.eps)
-        return orthogonal.power_iteration(operator, u, v, module.init_iterations, module.eps)
-
-    u = module.variable('batch_stats', 'u', lambda: initial()[0])
-    v = module.variable('batch_stats', 'v', lambda: initial()[1])
-    return u, v
-
-
 class ONIConv(_ReparametrizedConv):
     """Convolution with filters made nearly orthogonal by Newton's iteration (arXiv 2004.00887).
 
@@ -247,7 +218,9 @@ class ONIConv(_ReparametrizedConv):
 
     Attributes:
       iterations: of Newton, the paper's T.
-      groups: of consecutive filters, each orthogonalized by itself; a divisor of features.
+      groups: of consecutive filters, each orthogonalized by itself; a divisor of features. Filters of
+        different groups of a grouped convolution see different channels and are orthogonal anyway: `groups`
+        are those within each of them.
       init_scale: first value of the factor `scale` of every output channel.
       learn_scale: learn it; otherwise it stays.
       eps: see `orthogonal.oni`.
@@ -269,9 +242,10 @@ class ONIConv(_ReparametrizedConv):
         """[B, H, W, cin] -> [B, H', W', features]."""
         kernel, bias = self._parameters(x)
         _check_weights_per_filter(kernel)
-        orthogonalized = orthogonal.oni(
-            kernel, self.iterations, self.groups, self.eps, True if self.rows_only else None, self.bounded_columns
-        )
+        filters, weights = self.features // self.feature_group_count, kernel.size // self.features
+        groups = _filter_groups(self) * self.feature_group_count
+        rows = self.rows_only or filters <= weights
+        orthogonalized = orthogonal.oni(kernel, self.iterations, groups, self.eps, rows, self.bounded_columns)
         return self._convolution(x, orthogonalized * self._scale(self.init_scale, self.learn_scale), bias)
 
 
@@ -281,10 +255,10 @@ class OWNConv(_ReparametrizedConv):
     Other attributes: those of `flax.linen.Conv`, see `_ReparametrizedConv`.
 
     Attributes:
-      groups: of consecutive filters, each orthogonalized by itself; a divisor of features
-        that leaves fewer filters in a group than a filter has weights. None takes the
-        fewest such groups of at most 64 filters. (The published class defaults to 64
-        groups: with 64 channels it only normalizes each filter.)
+      groups: of consecutive filters, each orthogonalized by itself, within each group of a grouped
+        convolution (see `ONIConv`); a divisor of features that leaves fewer filters in a group
+        than a filter has weights. None takes the fewest such groups of at most 64 filters. (The
+        published class defaults to 64 groups: with 64 channels it only normalizes each filter.)
       init_scale: first value of the factor `scale` of every output channel.
       learn_scale: learn it; otherwise it stays, as published.
     """
@@ -298,24 +272,24 @@ class OWNConv(_ReparametrizedConv):
         """[B, H, W, cin] -> [B, H', W', features]."""
         kernel, bias = self._parameters(x)
         _check_weights_per_filter(kernel)
-        orthogonalized = orthogonal.own(kernel, self._group_count(kernel.size // self.features))
+        groups = self._group_count(kernel.size // self.features) * self.feature_group_count
+        orthogonalized = orthogonal.own(kernel, groups)
         return self._convolution(x, orthogonalized * self._scale(self.init_scale, self.learn_scale), bias)
 
     def _group_count(self, weights):
-        """Number of groups for filters of that many weights."""
+        """Number of groups for filters of that many weights, within each group of channels."""
         # Centring takes one dimension.
-        most = weights - 1
+        most, filters = weights - 1, self.features // self.feature_group_count
         if self.groups is None:
             most = min(most, MOST_FILTERS)
-            return next(g for g in range(1, self.features + 1) if self.features % g == 0 and self.features // g <= most)
-        if not isinstance(self.groups, numbers.Integral) or self.groups < 1 or self.features % self.groups:
-            raise UserError(f'groups={self.groups!r}: expected a divisor of features={self.features}, or None')
-        if self.features // self.groups > most:
+            return next(g for g in range(1, filters + 1) if filters % g == 0 and filters // g <= most)
+        groups = _filter_groups(self, ', or None')
+        if filters // groups > most:
             raise UserError(
-                f'groups={self.groups} with features={self.features}: at most {most} centred filters of {weights} '
+                f'groups={groups} with features={filters}: at most {most} centred filters of {weights} '
                 'weights can be orthogonal; give more groups, or None'
             )
-        return self.groups
+        return groups
 
 
 class WeightNormConv(_ReparametrizedConv):
@@ -335,8 +309,19 @@ class WeightNormConv(_ReparametrizedConv):
         return self._convolution(x, orthogonal.weight_norm(kernel, scale), bias)
 
 
+def _filter_groups(layer, otherwise=''):
+    """ONI's and OWN's option `groups`, checked against the filters of a group of channels."""
+    filters, groups = layer.features // layer.feature_group_count, layer.groups
+    if not isinstance(groups, numbers.Integral) or groups < 1 or filters % groups:
+        where = f'features={filters}'
+        if layer.feature_group_count > 1:
+            where = f'the {filters} filters of each of the {layer.feature_group_count} groups of channels'
+        raise UserError(f'groups={groups!r}: expected a divisor of {where}{otherwise}')
+    return groups
+
+
 def _check_weights_per_filter(kernel):
-    if kernel.shape[0] * kernel.shape[1] * kernel.shape[2] == 1:
+    if math.prod(kernel.shape[:-1]) == 1:
         raise UserError(
-            f'kernel_size={kernel.shape[:2]} with one input channel: a filter of one weight, less its mean, is zero'
+            f'kernel_size={kernel.shape[:-2]} with one input channel: a filter of one weight, less its mean, is zero'
         )

@@ -6,6 +6,7 @@ import numpy as np
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers.activations import make_activation
 from convnorm_jax.layers.factory import LAYERS, make_layer
+from convnorm_jax.models import mobilenet, sequence
 from convnorm_jax.models.plain import PlainNet, SimpleCNN2
 from convnorm_jax.models.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet
 from convnorm_jax.models.sizes import is_whole_number, plain_options, whole_number
@@ -24,7 +25,11 @@ _PLAIN = {  # (width of each stage over that of the first, first width, depth)
     'vgg19': ((1, 2, 4, 8, 8), 64, (2, 2, 4, 4, 4)),
     'simple_cnn': ((1, 2, 4), 8, (2, 2, 2)),
 }
-MODELS = (*_RESNETS, *_PLAIN, 'simple_cnn2')
+_CHAINS = {  # (net, depth)
+    'mobilenet': (mobilenet.MobileNet, mobilenet.DEPTH),
+    'sequence_cnn': (sequence.SequenceCNN, sequence.DEPTH),
+}
+MODELS = (*_RESNETS, *_PLAIN, 'simple_cnn2', *_CHAINS)
 DTYPES = ('float32', 'bfloat16')
 
 
@@ -37,10 +42,10 @@ def create_model(
       name: one of `MODELS`.
       num_classes: number of logits.
       layer: one of `layers.factory.LAYERS`, or a constructor as `make_layer` returns.
-      width: channels of the first stage (the later ones keep their proportion); None is
-        the published net's.
-      depth: blocks (ResNet) or convolutions (VGG, SimpleCNN) of each stage; a shorter
-        tuple leaves the last stages out. None is the published net's.
+      width: channels of the first stage, of a MobileNet of its stem (the later ones keep their
+        proportion); None is the published net's.
+      depth: blocks (ResNet), convolutions (VGG, SimpleCNN, SequenceCNN) or pairs of convolutions
+        (MobileNet) of each stage; a shorter tuple leaves the last stages out. None is the published net's.
       stem: ResNet's first layer, 'cifar' (None too) or 'imagenet'.
       activation: 'relu' or 'shifted_relu'.
       dtype: 'float32' or 'bfloat16', of the computation; parameters and statistics are float32.
@@ -74,6 +79,9 @@ def create_model(
     if name in _RESNETS:
         block, stages = _RESNETS[name]
         return ResNet(block=block, depth=depth or stages, width=width or 64, stem=stem or 'cifar', **common)
+    if name in _CHAINS:
+        net, stages = _CHAINS[name]
+        return net(depth=depth or stages, **({'width': width} if width else {}), **common)
     if name == 'simple_cnn2':
         return SimpleCNN2(widths=tuple((width or 6) * w // 6 for w in (6, 16, 20, 32)), **common)
     ratios, first, stages = _PLAIN[name]
@@ -92,7 +100,7 @@ def _checked_depth(name, depth):
     """A depth as a tuple of int; None stays None."""
     if depth is None:
         return None
-    stages = 0 if name == 'simple_cnn2' else len(_RESNETS[name][1] if name in _RESNETS else _PLAIN[name][2])
+    stages = 0 if name == 'simple_cnn2' else len((_RESNETS | _PLAIN | _CHAINS)[name][-1])
     if not stages:
         raise UserError(f'model.depth={depth!r}: {name} has one depth only; leave it None')
     given = tuple(depth) if isinstance(depth, (tuple, list, np.ndarray)) else ()

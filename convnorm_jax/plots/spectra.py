@@ -56,8 +56,8 @@ def _draw_power(axes, spectrum):
         axes.fill_between(radius, low, high, color=colour, alpha=0.22, lw=0, label=band)
         axes.plot(radius, median, color=colour, marker='o', ms=2.5, label=line)
     axes.axhline(1, color=GREY, lw=0.8, ls=':', label='gain 1')
-    # The largest radius is that of the corner, sqrt(1/2): one axis for grids of every size.
-    axes.set_xlim(-0.02, 0.73)
+    # The largest radius is that of the corner, sqrt(1/2) in a plane: one axis for grids of every size.
+    axes.set_xlim(-0.02, max(0.73, 0.02 + 0.5 * math.sqrt(len(spectrum.size))))
     axes.xaxis.set_major_locator(MultipleLocator(0.1))
     _log_scale(axes, *axes.dataLim.intervaly)
     axes.set_ylabel('power gain')
@@ -94,8 +94,9 @@ def _radial_quantiles(power, size):
 
     A column of the half grid that stands for two of the full grid counts twice.
     """
-    rows, columns = np.meshgrid(np.fft.fftfreq(size[0]), np.fft.rfftfreq(size[1]), indexing='ij')
-    radius = np.hypot(rows, columns)
+    *others, last = size
+    axes = np.meshgrid(*map(np.fft.fftfreq, others), np.fft.rfftfreq(last), indexing='ij')
+    radius, columns = np.sqrt(sum(np.square(axis) for axis in axes)), axes[-1]
     width = 1 / min(size)
     rings = np.round(radius / width).astype(int)
     twice = (columns > 0) & (columns < 0.5)

@@ -76,7 +76,7 @@ def build_ocnn_penalty(config, model, input_shape, *inputs, pattern=None):
 
     Args:
       config: checked.
-      model, input_shape, inputs: see `ocnn.convolution_strides`.
+      model, input_shape, inputs: see `ocnn.convolution_geometry`.
       pattern: of the kernels where the config names none; None for the published one.
 
     Raises:
@@ -89,8 +89,10 @@ def build_ocnn_penalty(config, model, input_shape, *inputs, pattern=None):
     images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     init = lambda *arrays: model.init(jax.random.key(0), *arrays, train=False)
     params = jax.eval_shape(init, images, *inputs)['params']
-    strides = ocnn.convolution_strides(model, input_shape, *inputs)
-    penalty = ocnn.make_ocnn_penalty(params, strides=strides, pattern=section.pattern or pattern, lags=section.lags)
+    found = ocnn.convolution_geometry(model, input_shape, *inputs)
+    strides, groups = ({path: geometry[i] for path, geometry in found.items()} for i in (0, 1))
+    pattern = section.pattern or pattern
+    penalty = ocnn.make_ocnn_penalty(params, strides=strides, pattern=pattern, lags=section.lags, groups=groups)
     return lambda params: weight * penalty(params)
 
 

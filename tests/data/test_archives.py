@@ -19,7 +19,7 @@ PER_FILE = 20
 class Python2Pickler(pickle._Pickler):
     """Writes str and bytes as Python 2 wrote its str, as in the published files."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012
 
     def save_str(self, text):
         data = text if isinstance(text, bytes) else text.encode('latin1')
@@ -193,7 +193,7 @@ def test_damaged_file_is_named_in_one_line(tmp_path, capsys, form, file, damage,
 def test_missing_member_and_truncated_tar(tmp_path):
     files, _ = make_files('cifar100', 'binary')
     lacking = {f: c for f, c in files.items() if f != 'test.bin'}
-    with pytest.raises(ValueError, match='does not hold cifar-100-binary/test.bin'):
+    with pytest.raises(ValueError, match=r'does not hold cifar-100-binary/test.bin'):
         put(tmp_path / 'a', 'cifar100', 'binary', 'tar', lacking)
         sources.load_source('cifar100', tmp_path / 'a')
     with pytest.raises(ValueError, match=r"test\.bin'.*cannot be read"):

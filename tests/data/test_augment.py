@@ -17,7 +17,7 @@ def make_images(n=64, size=(8, 6, 3), dtype=np.uint8):
 
 
 def numpy_crop(images, offsets, padding):
-    n, height, width, _ = images.shape
+    _, height, width, _ = images.shape
     out = np.zeros_like(images)
     for i, (top, left) in enumerate(np.asarray(offsets) - padding):
         for y in range(height):

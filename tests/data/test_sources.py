@@ -184,7 +184,7 @@ def test_unknown_name_and_digits_always_there():
 
 def test_wrong_file_format_is_told_without_reading(tmp_path):
     make_tfds(tmp_path, file_format='tfrecord')
-    with pytest.raises(ValueError, match='says tfrecord; prepare it again .*--file_format=array_record') as error:
+    with pytest.raises(ValueError, match=r'says tfrecord; prepare it again .*--file_format=array_record') as error:
         sources.check_available('cifar10', tmp_path)
     one_line(error)
 

@@ -122,7 +122,7 @@ def test_an_entry_that_goes_between_two_looks_is_no_trouble(monkeypatch, tmp_pat
 
 
 def test_a_disk_that_fills_up_is_one_line(compile_once, tmp_path):
-    _, _, outcome, said = compile_once(largest_file=100)
+    _, _, _, said = compile_once(largest_file=100)
     assert len(said) == 1 and 'are not kept' in said[0] and 'File too large' in said[0]
     # What was written of the program is gone.
     assert compile_once()[2:] == (KEPT, [])

@@ -53,5 +53,5 @@ def test_keeps_the_dtype(name, dtype):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="activation='gelu'.*relu.*shifted_relu"):
+    with pytest.raises(ValueError, match=r"activation='gelu'.*relu.*shifted_relu"):
         activations.make_activation('gelu')

@@ -468,7 +468,7 @@ def test_wrong_options(options, message):
 
 @pytest.mark.parametrize('shape', [(6, 6, 2), (1, 2, 6, 6, 2), (6,)])
 def test_wrong_rank(shape):
-    with pytest.raises(ValueError, match='x.shape='):
+    with pytest.raises(ValueError, match=r'x.shape='):
         jax.eval_shape(lambda: ConvNorm(2).init(jax.random.key(0), jnp.zeros(shape), use_running_average=True))
 
 

@@ -245,7 +245,7 @@ def test_train_is_off_by_default():
 
 @pytest.mark.parametrize('name,layer', [('resnet18', 'convnorm'), ('vgg11', 'batchnorm')])
 def test_bfloat16(name, layer):
-    model, variables, images, apply = small(name, layer, 'bfloat16')
+    _, variables, images, apply = small(name, layer, 'bfloat16')
     for leaf in jax.tree.leaves(variables):
         assert leaf.dtype in (jnp.float32, jnp.int32)
     logits, update = apply(variables, images, True)

@@ -85,7 +85,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_gan, tmp_path):
         wrong = jax.numpy.where(state.step > 5, jax.numpy.nan, 1.0)
         return state, {name: (total * wrong, count) for name, (total, count) in metrics.items()}
 
-    with pytest.raises(loop.NonFiniteLoss, match='between steps 4 and 6.*the last good checkpoint is of step 4'):
+    with pytest.raises(loop.NonFiniteLoss, match=r'between steps 4 and 6.*the last good checkpoint is of step 4'):
         loop.train(dataclasses.replace(longer, train_step=broken_step), folder)
     assert int(loop.restore_state(longer, folder, 'latest')[0].step) == 4
 

@@ -1,0 +1,89 @@
+"""The file of an exported net: a header and named blocks of bytes, under one digest.
+
+    convnorm_jax exported net 1
+    SHA-256 of all that follows, hexadecimal
+    the header, one line of JSON, with the name and length of each block
+    the blocks, one after another
+
+Arrays are blocks, too, with a dtype and a shape. The first three lines are text: `head -n 3 FILE` shows them.
+"""
+
+import hashlib
+import json
+import math
+
+import ml_dtypes  # noqa: F401  (NumPy then knows bfloat16 by its name)
+import numpy as np
+
+from convnorm_jax.errors import UserError
+from convnorm_jax.files import write_atomically
+
+MAGIC = b'convnorm_jax exported net '
+FORMAT = 1
+
+
+def write_container(path, header: dict, blocks: dict[str, bytes | np.ndarray]):
+    """Writes a file, whole or not at all.
+
+    Args:
+      path: of the file; its folder must exist.
+      header: what JSON can say.
+      blocks: {name: bytes or array}, in their order.
+    """
+    described, contents = [], []
+    for name, block in blocks.items():
+        about = {'name': name}
+        if isinstance(block, np.ndarray):
+            about |= {'dtype': block.dtype.name, 'shape': list(block.shape)}
+            block = np.ascontiguousarray(block).tobytes()
+        described.append({**about, 'bytes': len(block)})
+        contents.append(bytes(block))
+    line = json.dumps({**header, 'blocks': described}).encode() + b'\n'
+    start = b'%s%d\n%s\n' % (MAGIC, FORMAT, _digest(line, *contents).encode())
+    write_atomically(path, lambda file: file.writelines([start, line, *contents]))
+
+
+def read_container(path) -> tuple[dict, dict[str, bytes | np.ndarray]]:
+    """(header, blocks) of a file, checked.
+
+    Raises:
+      ValueError: no file of this kind, a damaged one, or one of a newer format.
+    """
+    try:
+        with open(path, 'rb') as file:
+            content = file.read()
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror})') from error
+    first, _, rest = content.partition(b'\n')
+    if not first.startswith(MAGIC):
+        raise UserError(f'{path}: is not an exported net; expected a file that save_exported has written')
+    number = first[len(MAGIC) :]
+    if number.isdigit() and int(number) > FORMAT:
+        raise UserError(
+            f'{path}: is of format {int(number)}, this version reads up to {FORMAT}; install a newer convnorm_jax'
+        )
+    digest, _, rest = rest.partition(b'\n')
+    if number != b'%d' % FORMAT or digest != _digest(rest).encode():
+        raise UserError(f'{path}: is damaged or incomplete (its digest differs); copy or export it again')
+    line, _, rest = rest.partition(b'\n')
+    header = json.loads(line)
+    blocks, start = {}, 0
+    for about in header.pop('blocks'):
+        end = start + about['bytes']
+        blocks[about['name']] = _block(rest[start:end], about)
+        start = end
+    return header, blocks
+
+
+def _block(content, about):
+    if 'dtype' not in about:
+        return content
+    count = math.prod(about['shape'])
+    return np.frombuffer(content, np.dtype(about['dtype']), count).reshape(about['shape'])
+
+
+def _digest(*parts):
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
