@@ -3,8 +3,8 @@
     python -m benchmarks.geometries [--count=5000] [--seed=0]
 
 Each draw is a layer without BatchNorm: 1 to 3 dimensions, kernel, stride, dilation, groups, padding, circular or not,
-transposed or not, sizes, dtype and method. Its output and its gradients with respect to image, kernel,
-channel-wise kernel and bias are compared with those of `Dense`, which is written from the definitions in NumPy and shares no code
+transposed or not, sizes, dtype and method. Its output and its gradients with respect to image, kernel, channel-wise
+kernel and bias are compared with those of `Dense`, which is written from the definitions in NumPy and shares no code
 with the layer. Errors are relative to the largest entry of each array. Kernels have no frequency with less than 1 % of
 their mean power: there the division multiplies whatever rounding there is. The tests take a few of the draws.
 """
