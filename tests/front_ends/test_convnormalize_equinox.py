@@ -191,7 +191,7 @@ def test_saved_and_loaded(tmp_path):
     eqx.tree_serialise_leaves(tmp_path / 'net', (model, copied(state)))
     again, again_state, _ = convnormalize(*build(nets.ResNet), SPEC, key=jax.random.key(7))
     again, again_state = eqx.tree_deserialise_leaves(tmp_path / 'net', (again, again_state))
-    assert eqx.tree_equal((again, again_state), (model, state)) is not False
+    assert eqx.tree_equal((again, again_state), (model, state))
     y, expected = (eqx.filter_jit(run)(*each, images())[0] for each in ((again, again_state), (model, copied(state))))
     np.testing.assert_array_equal(y, expected)
 
