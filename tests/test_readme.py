@@ -10,7 +10,7 @@ README = (ROOT / 'README.md').read_text()
 
 
 def blocks(language, text=README):
-    return re.findall(rf'```{language}\n(.*?)```', text, re.S)
+    return re.findall(rf'^```{language}\n(.*?)^```', text, re.S | re.M)
 
 
 LAYER = README.split('## The layer in your own net')[1].split('\n## ')[0]
@@ -35,10 +35,18 @@ def test_the_layer_examples_run(library):
 
 
 def test_the_training_loop_learns(capsys):
-    code, functions = blocks('python', LAYER_PAGE)
+    code = blocks('python', LAYER_PAGE)[0]
     run(code, 'docs/layer.md')
     assert float(re.search(r'loss ([\d.]+)', capsys.readouterr().out)[1]) < 2.0  # chance is ln 10 = 2.30
+
+
+def test_the_other_examples_of_that_page(capsys):
+    functions, nnx, equinox = blocks('python', LAYER_PAGE)[1:]
     assert run(functions, 'docs/layer.md')['y'].shape == (8, 32, 32, 16)
+    assert run(nnx, 'docs/layer.md')['logits'].shape == (64, 10)
+    assert capsys.readouterr().out.strip() == blocks('', LAYER_PAGE)[0].strip()
+    pytest.importorskip('equinox')
+    assert run(equinox, 'docs/layer.md')['logits'].shape == (64, 10)
 
 
 def test_ci_runs_the_readmes_test_line():
