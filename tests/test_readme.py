@@ -44,7 +44,7 @@ def test_the_other_examples_of_that_page(capsys):
     functions, nnx, equinox = blocks('python', LAYER_PAGE)[1:]
     assert run(functions, 'docs/layer.md')['y'].shape == (8, 32, 32, 16)
     assert run(nnx, 'docs/layer.md')['logits'].shape == (64, 10)
-    assert capsys.readouterr().out.strip() == blocks('', LAYER_PAGE)[0].strip()
+    assert capsys.readouterr().out.strip() == blocks('text', LAYER_PAGE)[0].strip()
     pytest.importorskip('equinox')
     assert run(equinox, 'docs/layer.md')['logits'].shape == (64, 10)
 
