@@ -189,7 +189,8 @@ def errors(d: Draw) -> dict[str, float]:
     kernel = _without_nulls(random(*d.kernel, d.features_in // d.groups, d.features), d)
     x, affine = random(d.batch, *d.size, d.features_in), random(*d.kernel, 1, d.features)
     bias = random(d.features)
-    rounded = lambda a: np.asarray(jnp.asarray(a, d.dtype), np.float64)
+    dtype = jnp.dtype(d.dtype)
+    rounded = lambda a: a.astype(dtype).astype(np.float64)
     x, kernel, affine, bias = map(rounded, (x, kernel, affine, bias))
     dense = Dense(d, x, kernel, affine, bias)
     cotangent = rounded(random(*dense.shape))
@@ -203,7 +204,7 @@ def errors(d: Draw) -> dict[str, float]:
         transposed=d.transposed,
         use_batch_norm=False,
         method=d.method,
-        dtype=jnp.dtype(d.dtype),
+        dtype=dtype,
     )
     names = ('kernel', 'affine_kernel', 'affine_bias')
 
@@ -216,8 +217,8 @@ def errors(d: Draw) -> dict[str, float]:
         y, back = jax.vjp(output, *given)
         return y, *back(cotangent)
 
-    given = [jnp.asarray(x, d.dtype), *(jnp.asarray(a, jnp.float32) for a in (kernel, affine, bias))]
-    found = with_gradients(jnp.asarray(cotangent, d.dtype), *given)
+    given = [x.astype(dtype), *(a.astype(np.float32) for a in (kernel, affine, bias))]
+    found = with_gradients(cotangent.astype(dtype), *given)
     expected = [dense.output, *dense.gradients(cotangent)]
     return {name: _error(a, b) for name, a, b in zip(('output', 'x', *names), found, expected)}
 
@@ -237,13 +238,15 @@ def main():
     rng, largest, bad = np.random.default_rng(options.seed), {}, 0
     jax.config.update('jax_disable_most_optimizations', True)  # a program for each draw, run once
     draws = filter(None, (draw(lambda count: int(rng.integers(count))) for _ in itertools.count()))
-    for one in itertools.islice(draws, options.count):
+    for number, one in enumerate(itertools.islice(draws, options.count), 1):
         for name, error in errors(one).items():
             largest[one.dtype, name] = max(error, largest.get((one.dtype, name), 0))
             if not error < TOLERANCES[one.dtype]:
                 bad += 1
                 print(f'{name} {error:.1e} {one}', flush=True)
-        jax.clear_caches()
+        if number % 50 == 0:
+            jax.clear_caches()
+            print(f'{number} draws, {bad} errors', flush=True)
     for (dtype, name), error in sorted(largest.items()):
         print(f'{dtype:9} {name:14} {error:.1e}')
     print(f'{options.count} draws, {bad} errors beyond {TOLERANCES}')

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.module import merge_param
 
-from convnorm_jax.layers.channelwise import channelwise_convolution, over_channels
+from convnorm_jax.layers.channelwise import add_bias, channelwise_convolution, over_channels
 from convnorm_jax.layers.channelwise_norm import normalize_by_batch
 from convnorm_jax.layers.dtypes import at_least_float32
 
@@ -102,7 +102,7 @@ def batch_norm(
     if use_running_average:
         if channelwise is not None:
             kernel, offset = channelwise
-            x = channelwise_convolution(x, kernel, circular) + over_channels(offset.astype(x.dtype), x)
+            x = add_bias(channelwise_convolution(x, kernel, circular), offset)
         mean, var = (jnp.asarray(state[name], wide) for name in ('mean', 'var'))
         return _normalized(x.astype(wide), mean, var, scale, bias, epsilon).astype(dtype), {}
     if channelwise is not None:

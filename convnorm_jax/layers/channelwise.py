@@ -44,6 +44,12 @@ def over_channels(a: jax.Array, x: jax.Array) -> jax.Array:
     return a.reshape((1,) * (x.ndim - 1) + a.shape)
 
 
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x + bias, [..., C], of the dtype of x. Added, and so its gradient summed, in float32 at least."""
+    wide = at_least_float32(x.dtype)
+    return (x.astype(wide) + over_channels(bias.astype(wide), x)).astype(x.dtype)
+
+
 def shifted(x: jax.Array, kernel_size: tuple[int, ...], circular: bool = False) -> list[jax.Array]:
     """The k*k views of x that the taps of a channel-wise convolution multiply, in their order."""
     size = x.shape[1:-1]

@@ -12,7 +12,7 @@ from flax.linen.module import merge_param
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers import core, folding, frequency
 from convnorm_jax.layers.batch_norm import BatchNorm
-from convnorm_jax.layers.channelwise import channelwise_convolution, over_channels
+from convnorm_jax.layers.channelwise import add_bias, channelwise_convolution
 from convnorm_jax.layers.dtypes import widened
 from convnorm_jax.layers.geometry import by_x
 from convnorm_jax.layers.materialize import materialized_output
@@ -98,7 +98,7 @@ class NormalizedConvolution(nn.Module):
             )(y, channelwise=affine, circular=geometry.circular)
         elif affine is not None:
             kernel_of_channels, bias = affine
-            y = channelwise_convolution(y, kernel_of_channels, geometry.circular) + over_channels(bias, y)
+            y = add_bias(channelwise_convolution(y, kernel_of_channels, geometry.circular), bias)
         if folding.is_asked_for() and self.is_mutable_collection(folding.COLLECTION):
             self._fold(kernel, v, geometry, self.method or folding.method(geometry, x, kernel))
         return materialized_output(y, kernel[(0,) * kernel.ndim])
@@ -151,7 +151,7 @@ class NormalizedConvolution(nn.Module):
             y = core.pointwise(settings, x, values['kernel'].astype(x.dtype), geometry)
         if 'affine_kernel' in values:
             y = channelwise_convolution(y, values['affine_kernel'].astype(x.dtype), geometry.circular)
-        return y + over_channels(values['bias'].astype(x.dtype), y)
+        return add_bias(y, values['bias'])
 
 
 class ConvNorm(NormalizedConvolution):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers import convolution, geometry
 from convnorm_jax.layers.batch_norm import batch_norm
-from convnorm_jax.layers.channelwise import channelwise_convolution, over_channels
+from convnorm_jax.layers.channelwise import add_bias, channelwise_convolution
 from convnorm_jax.layers.dtypes import at_least_float32, widened, wider
 from convnorm_jax.layers.geometry import Geometry, by_x, ints_for_axes, is_int
 from convnorm_jax.layers.initializers import torch_bias_init, torch_kernel_init, torch_transposed_kernel_init
@@ -209,7 +209,7 @@ def apply(
         )
         state.update(changed)
     elif affine is not None:
-        y = channelwise_convolution(y, affine[0], place.circular) + over_channels(affine[1], y)
+        y = add_bias(channelwise_convolution(y, affine[0], place.circular), affine[1])
     return materialized_output(y, kernel[(0,) * kernel.ndim]), state
 
 

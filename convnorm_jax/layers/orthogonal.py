@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convnorm_jax.errors import UserError
+from convnorm_jax.layers.channelwise import over_channels
 from convnorm_jax.layers.reference import layouts
 
 _EXACT = jax.lax.Precision.HIGHEST
@@ -296,4 +297,4 @@ def weight_norm(kernel, scale):
     """
     norms = filter_norms(kernel)
     factor = scale.astype(jnp.float32) / jnp.where(norms == 0, 1.0, norms)
-    return kernel.astype(jnp.float32) * factor
+    return kernel.astype(jnp.float32) * over_channels(factor, kernel)

@@ -17,7 +17,7 @@ from flax.linen.module import merge_param
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers import orthogonal
-from convnorm_jax.layers.channelwise import over_channels
+from convnorm_jax.layers.channelwise import add_bias
 from convnorm_jax.layers.geometry import (
     canonical_padding,
     canonical_transposed_padding,
@@ -105,14 +105,14 @@ class _ReparametrizedConv(nn.Module):
             y = transposed_convolution(x, kernel, strides, padding, self.precision)
         else:
             y = orthogonal.convolve(x, kernel, strides, padding, self.precision, self.feature_group_count)
-        return y if bias is None else y + over_channels(bias, y)
+        return y if bias is None else add_bias(y, bias)
 
     def _scale(self, init_scale, learn_scale):
         """Factor of every output channel, learned or constant, for a kernel."""
         if not learn_scale:
             return init_scale
         scale = self.param('scale', nn.initializers.constant(init_scale), (self.features,), self.param_dtype)
-        return scale.astype(jnp.float32)
+        return scale.astype(jnp.float32).reshape((1,) * (spatial_axes(self.kernel_size) + 1) + (-1,))
 
 
 class SpectralNormConv(_ReparametrizedConv):
@@ -208,7 +208,7 @@ class SpectralNormDense(nn.Module):
         kernel = kernel.astype(jnp.float32) / orthogonal.safe_divisor(norm)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = jnp.dot(x, kernel)
-        return y if bias is None else y + over_channels(bias, y)
+        return y if bias is None else add_bias(y, bias)
 
 
 class ONIConv(_ReparametrizedConv):

@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from convnorm_jax.errors import UserError
-from convnorm_jax.layers.channelwise import over_channels
+from convnorm_jax.layers.channelwise import add_bias
 from convnorm_jax.layers.convnorm import NormalizedConvolution
 from convnorm_jax.layers.convolution import full_transposed_convolution
 from convnorm_jax.layers.geometry import canonical_transposed_padding, pair_of_ints
@@ -68,7 +68,7 @@ class ConvTranspose(nn.Module):
             bias = self.param('bias', bias_init, (self.features,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = transposed_convolution(x, kernel, strides, padding, self.precision)
-        return y if bias is None else y + over_channels(bias, y)
+        return y if bias is None else add_bias(y, bias)
 
 
 class ConvNormTranspose(NormalizedConvolution):

@@ -12,6 +12,8 @@ from convnorm_jax import ConvNorm, ConvNormTranspose
 from convnorm_jax.layers import DENSE_LAYERS, LAYERS, BatchNorm, ConditionalBatchNorm, make_dense, make_layer, spectral
 from convnorm_jax.layers.factory import make_transposed_layer
 from convnorm_jax.layers.method import METHODS
+from convnorm_jax.layers.reparam import SpectralNormConv, WeightNormConv
+from convnorm_jax.layers.transposed import ConvTranspose
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -43,6 +45,30 @@ def as_published(x, p, padding=1, epsilon=1e-5):
     mean, var = y.mean((0, 1, 2)), y.var((0, 1, 2))
     y = (y - mean) / np.sqrt(var + epsilon)
     return y * np.asarray(p['batch_norm']['scale']) + np.asarray(p['batch_norm']['bias']), v, mean, var
+
+
+BIASED = {
+    'convnorm': (ConvNorm(2, use_batch_norm=False), 'affine_bias'),
+    'transposed convnorm': (ConvNormTranspose(2, use_batch_norm=False), 'affine_bias'),
+    'transposed': (ConvTranspose(2), 'bias'),
+    'spectral norm': (SpectralNormConv(2), 'bias'),
+    'weight norm': (WeightNormConv(2), 'bias'),
+}
+
+
+@pytest.mark.parametrize('name', BIASED)
+def test_the_gradient_of_a_bias_is_summed_in_float32(name):
+    """JAX sums what it broadcasts in bfloat16 in bfloat16: 8 bits for a sum of thousands."""
+    layer, bias = BIASED[name]
+    x = jnp.ones((16, 16, 16, 2), jnp.bfloat16)
+    how = {} if name == 'transposed' or name == 'weight norm' else {'use_running_average': True}
+    layer = layer.clone(dtype=jnp.bfloat16)
+    variables = layer.init(jax.random.key(0), x, **how)
+    y, back = jax.vjp(lambda p: layer.apply({**variables, 'params': p}, x, **how), variables['params'])
+    assert y.dtype == jnp.bfloat16
+    cotangent = jnp.asarray(1 + 0.1 * random(0, *y.shape), y.dtype)
+    expected = np.asarray(cotangent, np.float64).sum((0, 1, 2))
+    np.testing.assert_allclose(np.asarray(back(cotangent)[0][bias], np.float64), expected, rtol=2**-8)
 
 
 @pytest.mark.parametrize('size', [(6, 5), (11, 12)], ids=['dense', 'separable'])

@@ -157,7 +157,7 @@ def test_running_spectrum():
 def test_another_picture_size():
     layer = ConvNormTranspose(4)
     variables = init(layer, random(6, 1, 4, 4, 2))
-    with pytest.raises(ValueError, match=r"ConvNormTranspose: .* 4x4 pictures, got 3x5.*spectrum='exact'"):
+    with pytest.raises(ValueError, match=r"ConvNormTranspose: .* 4x4 images, got 3x5.*spectrum='exact'"):
         layer.apply(variables, random(7, 1, 3, 5, 2), use_running_average=True)
     exact = ConvNormTranspose(4, spectrum='exact')
     assert exact.apply(variables, random(7, 1, 3, 5, 2), use_running_average=True).shape == (1, 6, 10, 4)
