@@ -5,8 +5,8 @@
 Each draw is a layer without BatchNorm: 1 to 3 dimensions, kernel, stride, dilation, groups, padding, circular or not,
 transposed or not, sizes, dtype and method. Its output and its gradients with respect to image, kernel, channel-wise
 kernel and bias are compared with those of `Dense`, which is written from the definitions in NumPy and shares no code
-with the layer. Errors are relative to the largest entry of each array. Kernels have no frequency with less than 1 % of
-their mean power: there the division multiplies whatever rounding there is. The tests take a few of the draws.
+with the layer. Errors are relative to the largest entry of each array. Kernels have no frequency with less power than
+1 % of their taps' energy: there the division multiplies whatever rounding there is. The tests take a few of the draws.
 """
 
 import argparse
@@ -168,7 +168,7 @@ def power_spectrum(kernel, grid, dilation):
 
 
 def _without_nulls(kernel, d):
-    """The kernel, with a first tap so large that no frequency has less than 1 % of the mean power."""
+    """The kernel, with a first tap so large that no frequency has less than 1 % of the taps' energy."""
     spread = d.strides if d.transposed else (1,) * len(d.size)
     spans = [(k - 1) * g + 1 for k, g in zip(d.kernel, d.dilation)]
     circular = d.padding == 'CIRCULAR'
@@ -176,7 +176,7 @@ def _without_nulls(kernel, d):
     axes = tuple(range(len(grid)))
     while True:
         power = power_spectrum(kernel, grid, d.dilation)
-        weak = power.min(axes) < 0.01 * power.mean(axes)
+        weak = power.min(axes) < 0.01 * np.square(kernel).sum(axis=(*axes, -2))
         if not weak.any():
             return kernel
         kernel[(0,) * len(grid)] += weak
