@@ -159,9 +159,8 @@ def test_refused():
 
 
 def test_without_the_extra(monkeypatch):
-    import convnorm_jax.equinox as module
-
     monkeypatch.setitem(sys.modules, 'equinox', None)
-    monkeypatch.delitem(sys.modules, module.__name__)
+    for name in [name for name in sys.modules if name.startswith('convnorm_jax.equinox')]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(UserError, match=r"needs Equinox: pip install 'convnorm_jax\[equinox\]'"):
         importlib.import_module('convnorm_jax.equinox')
