@@ -115,7 +115,7 @@ def selection(where: Callable[[str], bool] | str | None, convolutions: Mapping[i
       UserError: there are none, or it chooses none.
     """
     if not convolutions:
-        raise UserError('convnormalize: the model has no convolution')
+        raise UserError('convnormalize: the model has no convolution that could become a ConvNorm')
     try:
         chosen = where if callable(where) else re.compile(where or '').search
     except re.error as error:

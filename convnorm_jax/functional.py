@@ -22,7 +22,7 @@ from convnorm_jax.errors import UserError
 from convnorm_jax.layers import core, operation
 from convnorm_jax.layers.core import Settings, apply, initial_params, initial_state, running_average, update_weight
 from convnorm_jax.layers.dtypes import widened
-from convnorm_jax.layers.geometry import by_x
+from convnorm_jax.layers.geometry import by_x, ints_for_axes
 from convnorm_jax.layers.spectral import is_pointwise
 
 __all__ = [
@@ -104,7 +104,7 @@ def conv_norm(
 
 def preconditioner(
     kernel: jax.Array,
-    image_size: Sequence[int],
+    image_size: int | Sequence[int],
     *,
     strides: int | Sequence[int] = 1,
     padding: str | int | Sequence = 'SAME',
@@ -116,7 +116,7 @@ def preconditioner(
 
     Args:
       kernel: [\*kernel, cin / groups, cout], float.
-      image_size: an int for each spatial axis.
+      image_size: int, or an int for each spatial axis.
       The others: see `conv_norm`.
 
     Returns:
@@ -128,7 +128,8 @@ def preconditioner(
       (10, 10, 16)
     """
     settings = _settings(kernel, strides, padding, dilation, groups, transposed, None, None, None)
-    return operation.preconditioner(kernel, settings.geometry(tuple(image_size)), None, 1)
+    image_size = ints_for_axes(image_size, 'image_size', settings.rank)
+    return operation.preconditioner(kernel, settings.geometry(image_size), None, 1)
 
 
 def _settings(kernel, strides, padding, dilation, groups, transposed, method, dtype, precision):

@@ -36,7 +36,7 @@ def convnormalize(
     *,
     key: jax.Array,
     where: Callable[[str], bool] | str | None = None,
-    norms: tuple[type, ...] = (eqx.nn.BatchNorm,),
+    norms: type | tuple[type, ...] = (eqx.nn.BatchNorm,),
     call: Callable | None = None,
     **options,
 ) -> tuple[eqx.Module, eqx.nn.State | None, Report]:
@@ -74,6 +74,7 @@ def convnormalize(
       UserError: no convolution in the model, or `where` chooses none; an unknown option; a model whose code depends on
         the shape of an array between a convolution and its normalization.
     """
+    norms = norms if isinstance(norms, tuple) else (norms,)
     conversion.check_options(options, _OPTIONS)
     call = call or _call
     kinds = (*_CONVOLUTIONS, *norms)

@@ -49,7 +49,7 @@ class _NormalizedConvolution(eqx.nn.StatefulLayer):
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
         *,
-        image_size: Sequence[int] | None = None,
+        image_size: int | Sequence[int] | None = None,
         axis_name: Hashable = 'batch',
         inference: bool = False,
         use_affine: bool = True,
@@ -159,7 +159,8 @@ class ConvNorm(_NormalizedConvolution):
       stride, dilation: int, or an int for each axis.
       padding: 'SAME', 'VALID', 'CIRCULAR', an int, or an int or a pair for each axis.
       groups: of channels with kernels of their own.
-      image_size: of the images, an int for each spatial axis: the running spectrum has one value for each of their
+      image_size: of the images, without channels, int or an int for each spatial axis: the running spectrum has one
+        value for each of their
         frequencies. None with spectrum='exact': images of any size then.
       axis_name: of the batch, in `jax.vmap`.
       inference: `eqx.nn.inference_mode` sets it.

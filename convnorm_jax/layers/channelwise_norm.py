@@ -114,7 +114,9 @@ def _gradients(wanted, epsilon, circular, z, kernel, bias, scale, shift, mean, v
     wide, inverse = _wide(z), jax.lax.rsqrt(var + epsilon)
     offset = over_channels(bias, z)
     cotangent = cotangent.astype(wide)
-    deviation = _deviation_after(cotangent[(0,) * (z.ndim - 1)], z, kernel, circular, offset, mean)
+    deviation = _deviation_after(
+        cotangent[(slice(1),) * z.ndim], z, kernel, circular, offset, mean
+    )  # a batch may be empty
     by_scale, by_shift = _sums(deviation, cotangent, inverse)
     deviation = _deviation_after(by_shift, z, kernel, circular, offset, mean)
     of_u = _cotangent_of_u(deviation, cotangent, scale, inverse, by_scale, by_shift, by_mean, by_var)

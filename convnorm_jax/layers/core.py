@@ -11,6 +11,7 @@ spectrum, 'preconditioner' [*grid, features] and 'count' [], and with `use_batch
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -76,10 +77,17 @@ class Settings:
             raise UserError(f'method={self.method!r}: expected one of {METHODS}, or None to choose by size')
         if not is_int(self.features) or self.features < 1:
             raise UserError(f'features={self.features!r}: expected a positive int')
-        if self.momentum is not None and not 0 <= self.momentum < 1:
+        if self.momentum is not None and not (_is_number(self.momentum) and 0 <= self.momentum < 1):
             raise UserError(
-                f'momentum={self.momentum}: expected at least 0 and below 1, or None for the published schedule'
+                f'momentum={self.momentum!r}: expected at least 0 and below 1, or None for the published schedule'
             )
+        if not (_is_number(self.batch_norm_momentum) and 0 <= self.batch_norm_momentum <= 1):
+            raise UserError(f'batch_norm_momentum={self.batch_norm_momentum!r}: expected between 0 and 1')
+        if not (_is_number(self.batch_norm_epsilon) and self.batch_norm_epsilon >= 0):
+            raise UserError(f'batch_norm_epsilon={self.batch_norm_epsilon!r}: expected at least 0')
+        for name in ('dtype', 'param_dtype'):
+            if (dtype := getattr(self, name)) is not None and not _is_float(dtype):
+                raise UserError(f"{name}={dtype!r}: expected a dtype of floats, such as 'float32' or 'bfloat16'")
         rank = self.rank
         for name in ('kernel_size', 'strides', 'kernel_dilation'):
             object.__setattr__(self, name, ints_for_axes(getattr(self, name), name, rank))
@@ -103,6 +111,17 @@ class Settings:
     def check_shape(self, shape: Sequence[int]):
         """Raises ValueError unless `shape` is one of a batch of images."""
         geometry.check_shape(shape, self.kernel_size)
+
+    def check_kernel(self, shape: Sequence[int], features_in: int | None = None):
+        """Raises ValueError unless `shape` is that of the kernel, for images of `features_in` channels."""
+        channels = shape[-2] if features_in is None else features_in // self.feature_group_count
+        expected = (*self.kernel_size, channels, self.features)
+        if tuple(shape) != expected:
+            channels = '' if features_in is None else f' and images of {features_in} channels'
+            raise UserError(
+                f'kernel.shape={tuple(shape)}: expected {expected} with kernel_size={self.kernel_size}, '
+                f'features={self.features}, feature_group_count={self.feature_group_count}{channels}'
+            )
 
     def geometry(self, image_size: Sequence[int]) -> Geometry:
         """Of images of this size."""
@@ -139,6 +158,17 @@ class Settings:
         return found
 
 
+def _is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_float(dtype):
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
+
+
 def _hashable(padding):
     return tuple(map(_hashable, padding)) if isinstance(padding, list | tuple) else padding
 
@@ -151,12 +181,14 @@ def initial_params(settings: Settings, key: jax.Array, features_in: int) -> dict
 
 
 def initial_state(
-    settings: Settings, kernel: jax.Array, image_size: Sequence[int] | None, batch: int = 1
+    settings: Settings, kernel: jax.Array, image_size: int | Sequence[int] | None, batch: int = 1
 ) -> dict[str, jax.Array]:
     """The state before the first update, for images of `image_size`; None: without running spectrum, for 'exact'."""
     kept_as, found = settings.state_dtype, {}
     if image_size is not None:
-        v = preconditioner(kernel, settings.geometry(tuple(image_size)), settings.method, batch)
+        settings.check_kernel(kernel.shape)
+        image_size = ints_for_axes(image_size, 'image_size', settings.rank)
+        v = preconditioner(kernel, settings.geometry(image_size), settings.method, batch)
         found |= {'preconditioner': v.astype(kept_as), 'count': jnp.zeros((), jnp.float32)}
     if settings.use_batch_norm:
         found['mean'] = jnp.zeros((settings.features,), kept_as)
@@ -183,10 +215,15 @@ def apply(
       y, [B, *spatial', features]; the new state, in training, else the same.
 
     Raises:
-      ValueError: x of another rank, or of another size than the state.
+      ValueError: x of another rank, or of another size than the state; a kernel or a state of other settings.
     """
     settings.check_shape(x.shape)
+    settings.check_kernel(params['kernel'].shape, x.shape[-1])
     place, state = settings.geometry(x.shape[1:-1]), dict(state or {})
+    needed = [] if settings.spectrum == 'exact' else ['preconditioner']
+    needed += ['mean', 'var'] if settings.use_batch_norm else []
+    if missing := [name for name in needed if name not in state]:
+        raise UserError(f'the state has no {missing[0]!r}: make it by initial_state(settings, kernel, image_size)')
     kernel = widened(params['kernel'], settings.dtype or x.dtype)
     v, changed = spectrum(settings, kernel, place, x.shape[0], state, use_running_average)
     state.update(changed)

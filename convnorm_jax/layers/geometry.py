@@ -236,12 +236,16 @@ def padding_pairs(padding, rank=2, names=()):
 
 
 def ints_for_axes(value, name, rank=2):
-    """A kernel size, strides or a dilation as `rank` positive ints, from one int or `rank`; None is ones.
+    """A kernel size, strides, a dilation or an image size as `rank` positive ints, from one int or `rank`.
+
+    None is ones, but for the size of a kernel or an image.
 
     Raises:
       ValueError: anything else.
     """
-    ints = (1,) * rank if value is None else (value,) * rank if is_int(value) else value
+    if value is None and name not in ('kernel_size', 'image_size'):
+        value = 1
+    ints = (value,) * rank if is_int(value) else value
     if not isinstance(ints, Sequence) or len(ints) != rank or not all(is_int(v) and v >= 1 for v in ints):
         count = {1: 'a positive int', 2: 'a positive int or two of them', 3: 'a positive int or three of them'}[rank]
         raise UserError(f'{name}={value!r}: expected {count}')
@@ -268,6 +272,8 @@ def channels_in_a_group(groups, features_in, features):
     Raises:
       ValueError: a number of groups that does not divide the channels of both sides.
     """
+    if not is_int(features_in) or features_in < 1:
+        raise UserError(f'{features_in!r} input channels: expected a positive int')
     if not is_int(groups) or groups < 1 or features_in % groups or features % groups:
         raise UserError(
             f'feature_group_count={groups!r} with {features_in} channels and features={features}: '

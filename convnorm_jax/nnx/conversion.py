@@ -29,7 +29,7 @@ def convnormalize(
     *,
     rngs: nnx.Rngs,
     where: Callable[[str], bool] | str | None = None,
-    norms: tuple[type, ...] = (nnx.BatchNorm,),
+    norms: type | tuple[type, ...] = (nnx.BatchNorm,),
     call: Callable | None = None,
     **options,
 ) -> tuple[nnx.Module, Report]:
@@ -62,6 +62,7 @@ def convnormalize(
       UserError: no convolution in the model, or `where` chooses none; an unknown option; a model whose code depends on
         the shape of an array between a convolution and its normalization.
     """
+    norms = norms if isinstance(norms, tuple) else (norms,)
     conversion.check_options(options)
     call = call or (lambda model, images: model(images))
     # The paths are those of the model itself: a clone has its attributes in another order.

@@ -33,7 +33,7 @@ class _NormalizedConvolution(nnx.Module):
         padding: str | int | Sequence = 'SAME',
         kernel_dilation: int | Sequence[int] = 1,
         feature_group_count: int = 1,
-        image_size: Sequence[int] | None = None,
+        image_size: int | Sequence[int] | None = None,
         use_affine: bool = True,
         use_batch_norm: bool = True,
         use_running_average: bool = False,
@@ -78,7 +78,7 @@ class _NormalizedConvolution(nnx.Module):
             self._make_state(image_size, 1)
 
     def _make_state(self, image_size, batch):
-        state = core.initial_state(self.settings, self.kernel[...], tuple(image_size), batch)
+        state = core.initial_state(self.settings, self.kernel[...], image_size, batch)
         for name, value in state.items():
             setattr(self, name, nnx.BatchStat(value))
 
@@ -127,7 +127,8 @@ class ConvNorm(_NormalizedConvolution):
       in_features, out_features: channels.
       kernel_size: (kw,), (kh, kw) or (kd, kh, kw); an int is a square of 2 spatial axes.
       strides: int, or an int for each axis.
-      image_size: of the images, an int for each spatial axis: the running spectrum has one value for each of their
+      image_size: of the images, without channels, int or an int for each spatial axis: the running spectrum has one
+        value for each of their
         frequencies. None takes the size of the first batch, which must then be seen outside of transformations that
         cannot add to a module's state.
       use_running_average: inference. `layer.train()` and `layer.eval()` set it.

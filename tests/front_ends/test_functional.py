@@ -74,6 +74,62 @@ def test_refused(change, message):
         functional.conv_norm(x, jnp.ones((3, 3, 4, 6)), None if v is None else jnp.ones(v), **change)
 
 
+@pytest.mark.parametrize('options,message', [
+    (dict(kernel_size=None), 'kernel_size=None: expected a positive int'),
+    (dict(dtype='int32'), "dtype='int32': expected a dtype of floats"),
+    (dict(dtype='bf16'), "dtype='bf16': expected a dtype of floats"),
+    (dict(dtype=jnp.complex64), 'dtype=.*complex64.*: expected a dtype of floats'),
+    (dict(param_dtype='int32'), "param_dtype='int32'"),
+    (dict(momentum='0.9'), "momentum='0.9': expected at least 0 and below 1"),
+    (dict(momentum=float('nan')), 'momentum=nan'),
+    (dict(batch_norm_momentum=2), 'batch_norm_momentum=2: expected between 0 and 1'),
+    (dict(batch_norm_epsilon=-1), 'batch_norm_epsilon=-1: expected at least 0'),
+])  # fmt: skip
+def test_settings_that_no_layer_can_have(options, message):
+    with pytest.raises(UserError, match=message):
+        functional.Settings(3, **options)
+
+
+@pytest.mark.parametrize('size', [(6,), (2, 6, 6), (6.0, 6.0), 0, '6'])
+def test_an_image_size_that_is_none(size):
+    settings, kernel = functional.Settings(3, (3, 3), padding=1), jnp.ones((3, 3, 2, 3))
+    for make in (
+        lambda: functional.initial_state(settings, kernel, size),
+        lambda: functional.preconditioner(kernel, size),
+    ):
+        with pytest.raises(UserError, match=r'image_size=.*expected a positive int or two of them'):
+            make()
+    same = functional.initial_state(settings, kernel, 6), functional.initial_state(settings, kernel, (6, 6))
+    jax.tree.map(np.testing.assert_array_equal, *same)
+
+
+def test_what_does_not_belong_together():
+    settings = functional.Settings(3, (3, 3))
+    params = functional.initial_params(settings, jax.random.key(0), 2)
+    state, x = functional.initial_state(settings, params['kernel'], (6, 6)), jnp.ones((2, 6, 6, 2))
+    run = lambda params, state, x: functional.apply(settings, params, state, x, use_running_average=False)
+    with pytest.raises(UserError, match=r'kernel.shape=\(3, 3, 2, 3\): expected \(3, 3, 5, 3\).*images of 5 channels'):
+        run(params, state, jnp.ones((2, 6, 6, 5)))
+    with pytest.raises(UserError, match=r'kernel.shape=\(5, 5, 2, 3\): expected \(3, 3, 2, 3\)'):
+        functional.initial_state(settings, jnp.ones((5, 5, 2, 3)), (6, 6))
+    with pytest.raises(UserError, match="state has no 'preconditioner': make it by initial_state"):
+        run(params, None, x)
+    for channels in ('2', 2.0, 0):
+        with pytest.raises(UserError, match='input channels: expected a positive int'):
+            functional.initial_params(settings, jax.random.key(0), channels)
+
+
+def test_an_empty_batch():
+    """As with flax's layers: no output, no gradient."""
+    settings = functional.Settings(3, (3, 3))
+    params = functional.initial_params(settings, jax.random.key(0), 2)
+    state = functional.initial_state(settings, params['kernel'], (6, 6))
+    x = jnp.ones((0, 6, 6, 2))
+    loss = lambda params: functional.apply(settings, params, state, x, use_running_average=False)[0].sum()
+    assert loss(params) == 0
+    assert jax.tree.map(jnp.shape, jax.grad(loss)(params)) == jax.tree.map(jnp.shape, params)
+
+
 def test_the_examples_in_the_docstrings():
     results = doctest.testmod(functional)
     assert results.attempted >= 3 and not results.failed
