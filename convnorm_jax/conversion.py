@@ -235,22 +235,6 @@ def details_of(settings: Settings, features_in: int, had_bias: bool) -> str:
     return ', '.join(parts)
 
 
-def initial_params(settings: Settings, features_in: int, known: Mapping, next_key: Callable) -> dict:
-    """The parameters of a layer: those in `known` that have the right shape, and initial values for the others.
-
-    Only what is needed is drawn: JAX compiles the generator for every shape.
-
-    Args:
-      known: {name: array or None}. next_key: () -> a key.
-    """
-    found = {}
-    for name, (init, shape) in settings.initializers(features_in).items():
-        value = known.get(name)
-        fits = value is not None and value.shape == shape
-        found[name] = value if fits else init(next_key(), shape, settings.param_dtype)
-    return found
-
-
 def transposed_crop(spans: Sequence[int], padding: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """What a ConvNormTranspose crops from the full transposed convolution, where `jax.lax` pads its dilated input.
 

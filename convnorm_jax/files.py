@@ -40,6 +40,14 @@ def write_new(path, write):
             os.replace(temporary, path)
 
 
+def read_whole(path) -> bytes:
+    """The content of a file; raises UserError where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror})') from error
+
+
 def check_place(path, name):
     """Raises UserError unless a file can be written at `path`: before the work whose result goes there.
 

@@ -22,7 +22,7 @@ from convnorm_jax.errors import UserError
 from convnorm_jax.layers import core, operation
 from convnorm_jax.layers.core import Settings, apply, initial_params, initial_state, running_average, update_weight
 from convnorm_jax.layers.dtypes import widened
-from convnorm_jax.layers.geometry import by_x, ints_for_axes
+from convnorm_jax.layers.geometry import by_x, channels_in_a_group, ints_for_axes
 from convnorm_jax.layers.spectral import is_pointwise
 
 __all__ = [
@@ -145,5 +145,5 @@ def _settings(kernel, strides, padding, dilation, groups, transposed, method, dt
         dtype=dtype,
         precision=precision,
     )
-    settings.initializers(kernel.shape[-2] * groups)  # refuses groups that do not divide the channels
+    channels_in_a_group(groups, kernel.shape[-2] * groups, kernel.shape[-1])  # refuses others
     return settings

@@ -1,4 +1,4 @@
-"""A net's variables as safetensors: flat names such as 'params/conv1/kernel', with the config beside them."""
+"""A net's variables as safetensors: flat names such as 'params/conv1/kernel', with the config next to them."""
 
 import hashlib
 import importlib
@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from convnorm_jax.errors import UserError
-from convnorm_jax.files import check_place, write_atomically
+from convnorm_jax.files import check_place, read_whole, write_atomically
 from convnorm_jax.mesh import fetch
 
 SEPARATOR = '/'
@@ -58,11 +59,7 @@ def load_weights(path) -> tuple[dict[str, Any], dict | None]:
       ValueError: safetensors is missing; no such file, or a damaged one.
     """
     library = check_installed()
-    try:
-        with open(path, 'rb') as file:
-            content = file.read()
-    except OSError as error:
-        raise UserError(f'{path}: cannot be read ({error.strerror})') from error
+    content = read_whole(path)
     try:
         tensors = library.deserialize(content)
     except library.SafetensorError as error:
@@ -72,7 +69,7 @@ def load_weights(path) -> tuple[dict[str, Any], dict | None]:
     arrays = {name: _array(path, name, **tensor) for name, tensor in tensors}
     if metadata.get('convnorm_jax_digest', _digest(arrays)) != _digest(arrays):
         raise UserError(f'{path}: is damaged (its digest differs); copy it again')
-    return _nested(arrays), json.loads(metadata.get('convnorm_jax_config', 'null'))
+    return traverse_util.unflatten_dict(arrays, sep=SEPARATOR), json.loads(metadata.get('convnorm_jax_config', 'null'))
 
 
 def check_installed():
@@ -102,17 +99,6 @@ def _flat(variables):
             raise UserError(f'variables: {name!r} is of {array.dtype}, which safetensors does not have')
         flat[name] = array
     return flat
-
-
-def _nested(flat):
-    nested = {}
-    for name, array in flat.items():
-        *outer, last = name.split(SEPARATOR)
-        place = nested
-        for key in outer:
-            place = place.setdefault(key, {})
-        place[last] = array
-    return nested
 
 
 def _array(path, name, dtype, shape, data):

@@ -138,6 +138,24 @@ def parse(argv):
     return config, workdir, mode
 
 
+def parse_own(values, argv, options):
+    """Parses a command line by flags of the command's own, which have the values then.
+
+    Args:
+      values: absl's FlagValues.
+      options: what there is, for the message.
+
+    Raises:
+      ValueError: a wrong value, or anything else on the line.
+    """
+    try:
+        rest = values(argv)
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    if rest[1:]:
+        raise UserError(f'{rest[1]!r}: not understood; options are {options}')
+
+
 def read_config(arguments):
     """The config of `--config=FILE` and `--config.KEY=VALUE` arguments, checked; absl's global flags stay as they are.
 

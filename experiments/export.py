@@ -45,15 +45,8 @@ def parse(argv):
     flags.DEFINE_list('platforms', ['cpu', 'cuda', 'tpu'], 'that it is to run on', flag_values=values)
     flags.DEFINE_string('weights', '', 'safetensors file to write', flag_values=values)
     flags.DEFINE_enum('checkpoint', '', ['', 'best', 'latest'], 'which checkpoint', flag_values=values)
-    try:
-        rest = values(argv)
-    except flags.Error as error:
-        raise UserError(str(error)) from error
-    if rest[1:]:
-        raise UserError(
-            f'{rest[1]!r}: not understood; options are --workdir=DIR --out=FILE --platforms=cpu,cuda,tpu '
-            '--weights=FILE --checkpoint=best|latest'
-        )
+    options = '--workdir=DIR --out=FILE --platforms=cpu,cuda,tpu --weights=FILE --checkpoint=best|latest'
+    command_line.parse_own(values, argv, options)
     for name, what in (('workdir', 'the folder of a run'), ('out', 'the file to write')):
         if not values[name].value:
             raise UserError(f'--{name} is missing: give {what}')

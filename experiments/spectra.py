@@ -31,14 +31,7 @@ def parse(argv):
     flags.DEFINE_list('workdirs', [], 'folders of runs', flag_values=values)
     flags.DEFINE_string('output', '', 'folder to write', flag_values=values)
     flags.DEFINE_enum('checkpoint', 'best', ['best', 'latest'], 'which checkpoint of each run', flag_values=values)
-    try:
-        rest = values(argv)
-    except flags.Error as error:
-        raise UserError(str(error)) from error
-    if rest[1:]:
-        raise UserError(
-            f'{rest[1]!r}: not understood; options are --workdirs=A,B --output=DIR --checkpoint=best|latest'
-        )
+    command_line.parse_own(values, argv, '--workdirs=A,B --output=DIR --checkpoint=best|latest')
     workdirs = [os.path.normpath(os.path.expanduser(part)) for part in values.workdirs if part]
     if not workdirs or len(set(workdirs)) < len(workdirs):
         raise UserError(

@@ -291,7 +291,7 @@ def _params(settings, conv, norm, batch_norm, next_key):
     known = {'kernel': kernel, 'affine_bias': None if conv.bias is None else conv.bias.reshape(-1)}
     if batch_norm:
         known |= {'scale': scale, 'bias': bias}
-    params = conversion.initial_params(settings, conv.in_channels, known, next_key)
+    params = core.draw_params(settings, conv.in_channels, next_key, known)
     if not batch_norm and settings.use_affine:  # of a normalization without state: into the channel-wise convolution
         if scale is not None and scale.shape == (settings.features,):
             params = {**params, **{name: params[name] * scale for name in ('affine_kernel', 'affine_bias')}}

@@ -16,7 +16,7 @@ import ml_dtypes  # noqa: F401  (NumPy then knows bfloat16 by its name)
 import numpy as np
 
 from convnorm_jax.errors import UserError
-from convnorm_jax.files import write_atomically
+from convnorm_jax.files import read_whole, write_atomically
 
 MAGIC = b'convnorm_jax exported net '
 FORMAT = 1
@@ -49,11 +49,7 @@ def read_container(path) -> tuple[dict, dict[str, bytes | np.ndarray]]:
     Raises:
       ValueError: no file of this kind, a damaged one, or one of a newer format.
     """
-    try:
-        with open(path, 'rb') as file:
-            content = file.read()
-    except OSError as error:
-        raise UserError(f'{path}: cannot be read ({error.strerror})') from error
+    content = read_whole(path)
     first, _, rest = content.partition(b'\n')
     if not first.startswith(MAGIC):
         raise UserError(f'{path}: is not an exported net; expected a file that save_exported has written')

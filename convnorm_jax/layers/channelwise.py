@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +30,16 @@ def channelwise_convolution(x: jax.Array, kernel: jax.Array, circular: bool = Fa
 
 def weighted_sum(x: jax.Array, kernel: jax.Array, circular: bool = False) -> jax.Array:
     """`channelwise_convolution` by JAX's own derivatives, not rounded to the dtype of x: float32 at least."""
-    wide = at_least_float32(x.dtype)  # k*k terms would each be rounded
-    taps = kernel.astype(wide).reshape(-1, kernel.shape[-1])
+    return sum_of_products(shifted(x, kernel.shape[:-1], circular), kernel.reshape(-1, kernel.shape[-1]))
+
+
+def sum_of_products(parts: Sequence[jax.Array], taps: jax.Array) -> jax.Array:
+    """Each part, [B, H, W, C], times its tap, summed: float32 at least. taps: [number, C]."""
+    wide = at_least_float32(parts[0].dtype)  # k*k terms would each be rounded
     # `jax.lax`, here and below: jax.numpy's operators take five times as long to trace.
     products = [
         jax.lax.mul(jax.lax.convert_element_type(part, wide), over_channels(tap, part))
-        for part, tap in zip(shifted(x, kernel.shape[:-1], circular), taps)
+        for part, tap in zip(parts, taps.astype(wide))
     ]
     return functools.reduce(jax.lax.add, products)
 
@@ -58,14 +63,19 @@ def shifted(x: jax.Array, kernel_size: tuple[int, ...], circular: bool = False) 
     else:
         edges = [(0, 0, 0), *(((k - 1) // 2, k // 2, 0) for k in kernel_size), (0, 0, 0)]
         x = jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
+    return views(x, size, map(range, kernel_size))
 
-    def view(starts):
+
+def views(x: jax.Array, size: Sequence[int], starts: Iterable[range]) -> list[jax.Array]:
+    """The parts of x, [B, H, W, C], that are of `size` and begin at all combinations of the starts on each axis."""
+
+    def view(begin):
         part = x
-        for axis, (start, n) in enumerate(zip(starts, size), 1):
+        for axis, (start, n) in enumerate(zip(begin, size), 1):
             part = jax.lax.slice_in_dim(part, start, start + n, axis=axis)
         return part
 
-    return [view(starts) for starts in itertools.product(*map(range, kernel_size))]
+    return [view(begin) for begin in itertools.product(*starts)]
 
 
 def transpose(y: jax.Array, kernel: jax.Array, circular: bool = False) -> jax.Array:

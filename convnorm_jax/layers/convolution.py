@@ -4,13 +4,11 @@
 """
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 
-from convnorm_jax.layers import derivatives, reference
-from convnorm_jax.layers.dtypes import at_least_float32
+from convnorm_jax.layers import channelwise, derivatives, reference
 from convnorm_jax.layers.geometry import Geometry, transposed_grid_size
 
 
@@ -35,12 +33,9 @@ def _general(x, kernel, geometry, precision):
     edges = [(k - 1, 0 if geometry.circular else k - 1) for k in geometry.spans]
     x = jnp.pad(x, [(0, 0), *edges, (0, 0)], **mode)  # by hand, see `full_convolution`
     if depthwise:  # products that XLA fuses: its grouped convolutions are slower
-        wide = at_least_float32(x.dtype)
-        starts = itertools.product(*(range(0, k, d) for k, d in zip(geometry.spans, geometry.dilation)))
-        size = lambda start: tuple(slice(s, s + n) for s, n in zip(start, geometry.grid))
-        taps = kernel.reshape(-1, kernel.shape[-1]).astype(wide)
-        products = (x[(slice(None), *size(start))].astype(wide) * tap for start, tap in zip(starts, taps))
-        return functools.reduce(jax.lax.add, products).astype(x.dtype)
+        starts = (range(0, k, d) for k, d in zip(geometry.spans, geometry.dilation))
+        parts = channelwise.views(x, geometry.grid, starts)
+        return channelwise.sum_of_products(parts, kernel.reshape(-1, kernel.shape[-1])).astype(x.dtype)
     return jax.lax.conv_general_dilated(
         x,
         kernel,

@@ -114,7 +114,9 @@ class Settings:
 
     def check_kernel(self, shape: Sequence[int], features_in: int | None = None):
         """Raises ValueError unless `shape` is that of the kernel, for images of `features_in` channels."""
-        channels = shape[-2] if features_in is None else features_in // self.feature_group_count
+        channels = shape[-2]
+        if features_in is not None:
+            channels = geometry.channels_in_a_group(self.feature_group_count, features_in, self.features)
         expected = (*self.kernel_size, channels, self.features)
         if tuple(shape) != expected:
             channels = '' if features_in is None else f' and images of {features_in} channels'
@@ -175,9 +177,26 @@ def _hashable(padding):
 
 def initial_params(settings: Settings, key: jax.Array, features_in: int) -> dict[str, jax.Array]:
     """Parameters with PyTorch's initial values."""
-    named = settings.initializers(features_in)
-    keys = jax.random.split(key, len(named))
-    return {name: init(k, shape, settings.param_dtype) for k, (name, (init, shape)) in zip(keys, named.items())}
+    keys = jax.random.split(key, len(settings.initializers(features_in)))
+    return draw_params(settings, features_in, iter(keys).__next__)
+
+
+def draw_params(
+    settings: Settings,
+    features_in: int,
+    next_key: Callable[[], jax.Array],
+    known: Mapping[str, jax.Array | None] | None = None,
+) -> dict[str, jax.Array]:
+    """The parameters: those in `known` that have the right shape, and initial values, of a key each, for the others.
+
+    Only what is needed is drawn: JAX compiles the generator for every shape.
+    """
+    found = {}
+    for name, (init, shape) in settings.initializers(features_in).items():
+        value = (known or {}).get(name)
+        fits = value is not None and value.shape == shape
+        found[name] = value if fits else init(next_key(), shape, settings.param_dtype)
+    return found
 
 
 def initial_state(

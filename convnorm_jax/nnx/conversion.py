@@ -15,6 +15,7 @@ from flax import nnx
 from convnorm_jax import conversion, dataflow
 from convnorm_jax.conversion import Found, Refused, Report
 from convnorm_jax.dataflow import Call
+from convnorm_jax.layers import core
 from convnorm_jax.nnx.geometry import geometry_of
 from convnorm_jax.nnx.layers import ConvNorm, ConvNormTranspose
 
@@ -281,7 +282,7 @@ def _build(conv, norm, calls, rngs, options):
     for size in sizes:
         layer.settings.geometry(size)  # raises UserError
     known = _known(conv, norm, transposed)
-    for name, value in conversion.initial_params(layer.settings, conv.in_features, known, rngs.params).items():
+    for name, value in core.draw_params(layer.settings, conv.in_features, rngs.params, known).items():
         setattr(layer, name, nnx.Param(value))
     if not (transposed and conv.transpose_kernel):  # the same axes: of the same type, with the same metadata
         layer.kernel = nnx.clone(conv).kernel

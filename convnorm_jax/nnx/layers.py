@@ -68,10 +68,10 @@ class _NormalizedConvolution(nnx.Module):
             param_dtype=param_dtype,
             precision=precision,
         )
-        named = self.settings.initializers(in_features)
-        for name, (init, shape) in named.items():
-            setattr(self, name, nnx.Param(init(rngs.params(), shape, param_dtype)))
-        self._params = tuple(named)
+        params = core.draw_params(self.settings, in_features, rngs.params)
+        for name, value in params.items():
+            setattr(self, name, nnx.Param(value))
+        self._params = tuple(params)
         for name in _STATE:
             setattr(self, name, nnx.data(None))
         if image_size is not None:

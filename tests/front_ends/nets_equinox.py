@@ -4,6 +4,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from tests.front_ends.reports import ALONE, CONVNEXT, DECODER, RESNET
+
 conv, linear = eqx.nn.Conv2d, eqx.nn.Linear
 
 
@@ -157,25 +159,14 @@ class Decoder(eqx.Module):
         return x.reshape(3, -1).mean(1), state
 
 
-ALONE = 'its input is not the output of a convolution'
 # net: ({convolution: normalization}, {left: reason})
 NETS = {
-    ResNet: (
-        {
-            'stem': 'norm',
-            'blocks/0/conv1': 'blocks/0/bn1',
-            'blocks/0/conv2': 'blocks/0/bn2',
-            'blocks/1/conv1': 'blocks/1/bn1',
-            'blocks/1/conv2': 'blocks/1/bn2',
-            'blocks/1/shortcut/layers/0': 'blocks/1/shortcut/layers/1',
-        },
-        {},
-    ),
+    ResNet: RESNET,
     MobileNet: ({f'layers/layers/{i}': f'layers/layers/{i + 1}' for i in (0, 3, 6)}, {}),
-    ConvNeXt: ({'stem': None, 'depthwise': None}, {}),
+    ConvNeXt: CONVNEXT,
     PreActivation: (
         {'stem': None, 'convs/0': 'norms/1', 'convs/1': None},
         {'norms/0': 'the output of stem is used elsewhere, too', 'norms/2': ALONE},
     ),
-    Decoder: ({'encoder/layers/0': 'encoder/layers/1', 'layers/0': 'layers/1', 'layers/3': None}, {}),
+    Decoder: DECODER,
 }

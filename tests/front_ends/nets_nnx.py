@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from flax import nnx
 
+from tests.front_ends.reports import ALONE, CONVNEXT, DECODER, RESNET
+
 
 class Block(nnx.Module):
     """Of a ResNet; strides 2 with a projection shortcut."""
@@ -110,25 +112,14 @@ class Decoder(nnx.Module):
         return x.mean((1, 2))
 
 
-ALONE = 'its input is not the output of a convolution'
 # net: ({convolution: normalization}, {left: reason})
 NETS = {
-    ResNet: (
-        {
-            'stem': 'norm',
-            'blocks/0/conv1': 'blocks/0/bn1',
-            'blocks/0/conv2': 'blocks/0/bn2',
-            'blocks/1/conv1': 'blocks/1/bn1',
-            'blocks/1/conv2': 'blocks/1/bn2',
-            'blocks/1/shortcut/layers/0': 'blocks/1/shortcut/layers/1',
-        },
-        {},
-    ),
+    ResNet: RESNET,
     MobileNet: ({'expand': 'norms/0', 'depthwise': 'norms/1', 'project': 'norms/2'}, {}),
-    ConvNeXt: ({'stem': None, 'depthwise': None}, {}),
+    ConvNeXt: CONVNEXT,
     PreActivation: (
         {'stem': None, 'conv1': 'bn2', 'conv2': None},
         {'bn1': 'the output of stem is used elsewhere, too', 'bn3': ALONE},
     ),
-    Decoder: ({'encoder/layers/0': 'encoder/layers/1', 'layers/0': 'layers/1', 'layers/3': None}, {}),
+    Decoder: DECODER,
 }

@@ -13,6 +13,7 @@ from convnorm_jax.errors import UserError
 eqx = pytest.importorskip('equinox')
 from convnorm_jax.equinox import ConvNorm, ConvNormTranspose, convnormalize  # noqa: E402
 from tests.front_ends import nets_equinox as nets  # noqa: E402
+from tests.front_ends.reports import ALONE, left, pairs  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -49,14 +50,6 @@ def copied(state):
 
 def convert(model, state=None, given=SPEC, **options):
     return convnormalize(model, state, given, key=jax.random.key(1), **options)
-
-
-def left(report):
-    return {entry.path: entry.reason for entry in report.left}
-
-
-def pairs(report):
-    return {entry.path: entry.norm for entry in report.replaced}
 
 
 @functools.lru_cache
@@ -258,7 +251,7 @@ def test_every_reason():
         'stacked': 'layers stacked by a transformation',
         'shared/pytree/0': 'Shared around it',
         'shared/pytree/1': 'Shared around it',
-        'alone': nets.ALONE,
+        'alone': ALONE,
         'two_axes': "axis_name=('batch',)",
     }
     found = left(report)

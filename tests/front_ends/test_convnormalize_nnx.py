@@ -11,7 +11,8 @@ from flax import nnx
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.nnx import ConvNorm, ConvNormTranspose, convnormalize
-from tests.front_ends.nets_nnx import ALONE, NETS, ConvNeXt, Decoder, MobileNet, PreActivation, ResNet
+from tests.front_ends.nets_nnx import NETS, ConvNeXt, Decoder, MobileNet, PreActivation, ResNet
+from tests.front_ends.reports import ALONE, left, pairs
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -38,14 +39,6 @@ def arrays(model):
 
 def convert(model, given=SPEC, **options):
     return convnormalize(model, given, rngs=nnx.Rngs(1), **options)
-
-
-def left(report):
-    return {entry.path: entry.reason for entry in report.left}
-
-
-def pairs(report):
-    return {entry.path: entry.norm for entry in report.replaced}
 
 
 @functools.lru_cache

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import traverse_util
 from flax.training import train_state
 
 from convnorm_jax import ConvNorm
@@ -96,8 +97,10 @@ class GoldenLayer:
         params = {path: self.ours(f'param/{name}') for path, name in self.names().items()}
         xs = [nhwc(x) for x in golden['x']]
         variables = jax.eval_shape(lambda x: layer.init(jax.random.key(0), x, use_running_average=True), xs[0])
-        assert jax.tree.structure(variables['params']) == jax.tree.structure(unflatten(params))
-        assert jax.tree.map(jnp.shape, variables['params']) == jax.tree.map(jnp.shape, unflatten(params))
+        assert jax.tree.structure(variables['params']) == jax.tree.structure(traverse_util.unflatten_dict(params))
+        assert jax.tree.map(jnp.shape, variables['params']) == jax.tree.map(
+            jnp.shape, traverse_util.unflatten_dict(params)
+        )
         cotangent = nhwc(golden['cotangent'])
 
         @jax.jit
@@ -111,20 +114,20 @@ class GoldenLayer:
             return y, update['batch_stats'], back(cotangent)
 
         # As published: variances start at 1, everything else at 0.
-        stats = unflatten(
+        stats = traverse_util.unflatten_dict(
             {
                 path: (np.ones if path[-1] == 'var' else np.zeros)(leaf.shape, leaf.dtype)
-                for path, leaf in flatten(variables['batch_stats']).items()
+                for path, leaf in traverse_util.flatten_dict(variables['batch_stats']).items()
             }
         )
-        params = unflatten(params)
+        params = traverse_util.unflatten_dict(params)
         self.outputs, self.stats = [], []
         for s, x in enumerate(xs):
             y, stats, gradients = step(params, stats, x)
             self.outputs.append(y)
             self.stats.append(stats)
             if s == 0:
-                self.grad_params, self.grad_x = flatten(gradients[0]), gradients[1]
+                self.grad_params, self.grad_x = traverse_util.flatten_dict(gradients[0]), gradients[1]
         self.eval_output = evaluate(layer, {'params': params, 'batch_stats': stats}, xs[0])
 
     def names(self):
@@ -138,21 +141,6 @@ class GoldenLayer:
     def ours(self, key):
         array = self.golden[key]
         return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
-
-
-def flatten(tree):
-    return {tuple(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def unflatten(flat):
-    tree = {}
-    for path, leaf in flat.items():
-        *above, last = path
-        node = tree
-        for name in above:
-            node = node.setdefault(name, {})
-        node[last] = leaf
-    return tree
 
 
 @pytest.fixture(scope='module', params=[f'{method} {name}' for method in (None, *METHODS) for name in 'abcdefgh'])
