@@ -114,6 +114,11 @@ def test_what_does_not_belong_together():
         functional.initial_state(settings, jnp.ones((5, 5, 2, 3)), (6, 6))
     with pytest.raises(UserError, match="state has no 'preconditioner': make it by initial_state"):
         run(params, None, x)
+    grouped = functional.Settings(4, (3, 3), feature_group_count=2)
+    with pytest.raises(UserError, match='feature_group_count=2 with 5 channels and features=4'):
+        functional.apply(
+            grouped, {'kernel': jnp.ones((3, 3, 2, 4))}, {}, jnp.ones((2, 6, 6, 5)), use_running_average=True
+        )
     for channels in ('2', 2.0, 0):
         with pytest.raises(UserError, match='input channels: expected a positive int'):
             functional.initial_params(settings, jax.random.key(0), channels)

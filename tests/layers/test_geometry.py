@@ -157,6 +157,18 @@ def test_jit_vmap_and_forward_mode(name):
     np.testing.assert_allclose((moved * cotangent).sum(), (back * tangent).sum(), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    'name', ['dilated', 'grouped', 'depthwise', 'circular', 'sequence', 'volume', 'transposed, grouped']
+)
+def test_strict_promotion(name):
+    layer, shape = LAYERS[name]
+    with jax.numpy_rank_promotion('raise'), jax.numpy_dtype_promotion('strict'):
+        variables = layer.init(jax.random.key(0), random(4, *shape), use_running_average=False)
+        output = lambda v, x: layer.apply(v, x, use_running_average=False, mutable=['batch_stats'])[0].sum()
+        gradient = jax.grad(output)(variables, random(4, *shape))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient['params']))
+
+
 # --- what is refused -------------------------------------------------------------------------------
 
 
