@@ -3,7 +3,7 @@
     python -m benchmarks.against_references --workdir=RUN [--examples=200] [--epsilon=8] [--attacks=fgsm,...]
         [--batch_size=50] [--seeds=5] [--output=FILE.json] [--autoattack=CHECKOUT]
 
-RUN is a folder of `experiments.main` with a simple_cnn whose layer is convnorm or batchnorm. Its
+RUN is a folder of `convnorm_jax.cli.run` with a simple_cnn whose layer is convnorm or batchnorm. Its
 weights are carried over to torch, the logits of both nets must agree to 1e-4. Every attack starts
 from the clean images, alone. The other libraries, all with the same numbers of iterations:
 torchattacks, foolbox (FGSM and PGD) and, where --autoattack gives a checkout of
@@ -29,14 +29,14 @@ from ml_collections import ConfigDict
 
 from benchmarks import machine
 from benchmarks.library_attacks import PGD_STEPS, QUERIES, STEPS, TARGETS, import_libraries
-from configs import default
 from convnorm_jax import attacks
+from convnorm_jax.configs import default
 from convnorm_jax.errors import UserError
+from convnorm_jax.files import write_json
+from convnorm_jax.runs.workdir import load_config
 from convnorm_jax.training import setup
 from convnorm_jax.training.config import check_config, flatten
 from convnorm_jax.training.loop import restore_variables
-from convnorm_jax.training.metrics import write_json
-from convnorm_jax.training.workdir import load_config
 
 ATTACKS = ('fgsm', 'pgd', 'apgd-ce', 'apgd-dlr', 'apgd-t', 'fab-t', 'square', 'autoattack')
 DETERMINISTIC = ('fgsm', 'fab-t')

@@ -17,6 +17,7 @@ from jax.experimental import topologies
 
 from benchmarks import hlo
 from convnorm_jax import mesh as mesh_lib
+from convnorm_jax.cli.command_line import read_config
 from convnorm_jax.data.augment import augment, to_float
 from convnorm_jax.evaluation.classifier import AttackSettings
 from convnorm_jax.layers.factory import LAYER_OPTIONS
@@ -24,7 +25,6 @@ from convnorm_jax.models import create_model
 from convnorm_jax.steps import classify, gan
 from convnorm_jax.steps.state import create_state, make_optimizer
 from convnorm_jax.training.nets import build_gan
-from experiments.command_line import read_config
 
 # What compiles for each.
 PACKAGES = {'h100': ('jax-cuda13-plugin', 'jax-cuda13-pjrt'), 'v5e': ('libtpu',)}

@@ -22,7 +22,6 @@ from convnorm_jax import mesh
 from convnorm_jax.evaluation.classifier import AttackSettings, Evaluator
 from convnorm_jax.models.classifiers import create_model
 from convnorm_jax.steps.classify import make_logits_fn
-from experiments.huge_pages import restart_with_huge_pages
 
 PICTURE = (32, 32, 3)
 PROGRAMS = ('pgd', 'forward')
@@ -104,5 +103,4 @@ def _cells(options, row):
 
 
 if __name__ == '__main__':
-    restart_with_huge_pages()
     main()

@@ -147,7 +147,7 @@ def contents(workdir):
     import numpy as np
     import orbax.checkpoint as ocp
 
-    from convnorm_jax.training.metrics import read_rows
+    from convnorm_jax.runs.metrics import read_rows
 
     path = Run(None, '', workdir).newest()
     checkpointer = ocp.PyTreeCheckpointer()

@@ -20,12 +20,11 @@ import numpy as np
 
 from benchmarks import machine
 from convnorm_jax import mesh
+from convnorm_jax.cli.command_line import read_config
+from convnorm_jax.files import write_json
 from convnorm_jax.steps import gan
 from convnorm_jax.steps.state import make_optimizer
-from convnorm_jax.training.metrics import write_json
 from convnorm_jax.training.nets import build_gan
-from experiments.command_line import read_config
-from experiments.huge_pages import restart_with_huge_pages
 
 
 def main():
@@ -113,5 +112,4 @@ def _print(rows, options):
 
 
 if __name__ == '__main__':
-    restart_with_huge_pages()
     main()

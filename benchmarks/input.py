@@ -22,12 +22,12 @@ import jax
 import numpy as np
 
 from benchmarks import machine
+from convnorm_jax.cli.command_line import read_config
 from convnorm_jax.data import sources, streaming
+from convnorm_jax.files import write_json
 from convnorm_jax.steps import classify
 from convnorm_jax.steps.state import create_state, make_optimizer
-from convnorm_jax.training.metrics import write_json
 from convnorm_jax.training.nets import build_model
-from experiments.command_line import read_config
 
 SHAPE, QUALITY = (375, 500), 90  # of most of ImageNet
 CLASSES = 4

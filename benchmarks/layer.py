@@ -34,7 +34,6 @@ import jax.numpy as jnp
 from benchmarks import machine, timing
 from convnorm_jax import ConvNorm, mesh
 from convnorm_jax.layers.factory import make_layer
-from experiments.huge_pages import restart_with_huge_pages
 
 Shape = collections.namedtuple('Shape', 'features_in features size stride kernel')
 # {shape: how often ResNet-18 has it}
@@ -230,5 +229,4 @@ def _total(cells, counts):
 
 
 if __name__ == '__main__':
-    restart_with_huge_pages()
     main()

@@ -26,7 +26,7 @@ def kind(function):
 
 def base_keys():
     """{key: value} of the base config."""
-    from configs import default
+    from convnorm_jax.configs import default
     from convnorm_jax.training.config import flatten
 
     return flatten(default.get_config())

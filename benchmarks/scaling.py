@@ -80,10 +80,10 @@ def _measure(options):
     import numpy as np
 
     from benchmarks import machine
+    from convnorm_jax.cli.command_line import read_config
     from convnorm_jax.steps import classify
     from convnorm_jax.steps.state import create_state, make_optimizer
     from convnorm_jax.training.nets import build_model
-    from experiments.command_line import read_config
 
     config = read_config([f'--config={options.config}', *options.overrides])
     mesh = mesh_lib.create_mesh(jax.devices()[: options.child])

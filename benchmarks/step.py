@@ -43,7 +43,6 @@ from convnorm_jax.data.augment import augment
 from convnorm_jax.models.classifiers import create_model
 from convnorm_jax.steps import adversarial, classify
 from convnorm_jax.steps.state import create_state, make_optimizer
-from experiments.huge_pages import restart_with_huge_pages
 
 PICTURE = (32, 32, 3)
 ALGORITHMS = ('clean', 'free')
@@ -319,5 +318,4 @@ def _caution(options):
 
 
 if __name__ == '__main__':
-    restart_with_huge_pages()
     main()

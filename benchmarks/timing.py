@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import machine
-from convnorm_jax.training.metrics import write_json
+from convnorm_jax.files import write_json
 
 # On a GPU a layer takes less than the clock and the dispatch can tell: as many calls as fill this are timed at once.
 _SECONDS_AT_ONCE = 0.02

@@ -1,4 +1,4 @@
-"""Commands of experiments.main, in processes forked from one that has imported everything: a start costs no imports."""
+"""Commands of convnorm_jax.cli.run, forked from one process that has imported everything: starts cost no imports."""
 
 import multiprocessing
 import os
@@ -6,7 +6,13 @@ import signal
 import sys
 import traceback
 
-IMPORTED = ['benchmarks.warm', 'experiments.main', 'experiments.gan_report', 'experiments.report', 'sklearn.datasets']
+IMPORTED = [
+    'benchmarks.warm',
+    'convnorm_jax.cli.run',
+    'convnorm_jax.reports.gan',
+    'convnorm_jax.reports.classifier',
+    'sklearn.datasets',
+]
 
 
 def prepare(compiled):
@@ -32,7 +38,7 @@ def prepare(compiled):
 
 
 def start(context, arguments, log, errors=None):
-    """Starts experiments.main with these arguments; returns the process.
+    """Starts convnorm_jax.cli.run with these arguments; returns the process.
 
     Args:
       context: from `prepare`.
@@ -46,12 +52,12 @@ def start(context, arguments, log, errors=None):
 
 
 def _run(arguments, log, errors):
-    from experiments import main
+    from convnorm_jax.cli import run as main
 
     for number, path in ((1, log), (2, errors or log)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = ['experiments.main', *arguments]
+    sys.argv = ['convnorm_jax.cli.run', *arguments]
     code = 1
     try:
         code = main.main()

@@ -1,16 +1,5 @@
-"""ResNet-18 with convolution and BatchNorm on CIFAR-10: the baseline of `cifar10_convnorm.py`.
+"""The config of this name in convnorm_jax/configs."""
 
-    python -m experiments.main --config=configs/cifar10_batchnorm.py
+from convnorm_jax.configs.cifar10_batchnorm import get_config
 
-What to expect: SimpleCNN for 15 epochs with --config.schedule.kind=cosine ends at 72.2 % test
-accuracy on CIFAR-10 (JPEG q75), seed 0. ResNet-18 we have run for 100 steps only (see the README).
-"""
-
-from configs import cifar10_convnorm
-
-
-def get_config():
-    """Returns the config."""
-    config = cifar10_convnorm.get_config()
-    config.model.layer = 'batchnorm'
-    return config
+__all__ = ['get_config']

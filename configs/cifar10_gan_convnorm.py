@@ -1,39 +1,5 @@
-"""SNGAN on CIFAR-10 with ConvNorm in the discriminator.
+"""The config of this name in convnorm_jax/configs."""
 
-    python -m experiments.main --config=configs/cifar10_gan_convnorm.py
+from convnorm_jax.configs.cifar10_gan_convnorm import get_config
 
-The ResNets of the SNGAN paper (arXiv 1802.05957), batch 64, hinge loss, five discriminator
-updates for each of the generator, Adam 2e-4 with betas 0 and 0.9, falling linearly over
-100,000 generator steps; FID on 50,000 pictures by --config.eval.features=inception,classifier. The
-paper's grid of Adam settings (learning rate, betas, n_dis) is --grid=gan.setting=A,B,C,D,E,F of
-experiments.sweep.
-
-What to expect: not run to its end by us yet; needs a GPU. (--config.model.width=16
---config.gan.generator_width=16 --config.train.steps=2000 for a CPU.)
-"""
-
-from configs import default
-
-
-def get_config():
-    """Returns the config."""
-    config = default.get_config()
-    config.train.algorithm = 'gan'
-    config.train.steps = 100_000
-    config.train.ema_decay = 0.999
-    config.data.name = 'cifar10'
-    config.data.batch_size = 64
-    config.data.augmentation = 'none'
-    config.data.validation_fraction = 0.0
-    config.model.name = 'sngan'
-    config.model.layer = 'convnorm'
-    config.gan.passes = 5
-    config.optimizer.name = 'adam'
-    config.optimizer.learning_rate = 2e-4
-    config.optimizer.momentum = 0.0
-    config.optimizer.beta2 = 0.9
-    config.optimizer.weight_decay = 0.0
-    config.schedule.kind = 'linear'
-    config.eval.checkpoint = 'latest'
-    config.eval.samples = 50_000
-    return config
+__all__ = ['get_config']

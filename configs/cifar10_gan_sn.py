@@ -1,16 +1,5 @@
-"""SNGAN on CIFAR-10 (arXiv 1802.05957): spectral normalization in the discriminator.
+"""The config of this name in convnorm_jax/configs."""
 
-    python -m experiments.main --config=configs/cifar10_gan_sn.py
+from convnorm_jax.configs.cifar10_gan_sn import get_config
 
-All else as in cifar10_gan_convnorm.py. Published, PyTorch's mimicry: FID 16.77, Inception Score 7.97.
-Not run to its end by us yet.
-"""
-
-from configs import cifar10_gan_convnorm
-
-
-def get_config():
-    """Returns the config."""
-    config = cifar10_gan_convnorm.get_config()
-    config.model.layer = 'spectralnorm'
-    return config
+__all__ = ['get_config']

@@ -1,24 +1,5 @@
-"""Free adversarial training of SimpleCNN with ConvNorm on the embedded digits: a minute on a laptop.
+"""The config of this name in convnorm_jax/configs."""
 
-    python -m experiments.main --config=configs/digits_free_adversarial.py
+from convnorm_jax.configs.digits_free_adversarial import get_config
 
-The radius is larger than CIFAR-10's, for digits are easy: 32/255, in training and in the attacks.
-
-What to expect: about half of the test digits survive AutoAttack at 32/255 (see the README).
-"""
-
-from configs import digits_convnorm
-
-
-def get_config():
-    """Returns the config."""
-    config = digits_convnorm.get_config()
-    config.train.algorithm = 'free'
-    config.train.epochs = 20.0
-    config.train.adversarial.epsilon = 32.0
-    config.train.adversarial.step_size = 32.0
-    config.attack.epsilon = 32.0
-    config.attack.step_size = 8.0
-    config.attack.pgd_steps = 20
-    config.eval.checkpoint = 'latest'  # clean validation accuracy does not choose a robust net
-    return config
+__all__ = ['get_config']

@@ -1,25 +1,5 @@
-"""A net of 1-D ConvNorm layers on scikit-learn's digits, each a sequence of 8 rows with 8 features.
+"""The config of this name in convnorm_jax/configs."""
 
-    python -m experiments.main --config=configs/digits_sequence.py
+from convnorm_jax.configs.digits_sequence import get_config
 
-The baseline: --config.model.layer=batchnorm.
-
-What came out (seeds 0, 1, 2; 360 test images; attacks at 8/255; digits (scikit-learn, 8x8); 2-core CPU shared with
-other work, 45 to 84 s a run):
-
-    layer      test accuracy    FGSM             PGD-10
-    ConvNorm   99.17 +- 0.28    91.85 +- 1.40    90.93 +- 1.53
-    BatchNorm  99.26 +- 0.58    93.98 +- 0.16    93.15 +- 0.16
-
-Mean and standard deviation (n-1) in %: clean alike, BatchNorm the more robust to these attacks, as with SimpleCNN.
-"""
-
-from configs import digits_convnorm
-
-
-def get_config():
-    """Returns the config."""
-    config = digits_convnorm.get_config()
-    config.model.name = 'sequence_cnn'
-    config.model.width = 32
-    return config
+__all__ = ['get_config']

@@ -1,15 +1,5 @@
-"""ResNet-18 with convolution and BatchNorm on ImageNet: the baseline of `imagenet_convnorm.py`.
+"""The config of this name in convnorm_jax/configs."""
 
-    python -m experiments.main --config=configs/imagenet_batchnorm.py
+from convnorm_jax.configs.imagenet_batchnorm import get_config
 
-What to expect: not run by us. Elsewhere (torchvision) this training gives about 69.8 % of val.
-"""
-
-from configs import imagenet_convnorm
-
-
-def get_config():
-    """Returns the config."""
-    config = imagenet_convnorm.get_config()
-    config.model.layer = 'batchnorm'
-    return config
+__all__ = ['get_config']

@@ -1,6 +1,7 @@
 """Writing files: whole or not at all, whoever else writes them; and which errors came from writing."""
 
 import contextlib
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -21,6 +22,19 @@ def write_atomically(path, write):
     path = Path(path)
     with written(path), _temporary(path, write) as temporary:
         os.replace(temporary, path)
+
+
+def write_text(path, text):
+    """Writes a text file by `write_atomically`; of many processes of a run, one writes."""
+    from convnorm_jax.mesh import is_leader
+
+    if is_leader():
+        write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path, content):
+    """Writes a JSON file as `write_text` does."""
+    write_text(path, json.dumps(content, indent=2) + '\n')
 
 
 def write_new(path, write):

@@ -12,10 +12,10 @@ import pytest
 
 from convnorm_jax import files
 from convnorm_jax.attacks import run_ensemble
-from convnorm_jax.attacks.saved import Progress, load_progress, save_progress
+from convnorm_jax.attacks.auto_attack.saved import Progress, load_progress, save_progress
 from convnorm_jax.errors import UserError
-from convnorm_jax.training import workdir as workdir_lib
-from convnorm_jax.training.metrics import write_text
+from convnorm_jax.files import write_text
+from convnorm_jax.runs import workdir as workdir_lib
 
 
 def at_once(number, work):
@@ -144,7 +144,7 @@ def test_a_state_path_in_a_folder_that_is_not_there(tmp_path):
 def test_errors_are_had_without_jax():
     """What a command needs to say what is wrong with it."""
     code = (
-        'import sys, convnorm_jax.errors, convnorm_jax.files, experiments.sweep, convnorm_jax\n'
+        'import sys, convnorm_jax.errors, convnorm_jax.files, convnorm_jax.cli.sweep, convnorm_jax\n'
         "assert 'jax' not in sys.modules and 'numpy' not in sys.modules\n"
         'assert set(convnorm_jax.__all__) <= set(dir(convnorm_jax))\n'
         'from convnorm_jax import *\n'

@@ -8,19 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import default
-from convnorm_jax.attacks import members, parts, run_ensemble
+from convnorm_jax.attacks import inputs, losses, run_ensemble
+from convnorm_jax.attacks.auto_attack import members
 from convnorm_jax.attacks.inputs import fewest_classes
+from convnorm_jax.cli import export, spectra, sweep_runs
+from convnorm_jax.configs import default
 from convnorm_jax.data.corruptions import CORRUPTIONS, corrupt
 from convnorm_jax.evaluation import classifier, features, suite
 from convnorm_jax.layers import factory
+from convnorm_jax.reports import gan as gan_report
+from convnorm_jax.reports import robustness, robustness_text
+from convnorm_jax.reports import sweep as sweep_report
 from convnorm_jax.training import classification, evaluation_checks, generation
 from convnorm_jax.training import config as config_lib
 from convnorm_jax.training.experiment import STREAMED_ATTACK_EXAMPLES
-from experiments import export, gan_report, robustness, robustness_text, spectra, sweep_report, sweep_runs
 
 ROOT = pathlib.Path(__file__).parent.parent
-DEFAULT = (ROOT / 'configs' / 'default.py').read_text()
+CONFIGS = ROOT / 'convnorm_jax' / 'configs'
+DEFAULT = (CONFIGS / 'default.py').read_text()
 BASE = config_lib.flatten(default.get_config())
 NAMED = config_lib._CHOICES | config_lib.SUBSETS
 # Where the comment on a key stands for another key's.
@@ -77,11 +82,11 @@ def test_every_part_of_the_suite_is_run(part, monkeypatch):
 
 
 def test_every_loss_says_how_many_classes_it_needs():
-    for loss in parts.LOSSES:
+    for loss in inputs.LOSSES:
         labels, needed = jnp.zeros(1, int), fewest_classes(loss)
-        assert parts.attack_loss(jnp.ones((1, needed)), labels, loss).shape == (1,)
+        assert losses.attack_loss(jnp.ones((1, needed)), labels, loss).shape == (1,)
         with pytest.raises(ValueError, match='logits'):
-            parts.attack_loss(jnp.ones((1, needed - 1)), labels, loss)
+            losses.attack_loss(jnp.ones((1, needed - 1)), labels, loss)
 
 
 def test_an_attack_says_how_many_classes_it_needs():
@@ -142,7 +147,7 @@ def test_keys_in_lists_exist(name):
 
 
 @pytest.mark.parametrize(
-    'path', [*sorted(ROOT.glob('*.md')), *sorted(ROOT.glob('docs/*.md')), *sorted(ROOT.glob('configs/*.py'))], ids=str
+    'path', [*sorted(ROOT.glob('*.md')), *sorted(ROOT.glob('docs/*.md')), *sorted(CONFIGS.glob('*.py'))], ids=str
 )
 def test_keys_in_texts_exist(path):
     text = path.read_text()

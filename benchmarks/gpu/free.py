@@ -20,10 +20,11 @@ import jax.numpy as jnp
 
 from benchmarks.gpu import packed_data, packed_state
 from convnorm_jax import mesh
-from convnorm_jax.training import loop, metrics, setup
-from convnorm_jax.training.checkpoint import Checkpointer
-from experiments import report as run_report
-from experiments.command_line import read_config
+from convnorm_jax.cli.command_line import read_config
+from convnorm_jax.reports import classifier as run_report
+from convnorm_jax.runs import metrics
+from convnorm_jax.runs.checkpoint import Checkpointer
+from convnorm_jax.training import loop, setup
 
 CONFIG = os.path.join('configs', 'cifar10_free_adversarial.py')
 OVERRIDES = {

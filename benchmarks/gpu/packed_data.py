@@ -21,7 +21,7 @@ def pack(data_dir, path):
     Raises:
       ValueError: it is not there, or its images do not share their head (as PNG does not).
     """
-    from convnorm_jax.data.stores import RecordStore
+    from convnorm_jax.data.records import RecordStore
 
     folders = sorted(pathlib.Path(data_dir).glob('cifar10/*/dataset_info.json'))
     if not folders:

@@ -1,24 +1,17 @@
 """Attacks on a classifier that is known only as `logits_fn`: pixels in [0, 1] -> logits.
 
-An attack is a start, a step, a projection and a loss; `parts.py` holds these pieces, each other
+An attack is a start, a step, a projection and a loss; `losses.py` holds these pieces, each other
 file a family of attacks. All are pure functions that can be jitted, but for `autoattack`
 (`run_ensemble`), which jits them and sends only the examples still robust on to the next one.
 """
 
 from convnorm_jax.attacks.apgd import apgd
-from convnorm_jax.attacks.ensemble import STANDARD, EnsembleResult, autoattack, run_ensemble
+from convnorm_jax.attacks.auto_attack.ensemble import STANDARD, EnsembleResult, autoattack, run_ensemble
 from convnorm_jax.attacks.fab import fab
 from convnorm_jax.attacks.gradient import fgsm, pgd
-from convnorm_jax.attacks.parts import (
-    LOSSES,
-    NORMS,
-    attack_loss,
-    clip_pixels,
-    project_l2,
-    project_linf,
-    targeted_loss,
-    uniform_start,
-)
+from convnorm_jax.attacks.inputs import LOSSES, NORMS
+from convnorm_jax.attacks.losses import attack_loss, targeted_loss
+from convnorm_jax.attacks.projections import clip_pixels, project_l2, project_linf, uniform_start
 from convnorm_jax.attacks.simba import simba, simba_summary
 from convnorm_jax.attacks.square import square
 

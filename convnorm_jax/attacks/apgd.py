@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from convnorm_jax.attacks import inputs, parts
+from convnorm_jax.attacks import inputs, loops, losses, projections
 from convnorm_jax.attacks.inputs import LogitsFn
 from convnorm_jax.errors import UserError
 
@@ -57,7 +57,7 @@ class ApgdState:
     @property
     def adversarial(self) -> jax.Array:
         """Images [B, H, W, C]: what fooled the model, or else the point of highest loss."""
-        return parts.choose(self.fooled, self.perturbed, self.best_images)
+        return projections.choose(self.fooled, self.perturbed, self.best_images)
 
 
 def apgd(
@@ -87,8 +87,8 @@ def apgd(
       norm: 'linf' or 'l2' (static).
       steps: number of iterations, at least 1 (static).
       rng: a PRNG key for the start, or one key an image.
-      loss: what goes up, one of `parts.LOSSES` (static).
-      targets: int [B], the classes that `parts.targeted_loss` leads to. Any wrong prediction
+      loss: what goes up, one of `inputs.LOSSES` (static).
+      targets: int [B], the classes that `losses.targeted_loss` leads to. Any wrong prediction
         counts as fooled, with targets too.
 
     Returns:
@@ -104,8 +104,8 @@ def apgd(
     goal = {'epsilon': epsilon, 'norm': norm, 'loss': loss, 'targets': targets}
     state = _start(logits_fn, images, labels, rng=rng, **goal)
     state = apgd_advance(logits_fn, images, labels, state, steps=steps, count=steps, **goal)
-    clean = parts.correct(logits_fn(images), labels)
-    return jax.lax.stop_gradient(parts.choose(clean, state.adversarial, images))
+    clean = losses.correct(logits_fn(images), labels)
+    return jax.lax.stop_gradient(projections.choose(clean, state.adversarial, images))
 
 
 def apgd_start(
@@ -127,8 +127,8 @@ def apgd_start(
 def _start(logits_fn, images, labels, *, epsilon, norm, rng, loss, targets):
     loss_fn = _goal(labels, targets, loss)
     epsilon = inputs.per_image(epsilon, images, 'epsilon')
-    start = parts.clip_pixels(images + epsilon * _surface(rng, images, norm))
-    value, logits, gradient = parts.value_and_gradient(logits_fn, start, loss_fn)
+    start = projections.clip_pixels(images + epsilon * _surface(rng, images, norm))
+    value, logits, gradient = losses.value_and_gradient(logits_fn, start, loss_fn)
     return ApgdState(
         iteration=jnp.zeros((), jnp.int32),
         perturbed=start,
@@ -141,8 +141,8 @@ def _start(logits_fn, images, labels, *, epsilon, norm, rng, loss, targets):
         best_at_check=value,
         increases=jnp.zeros(labels.shape, jnp.int32),
         reduced=jnp.ones(labels.shape, bool),
-        step_size=jnp.broadcast_to(parts.wide(_FIRST_STEP * epsilon).ravel(), labels.shape),
-        fooled=~parts.correct(logits, labels),
+        step_size=jnp.broadcast_to(projections.wide(_FIRST_STEP * epsilon).ravel(), labels.shape),
+        fooled=~losses.correct(logits, labels),
     )
 
 
@@ -187,13 +187,13 @@ def apgd_advance(
 
     def body(_, state):
         moved = _moved(state, images, epsilon, norm)
-        new = _judged(state, moved, *parts.value_and_gradient(logits_fn, moved, loss_fn), labels)
+        new = _judged(state, moved, *losses.value_and_gradient(logits_fn, moved, loss_fn), labels)
         new = _checked_step(new, windows[state.iteration])
         goes_on = ~state.fooled & (state.iteration < steps)
-        kept = jax.tree.map(lambda a, b: parts.choose(goes_on, a, b) if a.ndim else a, new, state)
+        kept = jax.tree.map(lambda a, b: projections.choose(goes_on, a, b) if a.ndim else a, new, state)
         return kept.replace(iteration=jnp.minimum(state.iteration + 1, steps))
 
-    return parts.repeat(count, body, state)
+    return loops.repeat(count, body, state)
 
 
 def _checked_problem(logits_fn, images, labels, targets, epsilon, norm, loss):
@@ -206,20 +206,20 @@ def _checked_problem(logits_fn, images, labels, targets, epsilon, norm, loss):
 def _goal(labels, targets, loss):
     """logits -> loss [B]."""
     if targets is None:
-        return lambda logits: parts.attack_loss(logits, labels, loss)
+        return lambda logits: losses.attack_loss(logits, labels, loss)
     targets = jnp.asarray(targets)
     inputs.check_classes(targets, labels.shape[0], 'targets')
-    return lambda logits: parts.targeted_loss(logits, labels, targets, loss)
+    return lambda logits: losses.targeted_loss(logits, labels, targets, loss)
 
 
 def _surface(rng, images, norm):
     """Noise of norm 1: uniform in a cube or normal, divided by its norm."""
-    keys, shape, dtype = parts.example_keys(rng, images.shape[0]), images.shape[1:], parts.wide_dtype(images)
+    keys, shape, dtype = inputs.example_keys(rng, images.shape[0]), images.shape[1:], projections.wide_dtype(images)
     if norm == 'linf':
         noise = jax.vmap(lambda key: jax.random.uniform(key, shape, dtype, -1, 1))(keys)
     else:
         noise = jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
-    return parts.unit(noise, norm).astype(images.dtype)
+    return projections.unit(noise, norm).astype(images.dtype)
 
 
 def _windows(steps):
@@ -236,11 +236,11 @@ def _windows(steps):
 
 def _moved(state, images, epsilon, norm):
     """The next iterate: a projected step up, then `_MOMENTUM` of it and the rest of the last move."""
-    ascent = parts.expand(state.step_size).astype(images.dtype) * parts.steepest(state.gradient, norm)
-    target = parts.project(state.perturbed + ascent, images, epsilon, norm)
+    ascent = projections.expand(state.step_size).astype(images.dtype) * projections.steepest(state.gradient, norm)
+    target = projections.project(state.perturbed + ascent, images, epsilon, norm)
     share = jnp.where(state.iteration == 0, 1, _MOMENTUM).astype(images.dtype)
     mixed = state.perturbed + share * (target - state.perturbed) + (1 - share) * (state.perturbed - state.previous)
-    return parts.project(mixed, images, epsilon, norm)
+    return projections.project(mixed, images, epsilon, norm)
 
 
 def _judged(state, moved, loss, logits, gradient, labels):
@@ -250,12 +250,12 @@ def _judged(state, moved, loss, logits, gradient, labels):
         perturbed=moved,
         previous=state.perturbed,
         gradient=gradient,
-        best_images=parts.choose(better, moved, state.best_images),
-        best_gradient=parts.choose(better, gradient, state.best_gradient),
+        best_images=projections.choose(better, moved, state.best_images),
+        best_gradient=projections.choose(better, gradient, state.best_gradient),
         best_loss=jnp.where(better, loss, state.best_loss),
         last_loss=loss,
         increases=state.increases + (loss > state.last_loss).astype(jnp.int32),
-        fooled=~parts.correct(logits, labels),
+        fooled=~losses.correct(logits, labels),
     )
 
 
@@ -272,8 +272,8 @@ def _checked_step(state, window):
     # What has just been fooled must be handed out as it is.
     back = halve & ~state.fooled
     return state.replace(
-        perturbed=parts.choose(back, state.best_images, state.perturbed),
-        gradient=parts.choose(back, state.best_gradient, state.gradient),
+        perturbed=projections.choose(back, state.best_images, state.perturbed),
+        gradient=projections.choose(back, state.best_gradient, state.gradient),
         step_size=jnp.where(halve, state.step_size / 2, state.step_size),
         reduced=jnp.where(due, halve, state.reduced),
         best_at_check=jnp.where(due, state.best_loss, state.best_at_check),

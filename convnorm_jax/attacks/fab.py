@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from convnorm_jax.attacks import inputs, parts
+from convnorm_jax.attacks import inputs, loops, losses, projections
 from convnorm_jax.attacks.inputs import LogitsFn
 from convnorm_jax.errors import UserError
 
@@ -88,19 +88,19 @@ def fab(
     images, labels = inputs.checked_problem(logits_fn, images, labels, targets)
     targets = jnp.asarray(targets)
     targets = targets[None] if targets.ndim == 1 else targets
-    keys = None if rng is None else parts.example_keys(rng, images.shape[0])
+    keys = None if rng is None else inputs.example_keys(rng, images.shape[0])
 
     def attempt(number, best):
         goal = jax.lax.dynamic_index_in_dim(targets, number, keepdims=False)
-        start_rng = None if keys is None else parts.fold_in(keys, number)
+        start_rng = None if keys is None else inputs.fold_in(keys, number)
         state = _first_state(logits_fn, images, labels, epsilon, norm, start_rng)
         state = fab_advance(logits_fn, images, labels, state, norm=norm, targets=goal, count=steps)
         better = state.distance < best.distance
-        return jax.tree.map(functools.partial(parts.choose, better), state, best)
+        return jax.tree.map(functools.partial(projections.choose, better), state, best)
 
     turns = targets.shape[0]
-    nothing = FabState(images, images, jnp.full(images.shape[0], jnp.inf, parts.wide_dtype(images)))
-    return parts.repeat(turns, attempt, nothing, turns * (_PASSES * steps + 1)).nearest
+    nothing = FabState(images, images, jnp.full(images.shape[0], jnp.inf, projections.wide_dtype(images)))
+    return loops.repeat(turns, attempt, nothing, turns * (_PASSES * steps + 1)).nearest
 
 
 def fab_start(
@@ -161,7 +161,7 @@ def fab_advance(
         new = _iterate(logits_fn, images, labels, targets, state, norm)
         return new if limit is None else jax.tree.map(lambda a, b: jnp.where(turn < limit, a, b), new, state)
 
-    return parts.repeat(count, body, state, _PASSES * count)
+    return loops.repeat(count, body, state, _PASSES * count)
 
 
 def project_on_hyperplane(points: jax.Array, normals: jax.Array, offsets: jax.Array, norm: str) -> jax.Array:
@@ -192,7 +192,7 @@ def project_on_hyperplane(points: jax.Array, normals: jax.Array, offsets: jax.Ar
         shapes = f'points.shape={points.shape}, normals.shape={normals.shape}, offsets.shape={offsets.shape}'
         raise UserError(f'{shapes}: expected [B, D], [B, D] and [B]')
     dtype = points.dtype
-    points, normals, offsets = parts.wide(points), parts.wide(normals), parts.wide(offsets)
+    points, normals, offsets = projections.wide(points), projections.wide(normals), projections.wide(offsets)
     return _shortest_move(points, normals, jnp.sum(normals * points, axis=-1) - offsets, norm).astype(dtype)
 
 
@@ -203,8 +203,8 @@ def _check_goal(epsilon, norm, rng):
 
 
 def _first_state(logits_fn, images, labels, epsilon, norm, rng):
-    wrong = ~parts.correct(logits_fn(images), labels)
-    distance = jnp.where(wrong, 0, jnp.inf).astype(parts.wide_dtype(images))
+    wrong = ~losses.correct(logits_fn(images), labels)
+    distance = jnp.where(wrong, 0, jnp.inf).astype(projections.wide_dtype(images))
     return FabState(_start(images, epsilon, norm, rng), images, distance)
 
 
@@ -212,13 +212,13 @@ def _iterate(logits_fn, images, labels, targets, state, norm):
     """One turn of the paper's algorithm 1, in float32 or wider."""
 
     def lead(logits):
-        logits = parts.wide(logits)
-        return parts.at_label(logits, targets) - parts.at_label(logits, labels)
+        logits = projections.wide(logits)
+        return losses.at_label(logits, targets) - losses.at_label(logits, labels)
 
-    gap, _, slope = parts.value_and_gradient(logits_fn, state.current, lead)
-    points = parts.wide(jnp.stack([state.current, images]))
+    gap, _, slope = losses.value_and_gradient(logits_fn, state.current, lead)
+    points = projections.wide(jnp.stack([state.current, images]))
     # Adversarial training must not differentiate through the loop of the projection.
-    gap, slope = jax.lax.stop_gradient((gap.astype(points.dtype), parts.finite(slope).astype(points.dtype)))
+    gap, slope = jax.lax.stop_gradient((gap.astype(points.dtype), projections.finite(slope).astype(points.dtype)))
     clean_gap = gap + jnp.sum(slope * (points[1] - points[0]), axis=(1, 2, 3))
     pixels = math.prod(images.shape[1:])
     moves = _shortest_move(
@@ -227,22 +227,22 @@ def _iterate(logits_fn, images, labels, targets, state, norm):
         jnp.stack([gap, clean_gap]),
         norm,
     ).reshape(points.shape)
-    lengths = [jnp.maximum(parts.norm_of(move, norm), _SHORTEST_MOVE) for move in moves]
-    weight = parts.expand(jnp.minimum(lengths[0] / (lengths[0] + lengths[1]), ALPHA_MAX))
+    lengths = [jnp.maximum(projections.norm_of(move, norm), _SHORTEST_MOVE) for move in moves]
+    weight = projections.expand(jnp.minimum(lengths[0] / (lengths[0] + lengths[1]), ALPHA_MAX))
     past = points + ETA * moves
-    moved = parts.clip_pixels(past[0] * (1 - weight) + past[1] * weight).astype(images.dtype)
-    fooled = ~parts.correct(logits_fn(moved), labels)
+    moved = projections.clip_pixels(past[0] * (1 - weight) + past[1] * weight).astype(images.dtype)
+    fooled = ~losses.correct(logits_fn(moved), labels)
     return _record(images, moved, fooled, state, norm)
 
 
 def _record(images, moved, fooled, state, norm):
     """The state after a move: the nearest kept, a step back where the model is fooled."""
     delta = moved - images
-    distance = parts.norm_of(delta, norm)
+    distance = projections.norm_of(delta, norm)
     better = fooled & (distance < state.distance)
     return FabState(
-        parts.choose(fooled, images + BETA * delta, moved),
-        parts.choose(better, moved, state.nearest),
+        projections.choose(fooled, images + BETA * delta, moved),
+        projections.choose(better, moved, state.nearest),
         jnp.where(better, distance, state.distance),
     )
 
@@ -250,8 +250,8 @@ def _record(images, moved, fooled, state, norm):
 def _start(images, epsilon, norm, rng):
     if rng is None:
         return images
-    noise = parts.unit(parts.uniform_start(rng, images, 1, norm), norm)
-    return parts.clip_pixels(images + 0.5 * inputs.per_image(epsilon, images, 'epsilon') * noise)
+    noise = projections.unit(projections.uniform_start(rng, images, 1, norm), norm)
+    return projections.clip_pixels(images + 0.5 * inputs.per_image(epsilon, images, 'epsilon') * noise)
 
 
 def _shortest_move(points, normals, excess, norm):

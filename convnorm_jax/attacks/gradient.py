@@ -4,7 +4,7 @@ FGSM: Goodfellow, Shlens, Szegedy 2015 (arXiv 1412.6572), equation in section 4.
 PGD:  Madry et al. 2018 (arXiv 1706.06083), section 2.1.
 Margin loss: Carlini and Wagner 2017 (arXiv 1608.04644), f_6 with the sign turned and no cut-off.
 
-An attack is start x step x projection x loss; the pieces are in `parts.py`.
+An attack is start x step x projection x loss; the pieces are in `losses.py`.
 """
 
 import functools
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from convnorm_jax.attacks import inputs, parts
+from convnorm_jax.attacks import inputs, loops, losses, projections
 from convnorm_jax.attacks.inputs import LogitsFn
 from convnorm_jax.errors import UserError
 
@@ -46,7 +46,7 @@ def fgsm(
     inputs.check_ball(epsilon, 'linf')
     images, labels = inputs.checked_problem(logits_fn, images, labels, classes=inputs.fewest_classes(loss))
     epsilon = inputs.per_image(epsilon, images, 'epsilon')
-    loss_fn = functools.partial(parts.attack_loss, labels=labels, loss=loss)
+    loss_fn = functools.partial(losses.attack_loss, labels=labels, loss=loss)
     return _step(logits_fn, images, images, loss_fn, epsilon, epsilon, 'linf')
 
 
@@ -112,7 +112,7 @@ def pgd(
     _check_start(images, rng, init, restarts)
     epsilon = inputs.per_image(epsilon, images, 'epsilon')
     step_size = inputs.per_image(step_size, images, 'step_size')
-    keys = None if rng is None else parts.example_keys(rng, images.shape[0])
+    keys = None if rng is None else inputs.example_keys(rng, images.shape[0])
     loss_fn, fooled = _goal(labels, targets, loss)
     copies = steps * restarts
 
@@ -120,10 +120,10 @@ def pgd(
         def body(_, perturbed):
             return _step(logits_fn, perturbed, images, loss_fn, step_size, epsilon, norm)
 
-        return parts.repeat(steps, body, _start(images, noise, epsilon, norm, init is not None), copies)
+        return loops.repeat(steps, body, _start(images, noise, epsilon, norm, init is not None), copies)
 
     def attempt(index):
-        return attack_from(parts.uniform_start(parts.fold_in(keys, index), images, epsilon, norm))
+        return attack_from(projections.uniform_start(inputs.fold_in(keys, index), images, epsilon, norm))
 
     if init is not None:
         return attack_from(jnp.asarray(init, images.dtype))
@@ -140,30 +140,30 @@ def pgd(
     def body(index, best):
         return _stronger(best, judged(attempt(index + 1)))
 
-    return parts.repeat(restarts - 1, body, judged(attempt(0)), copies)[0]
+    return loops.repeat(restarts - 1, body, judged(attempt(0)), copies)[0]
 
 
 def _goal(labels, targets, loss):
     """(logits -> loss [B], logits -> is it fooled [B]) of an attack away from labels or towards targets."""
     if targets is None:
-        loss_fn = loss if callable(loss) else functools.partial(parts.attack_loss, labels=labels, loss=loss)
-        return loss_fn, lambda logits: ~parts.correct(logits, labels)
+        loss_fn = loss if callable(loss) else functools.partial(losses.attack_loss, labels=labels, loss=loss)
+        return loss_fn, lambda logits: ~losses.correct(logits, labels)
     targets = jnp.asarray(targets)
     inputs.check_classes(targets, labels.shape[0], 'targets')
-    loss_fn = loss if callable(loss) else lambda logits: parts.targeted_loss(logits, labels, targets, loss)
-    return loss_fn, lambda logits: parts.correct(logits, targets)
+    loss_fn = loss if callable(loss) else lambda logits: losses.targeted_loss(logits, labels, targets, loss)
+    return loss_fn, lambda logits: losses.correct(logits, targets)
 
 
 def _start(images, noise, epsilon, norm, given):
     # Noise that is given is taken as it is, inside the ball or not, as the published code does.
     moved = images + noise
-    return parts.clip_pixels(moved) if given else parts.project(moved, images, epsilon, norm)
+    return projections.clip_pixels(moved) if given else projections.project(moved, images, epsilon, norm)
 
 
 def _step(logits_fn, perturbed, images, loss_fn, step_size, epsilon, norm):
     """One step up the loss, projected."""
-    _, _, gradient = parts.value_and_gradient(logits_fn, perturbed, loss_fn)
-    return parts.project(perturbed + step_size * parts.steepest(gradient, norm), images, epsilon, norm)
+    _, _, gradient = losses.value_and_gradient(logits_fn, perturbed, loss_fn)
+    return projections.project(perturbed + step_size * projections.steepest(gradient, norm), images, epsilon, norm)
 
 
 def _stronger(best, candidate):
@@ -171,7 +171,7 @@ def _stronger(best, candidate):
     best_images, best_fooled, best_loss = best
     images, fooled, loss = candidate
     better = ~best_fooled & (fooled | (loss > best_loss))
-    return parts.choose(better, images, best_images), best_fooled | fooled, jnp.where(better, loss, best_loss)
+    return projections.choose(better, images, best_images), best_fooled | fooled, jnp.where(better, loss, best_loss)
 
 
 def _check_start(images, rng, init, restarts):

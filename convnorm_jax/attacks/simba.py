@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convnorm_jax.attacks import inputs, parts
+from convnorm_jax.attacks import inputs, loops, losses, projections
 from convnorm_jax.attacks.inputs import LogitsFn
 from convnorm_jax.errors import UserError
 
@@ -75,7 +75,7 @@ def simba(
     """The whole attack; an example ends when it is misclassified or has been through its vectors.
 
     Can be jitted. On a CPU more than a few steps are much faster as a loop of the host over a jitted
-    `simba_advance` (`parts.unrolls` says why).
+    `simba_advance` (`loops.unrolls` says why).
 
     Args:
       logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K]. Never differentiated.
@@ -105,7 +105,7 @@ def simba(
     state = simba_start(
         logits_fn, images, labels, steps=steps, basis=basis, frequencies=frequencies, stride=stride, rng=rng
     )
-    images = parts.clip_pixels(jnp.asarray(images))  # looked at by now: this is rounding
+    images = projections.clip_pixels(jnp.asarray(images))  # looked at by now: this is rounding
     most = 2 * state.order.shape[1]
     most = most if queries is None else min(most, queries)
     options = {'step_size': step_size, 'queries': queries, 'basis': basis, 'epsilon': epsilon}
@@ -117,7 +117,7 @@ def simba(
         goes_on = lambda state: jnp.any(simba_active(state, queries))
         return jax.lax.while_loop(goes_on, lambda state: advance(state, 1), state)
 
-    state = parts.by_platform(most, lambda state: advance(state, most), loop, state)
+    state = loops.by_platform(most, lambda state: advance(state, most), loop, state)
     return simba_result(images, state, epsilon)
 
 
@@ -140,7 +140,7 @@ def simba_start(
     blocks = _blocks(images.shape[1:], basis, frequencies, stride)
     if steps is not None:
         inputs.check_count(steps, 'steps')
-    order = jax.vmap(_order, (0, None))(parts.example_keys(rng, images.shape[0]), blocks)[:, :steps]
+    order = jax.vmap(_order, (0, None))(inputs.example_keys(rng, images.shape[0]), blocks)[:, :steps]
     odds, fooled = _judged(logits_fn, images, labels)
     zeros = jnp.zeros(labels.shape, jnp.int32)
     return SimbaState(images - images, odds, order, zeros, zeros > 0, zeros, fooled)  # NaN where not valid
@@ -184,12 +184,12 @@ def simba_advance(
         row, column, channel = jnp.unravel_index(number, images.shape[1:])
         channels = jax.nn.one_hot(channel, images.shape[3], dtype=images.dtype)
         vector = rows[row][:, :, None, None] * columns[column][:, None, :, None] * channels[:, None, None, :]
-        step = jnp.where(parts.expand(state.plus_failed), -step_size, step_size)
+        step = jnp.where(projections.expand(state.plus_failed), -step_size, step_size)
         delta = state.delta + step * vector
         active = simba_active(state, queries)
         return _next(state, active, delta, *_judged(logits_fn, _applied(images, delta, epsilon), labels))
 
-    return parts.repeat(count, body, state)
+    return loops.repeat(count, body, state)
 
 
 def simba_active(state: SimbaState, queries: int | jax.Array | None = None) -> jax.Array:
@@ -208,7 +208,7 @@ def simba_result(images: jax.Array, state: SimbaState, epsilon: float | jax.Arra
     """
     images = jax.lax.stop_gradient(jnp.asarray(images))
     perturbed = _applied(images, state.delta, _checked_epsilon(epsilon, images))
-    return SimbaResult(perturbed, state.queries, state.fooled, parts.l2_norm(perturbed - images))
+    return SimbaResult(perturbed, state.queries, state.fooled, projections.l2_norm(perturbed - images))
 
 
 def simba_summary(result: SimbaResult) -> dict[str, float]:
@@ -257,7 +257,7 @@ def _next(state, active, delta, odds, fooled):
     taken = active & (odds < state.odds)
     done = taken | (active & state.plus_failed)
     return state._replace(
-        delta=parts.choose(taken, delta, state.delta),
+        delta=projections.choose(taken, delta, state.delta),
         odds=jnp.where(taken, odds, state.odds),
         place=state.place + done.astype(jnp.int32),
         plus_failed=jnp.where(active, ~done, state.plus_failed),
@@ -270,17 +270,17 @@ def _judged(logits_fn, images, labels):
     """(log-odds of the label [B], is another class predicted [B])."""
     # Without stop_gradient a training step around the attack would differentiate its loop.
     logits = jax.lax.stop_gradient(logits_fn(images))
-    margin = parts.attack_loss(logits, labels, 'margin')
+    margin = losses.attack_loss(logits, labels, 'margin')
     others = jnp.where(jax.nn.one_hot(labels, logits.shape[-1], dtype=bool), -jnp.inf, logits.astype(margin.dtype))
     # They order as probabilities do, but still tell them apart where float32 rounds them all to 1.
     odds = -margin - jax.nn.logsumexp(others - others.max(axis=-1, keepdims=True), axis=-1)
     # An output that is not finite is no prediction: the lowest odds there are.
     odds = jnp.where(jnp.isfinite(logits).all(-1), odds, -jnp.inf)
-    return odds, ~parts.correct(logits, labels)
+    return odds, ~losses.correct(logits, labels)
 
 
 def _applied(images, delta, epsilon):
-    return parts.clip_pixels(images + (delta if epsilon is None else jnp.clip(delta, -epsilon, epsilon)))
+    return projections.clip_pixels(images + (delta if epsilon is None else jnp.clip(delta, -epsilon, epsilon)))
 
 
 def _basis(size, basis):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convnorm_jax.attacks import inputs, parts
+from convnorm_jax.attacks import inputs, loops, losses, projections
 from convnorm_jax.attacks.inputs import LogitsFn
 
 # The share of pixels that a square covers: 0.8 at first, half of it past each of these queries of 10,000.
@@ -52,7 +52,7 @@ def square(
     """The whole attack: a start, then up to `queries` random changes, kept where the margin grows.
 
     Can be jitted. It ends when all are fooled. On a CPU more than a few queries are much faster as a
-    loop of the host over a jitted `square_advance` (`parts.unrolls` says why). An example that is
+    loop of the host over a jitted `square_advance` (`loops.unrolls` says why). An example that is
     misclassified to begin with is attacked like any other.
 
     Args:
@@ -74,7 +74,7 @@ def square(
     inputs.check_count(queries, 'queries')
     options = {'epsilon': epsilon, 'norm': norm, 'rng': rng}
     start = square_start(logits_fn, images, labels, **options)
-    images = parts.clip_pixels(jnp.asarray(images))  # looked at by now: this is rounding
+    images = projections.clip_pixels(jnp.asarray(images))  # looked at by now: this is rounding
 
     def advance(state, first_query, count):
         return square_advance(
@@ -89,7 +89,7 @@ def square(
         turn = lambda carry: (carry[0] + 1, advance(carry[1], carry[0], 1))
         return jax.lax.while_loop(goes_on, turn, (jnp.int32(0), start))[1]
 
-    return parts.by_platform(queries, lambda start: advance(start, 0, queries), loop, start)
+    return loops.by_platform(queries, lambda start: advance(start, 0, queries), loop, start)
 
 
 def square_start(
@@ -110,10 +110,10 @@ def square_start(
     """
     inputs.check_ball(epsilon, norm)
     images, labels = inputs.checked_problem(logits_fn, images, labels)
-    keys = parts.fold_in(parts.example_keys(rng, images.shape[0]), 0)
+    keys = inputs.fold_in(inputs.example_keys(rng, images.shape[0]), 0)
     noise = jax.vmap({'linf': _stripes, 'l2': _grid}[norm], (0, None))(keys, images.shape[1:])
     epsilon = inputs.per_image(epsilon, images, 'epsilon')
-    perturbed = parts.clip_pixels(images + epsilon * noise.astype(images.dtype))
+    perturbed = projections.clip_pixels(images + epsilon * noise.astype(images.dtype))
     margin, fooled = _judged(logits_fn, perturbed, labels)
     return SquareState(perturbed, margin, jnp.ones(labels.shape, jnp.int32), fooled)
 
@@ -135,7 +135,7 @@ def square_advance(
 
     One compiled program serves all chunks of an attack, as `first_query` may be traced. A fooled
     example neither changes nor counts any more. Examples may be packed into other batches between
-    two calls if labels, state and keys (`parts.example_keys`) go with them.
+    two calls if labels, state and keys (`inputs.example_keys`) go with them.
 
     Args:
       images, labels: the clean images and their classes, as given to `square_start`.
@@ -153,7 +153,7 @@ def square_advance(
     inputs.check_count(queries, 'queries')
     inputs.check_count(count, 'count')
     epsilon = jnp.broadcast_to(inputs.per_image(epsilon, images, 'epsilon').ravel(), labels.shape)
-    keys = parts.example_keys(rng, images.shape[0])
+    keys = inputs.example_keys(rng, images.shape[0])
     propose, corners = {'linf': (_propose_linf, 1), 'l2': (_propose_l2, 2)}[norm]
     # All at once: written out query by query, the generator would take most of the time to compile.
     numbers = jax.vmap(_numbers, (None, 0, None))(
@@ -165,7 +165,7 @@ def square_advance(
         candidate = propose(images, state.images, numbers[turn], _stage(query, queries), epsilon)
         return _better(logits_fn, candidate, labels, state, query < queries)
 
-    return parts.repeat(count, body, state)
+    return loops.repeat(count, body, state)
 
 
 def _better(logits_fn, candidate, labels, state, in_time):
@@ -174,7 +174,7 @@ def _better(logits_fn, candidate, labels, state, in_time):
     active = in_time & ~state.fooled
     taken = active & (fooled | (margin > state.margin))
     return SquareState(
-        parts.choose(taken, candidate, state.images),
+        projections.choose(taken, candidate, state.images),
         jnp.where(taken, margin, state.margin),
         state.queries + active.astype(jnp.int32),
         state.fooled | (active & fooled),
@@ -184,7 +184,7 @@ def _better(logits_fn, candidate, labels, state, in_time):
 def _judged(logits_fn, images, labels):
     # Without stop_gradient a training step around the attack would differentiate its loop.
     logits = jax.lax.stop_gradient(logits_fn(images))
-    return parts.attack_loss(logits, labels, 'margin'), ~parts.correct(logits, labels)
+    return losses.attack_loss(logits, labels, 'margin'), ~losses.correct(logits, labels)
 
 
 def _stage(query, queries):
@@ -211,7 +211,7 @@ def _sides(height, width, norm):
 def _numbers(keys, query, count):
     """What the examples draw for one query, uniform in [0, 1), float32 [B, count]; query -1 is the start."""
     draw = lambda key: jax.random.uniform(key, (count,), jnp.float32)
-    return jax.vmap(draw)(parts.fold_in(keys, query + 1))
+    return jax.vmap(draw)(inputs.fold_in(keys, query + 1))
 
 
 def _moves(numbers, side, shape):
@@ -244,7 +244,7 @@ def _propose_linf(images, best, numbers, stage, epsilon):
 
     def one(image, best, numbers, epsilon):
         rows, columns, _, signs = _moves(numbers, side, shape)
-        moved = parts.clip_pixels(image + epsilon * signs.astype(image.dtype)[None, None])
+        moved = projections.clip_pixels(image + epsilon * signs.astype(image.dtype)[None, None])
         return jnp.where(_window(rows[0], columns[0], side, shape), moved, best)
 
     return jax.vmap(one)(images, best, numbers, epsilon)
@@ -256,7 +256,7 @@ def _propose_l2(images, best, numbers, stage, epsilon):
     In float32 or wider: in float16 the length of a perturbation overflows, and the smallest norm is zero.
     """
     shape, dtype = images.shape[1:], images.dtype
-    images, best, epsilon = parts.wide(images), parts.wide(best), parts.wide(epsilon)
+    images, best, epsilon = projections.wide(images), projections.wide(best), projections.wide(epsilon)
     sides = _sides(*shape[:2], 'l2')
     side = jnp.asarray(sides)[stage]
     pattern = jnp.asarray(_canvases(tuple(sides)), images.dtype)[stage]
@@ -267,7 +267,7 @@ def _propose_l2(images, best, numbers, stage, epsilon):
         source = _window(rows[1], columns[1], side, shape)
         placed = _placed(jnp.where(coin, pattern.T, pattern), rows[0], columns[0], target)
         delta = _moved_mass(best - image, target, source, placed * signs.astype(image.dtype)[None, None], epsilon)
-        return parts.clip_pixels(image + delta * (epsilon / jnp.maximum(_length(delta, None), _SMALLEST_NORM)))
+        return projections.clip_pixels(image + delta * (epsilon / jnp.maximum(_length(delta, None), _SMALLEST_NORM)))
 
     return jax.vmap(one)(images, best, numbers, epsilon).astype(dtype)
 

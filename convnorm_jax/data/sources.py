@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from convnorm_jax.data import archives, cache, stores
+from convnorm_jax.data import archives, cache
+from convnorm_jax.data import records as stores
 from convnorm_jax.data.streaming import Pictures, default_workers
 from convnorm_jax.errors import UserError
 

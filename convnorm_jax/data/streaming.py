@@ -18,7 +18,7 @@ import traceback
 import jax
 import numpy as np
 
-from convnorm_jax.data import pictures as pictures_lib
+from convnorm_jax.data import images as pictures_lib
 from convnorm_jax.data.augment import STREAMED_AUGMENTATIONS
 from convnorm_jax.data.pipeline import padded_batches, streamed_order
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convnorm_jax import attacks
-from convnorm_jax.attacks import inputs, parts
+from convnorm_jax.attacks import inputs, losses
 from convnorm_jax.data.augment import to_float
 from convnorm_jax.data.pipeline import padded_batches
 from convnorm_jax.data.streaming import EvaluationBatches, Pictures, read
@@ -152,7 +152,7 @@ class Evaluator:
             # Of the example, not of its place: the batch size changes nothing.
             keys = inputs.numbered_keys(key, indices)
             attacked = attack.run(logits_fn, to_float(batch['images']), batch['labels'], keys, epsilon, step_size)
-            correct = parts.correct(logits_fn(attacked), batch['labels'])
+            correct = losses.correct(logits_fn(attacked), batch['labels'])
             return jnp.where(correct, batch['mask'], 0).sum()
 
         return jax.jit(attacked_correct)

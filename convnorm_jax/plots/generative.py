@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.plots.figure import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, VERMILLION, new_figure, write
-from convnorm_jax.plots.pictures import Caption, enlargement, mosaic, pixels, text_width, write_sheet
+from convnorm_jax.plots.images import Caption, enlargement, mosaic, pixels, text_width, write_sheet
 
 MAX_STEPS = 8  # rows of `sample_progress`
 _PROGRESS_COLUMNS = 10

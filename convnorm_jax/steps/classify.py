@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from convnorm_jax.attacks.parts import correct, repeat
+from convnorm_jax.attacks.loops import repeat
+from convnorm_jax.attacks.losses import correct
 from convnorm_jax.data.augment import normalize, to_float
 from convnorm_jax.steps.state import average, global_norm, without_counts
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from convnorm_jax.attacks import parts
+from convnorm_jax.attacks import loops
 from convnorm_jax.data.augment import to_float
 from convnorm_jax.data.diffaugment import diffaugment
 from convnorm_jax.steps import gan_losses
@@ -230,7 +230,7 @@ def make_gan_step(
             return state, jax.tree.map(jnp.add, totals, values)
 
         totals = {name: jnp.zeros(()) for name in _DISCRIMINATOR_METRICS}
-        state, totals = parts.repeat(n_dis, turn, (state, totals))
+        state, totals = loops.repeat(n_dis, turn, (state, totals))
         state, more = generator_update(state, shares[0].shape[1], jax.random.fold_in(key, n_dis))
         metrics = {name: (total, jnp.float32(n_dis)) for name, total in totals.items()}
         metrics |= {name: (value, jnp.float32(1)) for name, value in more.items()}

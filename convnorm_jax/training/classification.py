@@ -12,9 +12,9 @@ from convnorm_jax.data.augment import augment
 from convnorm_jax.evaluation.classifier import AttackSettings, Evaluator
 from convnorm_jax.steps import adversarial, classify
 from convnorm_jax.steps.state import create_state
+from convnorm_jax.training.build import build_frame, build_ocnn_penalty, build_optimizer, round_up
 from convnorm_jax.training.evaluation_checks import check_data
 from convnorm_jax.training.experiment import Experiment
-from convnorm_jax.training.frame import build_frame, build_ocnn_penalty, build_optimizer, round_up
 from convnorm_jax.training.nets import build_model
 
 # Of the training attacks, in 1/255, where the config gives none: the published ones.

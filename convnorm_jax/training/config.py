@@ -1,7 +1,7 @@
 """Checks of a config, before anything is read or compiled, and what may change at a resume."""
 
-from convnorm_jax.attacks.members import MEMBERS
-from convnorm_jax.attacks.parts import LOSSES, NORMS
+from convnorm_jax.attacks.auto_attack.members import MEMBERS
+from convnorm_jax.attacks.inputs import LOSSES, NORMS
 from convnorm_jax.data.augment import AUGMENTATIONS, STREAMED_AUGMENTATIONS
 from convnorm_jax.data.diffaugment import POLICIES
 from convnorm_jax.data.sources import NAMES, STREAMED

@@ -1,7 +1,7 @@
 """Checks of what a config has measured: what would be noticed only after the training, or after hours of attacks."""
 
+from convnorm_jax.attacks.auto_attack.members import MEMBERS
 from convnorm_jax.attacks.inputs import fewest_classes
-from convnorm_jax.attacks.members import MEMBERS
 from convnorm_jax.errors import UserError
 from convnorm_jax.evaluation.features import SPLITS
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from convnorm_jax import mesh as mesh_lib
 from convnorm_jax.data import pipeline, sources, splits, streaming
-from convnorm_jax.training.feed import MemoryFeed, StreamFeed
+from convnorm_jax.training.batches import MemoryFeed, StreamFeed
 
 # Test examples of a streamed data set that are attacked where config.eval.examples is 0.
 STREAMED_ATTACK_EXAMPLES = 1000

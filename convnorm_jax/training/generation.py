@@ -13,8 +13,8 @@ from convnorm_jax.evaluation.sampler import Sampler
 from convnorm_jax.files import write_atomically, written
 from convnorm_jax.mesh import is_leader, shard_batch
 from convnorm_jax.steps import gan
+from convnorm_jax.training.build import build_frame, build_ocnn_penalty, build_optimizer, round_up
 from convnorm_jax.training.experiment import Experiment
-from convnorm_jax.training.frame import build_frame, build_ocnn_penalty, build_optimizer, round_up
 from convnorm_jax.training.nets import build_gan, resolve_setting
 
 # The pictures that are kept of every row of metrics.csv: a class a column.

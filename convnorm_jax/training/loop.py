@@ -12,14 +12,16 @@ import optax
 
 from convnorm_jax import mesh as mesh_lib
 from convnorm_jax.errors import UserError
-from convnorm_jax.training import metrics as metrics_lib
-from convnorm_jax.training.checkpoint import Checkpointer, first_fitting
-from convnorm_jax.training.disk import explained
-from convnorm_jax.training.feed import Waiting
-from convnorm_jax.training.interrupt import StopRequest
-from convnorm_jax.training.lock import locked
-from convnorm_jax.training.profile import Profiler
-from convnorm_jax.training.workdir import check_workdir, prepare_workdir, save_config
+from convnorm_jax.runs.checkpoint import Checkpointer, first_fitting
+from convnorm_jax.runs.disk import explained
+from convnorm_jax.runs.interrupt import StopRequest
+from convnorm_jax.runs.lock import locked
+from convnorm_jax.runs.metrics import MetricWriter
+from convnorm_jax.runs.profile import Profiler
+from convnorm_jax.runs.progress import ProgressLine
+from convnorm_jax.runs.workdir import check_workdir, prepare_workdir, save_config
+from convnorm_jax.training.batches import Waiting
+from convnorm_jax.training.totals import means, zero_totals
 
 
 @dataclasses.dataclass
@@ -130,7 +132,7 @@ def _expected(experiment, totals):
 
 
 def _no_totals(experiment):
-    return mesh_lib.replicate(experiment.mesh, metrics_lib.zero_totals(experiment.metric_names))
+    return mesh_lib.replicate(experiment.mesh, zero_totals(experiment.metric_names))
 
 
 class _Run:
@@ -156,8 +158,8 @@ class _Run:
         self.stop_request = StopRequest()
         self.compiled = False
         full = self._last_full_epoch(latest or 0)
-        self.writer = metrics_lib.MetricWriter(workdir, full, experiment.columns, latest or 0)
-        self.display = metrics_lib.Progress(experiment.total_steps, self.progress.step)
+        self.writer = MetricWriter(workdir, full, experiment.columns, latest or 0)
+        self.display = ProgressLine(experiment.total_steps, self.progress.step)
         if latest is not None:
             self.display.line(f'resuming {workdir} at step {latest} of {experiment.total_steps}')
         self.checked = latest or 0  # the last step known to be finite
@@ -279,7 +281,7 @@ class _Run:
 
     def _finite_means(self, *extra):
         """Means over the epoch so far; raises NonFiniteLoss if any step of it, or `extra`, was not finite."""
-        values = metrics_lib.means(self.totals)
+        values = means(self.totals)
         if not all(map(math.isfinite, [*values.values(), *extra])):
             saved = self.checkpointer.latest_step
             kept = (

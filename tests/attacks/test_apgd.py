@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from convnorm_jax.attacks import parts
+from convnorm_jax.attacks import losses, projections
 from convnorm_jax.attacks.apgd import _surface, _windows, apgd, apgd_advance, apgd_start
 
 SHAPE = (8, 5, 4, 2)
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures('quick_compilation')
 @pytest.fixture(autouse=True)
 def loops(monkeypatch):
     """These nets are so small that to compile fifty copies of an iteration would take most of the time."""
-    monkeypatch.setattr(parts, 'unrolls', lambda copies: False)
+    monkeypatch.setattr('convnorm_jax.attacks.loops.unrolls', lambda copies: False)
 
 
 def problem(count, strongest):
@@ -220,7 +220,7 @@ def test_the_optimum_of_a_binary_linear_classifier_is_found(norm, loss):
 
         options = {'epsilon': epsilon, 'norm': norm, 'loss': loss, 'rng': jax.random.key(0)}
         state = run(logits_fn, images, labels, 20, **options)
-        return state, parts.attack_loss(logits_fn(state.adversarial), labels, 'margin')
+        return state, losses.attack_loss(logits_fn(state.adversarial), labels, 'margin')
 
     state, margin = attacked(1.5)
     assert not state.fooled.any()
@@ -244,7 +244,9 @@ def test_torchattacks_agrees(monkeypatch, norm, loss, goal):
     images, labels, bonus = problem(24, strongest=8)
     epsilon = EPSILON[norm]
     with jax.enable_x64(True):
-        targets = None if goal is None else parts.nth_wrong_class(network(bonus)(images), jnp.asarray(labels), goal - 2)
+        targets = (
+            None if goal is None else losses.nth_wrong_class(network(bonus)(images), jnp.asarray(labels), goal - 2)
+        )
         noise = np.asarray(_surface(jax.random.key(5), jnp.asarray(images), norm))
         _, state = run_in_float64(bonus, images, labels, 100, 5, epsilon=epsilon, norm=norm, loss=loss, targets=targets)
 
@@ -297,13 +299,13 @@ def test_result_is_adversarial_in_the_ball_and_in_the_pixel_range(norm, epsilon)
     result = np.asarray(attack(images, labels))
     assert result.dtype == np.float32 and result.shape == images.shape
     assert result.min() >= 0 and result.max() <= 1
-    size = np.asarray(parts.norm_of(result - images, norm))
+    size = np.asarray(projections.norm_of(result - images, norm))
     assert size.max() <= epsilon + 1e-6 and size.max() > 0.9 * epsilon
     # What is wrong as it is, stays; of the rest some are fooled, and the others have gone uphill.
     np.testing.assert_array_equal(result[:2], images[:2])
     wrong = np.asarray(convolutional(result)).argmax(1) != labels
     assert wrong[:2].all() and 0 < wrong[2:].sum() < 14
-    before, after = (parts.attack_loss(convolutional(x), labels, 'cross_entropy') for x in (images, result))
+    before, after = (losses.attack_loss(convolutional(x), labels, 'cross_entropy') for x in (images, result))
     assert (after[2:] > before[2:]).all()
 
 
@@ -339,7 +341,7 @@ def test_unrolled_equals_loop(monkeypatch):
     images, labels = batch()
     results = []
     for unroll in (True, False):
-        monkeypatch.setattr(parts, 'unrolls', lambda copies, unroll=unroll: unroll)
+        monkeypatch.setattr('convnorm_jax.attacks.loops.unrolls', lambda copies, unroll=unroll: unroll)
         options = {'epsilon': 0.01, 'norm': 'linf', 'loss': 'margin', 'rng': jax.random.key(7)}
         results.append(jax.jit(lambda x, y, options=options: run(convolutional, x, y, 4, **options))(images, labels))
     for ours, others in zip(*map(jax.tree.leaves, results)):
@@ -365,7 +367,7 @@ def test_an_example_alone_is_as_in_a_padded_batch():
 
 def test_targets_lead_the_way_but_any_wrong_class_is_a_success():
     images, labels = batch(32)
-    targets = np.asarray(parts.nth_wrong_class(convolutional(images), labels, 3))
+    targets = np.asarray(losses.nth_wrong_class(convolutional(images), labels, 3))
 
     @jax.jit
     def predicted(targets):

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from convnorm_jax import attacks
-from convnorm_jax.attacks import checks, ensemble, members, saved
-from convnorm_jax.attacks.members import make_member
+from convnorm_jax.attacks.auto_attack import checks, ensemble, members, saved
+from convnorm_jax.attacks.auto_attack.members import make_member
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from convnorm_jax.attacks import parts
+from convnorm_jax.attacks import losses
 from convnorm_jax.attacks.fab import fab, fab_advance, fab_start, project_on_hyperplane
 
 SHAPE = (6, 4, 4, 2)
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures('quick_compilation', 'loop')
 @pytest.fixture
 def loop(monkeypatch):
     """Iterations are compiled once, not written out."""
-    monkeypatch.setattr(parts, 'unrolls', lambda copies: False)
+    monkeypatch.setattr('convnorm_jax.attacks.loops.unrolls', lambda copies: False)
 
 
 def length(delta, norm):
@@ -172,7 +172,7 @@ def apply_linear(weights):
 
 def all_targets(logits_fn, images, labels):
     logits = logits_fn(images)
-    return jnp.stack([parts.nth_wrong_class(logits, labels, n) for n in range(CLASSES - 1)])
+    return jnp.stack([losses.nth_wrong_class(logits, labels, n) for n in range(CLASSES - 1)])
 
 
 def gaps_of(weights, images, labels):
@@ -298,7 +298,7 @@ def problem():
     images = np.random.default_rng(5).uniform(size=SHAPE).astype(np.float32)
     logits = logits_fn(images)
     labels = np.asarray(logits).argmax(axis=1)
-    return logits_fn, images, labels, np.asarray(parts.nth_wrong_class(logits, labels, 0))
+    return logits_fn, images, labels, np.asarray(losses.nth_wrong_class(logits, labels, 0))
 
 
 def begin(problem, norm, epsilon=None, rng=None):
@@ -348,7 +348,7 @@ def test_state_tells_what_was_found(problem, norm):
 def test_unrolled_equals_loop(problem, monkeypatch):
     state = begin(problem, 'linf')
     looped = go_on(problem, 'linf', state)
-    monkeypatch.setattr(parts, 'unrolls', lambda copies: True)
+    monkeypatch.setattr('convnorm_jax.attacks.loops.unrolls', lambda copies: True)
     logits_fn, images, labels, targets = problem
     options = {'norm': 'linf', 'targets': targets, 'count': 2}
     unrolled = jax.jit(lambda state: fab_advance(logits_fn, images, labels, state, **options)).lower(state).compile()
@@ -472,7 +472,7 @@ def test_torchattacks_breaks_no_more(norm, epsilon):
     logits = logits_fn(images)
     labels = np.asarray(logits).argmax(axis=1)
     labels[::10] = (labels[::10] + 1) % CLASSES
-    targets = parts.nth_wrong_class(logits, labels, 0)
+    targets = losses.nth_wrong_class(logits, labels, 0)
 
     class Network(torch.nn.Module):
         def __init__(self):

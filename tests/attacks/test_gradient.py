@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 
 from convnorm_jax import attacks
-from convnorm_jax.attacks import parts
+from convnorm_jax.attacks import loops
 
 SHAPE = (6, 5, 4, 2)
 CLASSES = 7
@@ -196,7 +196,7 @@ def test_unrolled_equals_loop(monkeypatch, restarts):
     images, labels = batch()
     results, networks = {}, {}
     for unroll in (True, False):
-        monkeypatch.setattr(parts, 'unrolls', lambda copies, unroll=unroll: unroll)
+        monkeypatch.setattr('convnorm_jax.attacks.loops.unrolls', lambda copies, unroll=unroll: unroll)
         compiled = jax.jit(lambda x: attacks.pgd(
             network(), x, labels, epsilon=EPSILON, step_size=STEP_SIZE, steps=4,
             rng=jax.random.key(7), restarts=restarts,
@@ -209,7 +209,7 @@ def test_unrolled_equals_loop(monkeypatch, restarts):
 
 def test_only_short_attacks_are_unrolled_and_only_for_a_cpu():
     """As the platform is that the program is for, not the one that traces it."""
-    assert parts.unrolls(50) and not parts.unrolls(51)
+    assert loops.unrolls(50) and not loops.unrolls(51)
     images, labels = batch(4)[0], np.zeros(4, int)
     convolve = lambda x: jax.lax.conv_general_dilated(
         x, jnp.ones((3, 3, images.shape[3], 5)), (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
@@ -219,11 +219,11 @@ def test_only_short_attacks_are_unrolled_and_only_for_a_cpu():
             lambda x: convolve(x).mean((1, 2)), x, labels, epsilon=EPSILON, step_size=STEP_SIZE, steps=4
         )
     )
-    loops = {}
+    while_loops = {}
     for platform in ('cpu', 'cuda', 'tpu'):
         exported = jax.export.export(attack, platforms=[platform])(jax.ShapeDtypeStruct(images.shape, jnp.float32))
-        loops[platform] = exported.mlir_module().count('stablehlo.while')
-    assert loops == {'cpu': 0, 'cuda': 1, 'tpu': 1}
+        while_loops[platform] = exported.mlir_module().count('stablehlo.while')
+    assert while_loops == {'cpu': 0, 'cuda': 1, 'tpu': 1}
     # The compiler sees no choice: a convolution within a conditional may be slow, too.
     assert ' conditional(' not in attack.lower(images).compile().as_text()
     both = jax.export.export(attack, platforms=['cpu', 'tpu'])(jax.ShapeDtypeStruct(images.shape, jnp.float32))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from convnorm_jax import attacks
-from convnorm_jax.attacks import inputs, parts
+from convnorm_jax.attacks import inputs, losses, projections
 from convnorm_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -20,7 +20,7 @@ RADII = {'linf': 0.05, 'l2': 0.3}
 @pytest.fixture(autouse=True)
 def loops(monkeypatch):
     """Loops stay loops: they compile faster."""
-    monkeypatch.setattr(parts, 'unrolls', lambda copies: False)
+    monkeypatch.setattr('convnorm_jax.attacks.loops.unrolls', lambda copies: False)
 
 
 def logits_fn(images, scale=1.0):
@@ -69,7 +69,7 @@ def simba(f, x, y, epsilon, rng=KEY, **_):
 ATTACKS = {attack.__name__: attack for attack in (fgsm, pgd, apgd, fab, square, simba)}
 EACH = pytest.mark.parametrize('name', ATTACKS)
 IN_BOTH_NORMS = [
-    (name, norm) for name in ATTACKS for norm in parts.NORMS if norm == 'linf' or name not in ('fgsm', 'simba')
+    (name, norm) for name in ATTACKS for norm in inputs.NORMS if norm == 'linf' or name not in ('fgsm', 'simba')
 ]
 
 
@@ -232,7 +232,7 @@ def test_a_radius_an_image(batch, name, norm):
     for i, radius in enumerate(radii):
         np.testing.assert_allclose(found[i], attack(jnp.float32(radius))[i], atol=1e-6)
     if name != 'fab':  # its radius is that of the start only
-        length = np.asarray(parts.norm_of(found - batch[0], norm))
+        length = np.asarray(projections.norm_of(found - batch[0], norm))
         assert (length <= radii * (1 + 1e-5)).all() and length[3] > radii[1]
 
 
@@ -266,7 +266,7 @@ def test_the_ensemble_takes_one_radius(batch):
 def test_public_projections_take_a_radius_an_image():
     images = jnp.full((2, 2, 2, 2), 0.5)
     for norm, order in (('linf', np.inf), ('l2', 2)):
-        found = parts.project(images + 0.4, images, jnp.array([0.1, 0.3]), norm) - images
+        found = projections.project(images + 0.4, images, jnp.array([0.1, 0.3]), norm) - images
         np.testing.assert_allclose(np.linalg.norm(found.reshape(2, -1), order, axis=1), [0.1, 0.3], rtol=1e-5)
 
 
@@ -332,8 +332,8 @@ BROKEN = {
 def test_what_is_not_finite_is_not_right():
     logits = np.array([[2, 1, 0], [np.nan, 1, 0], [np.inf, 1, 0], [2, -np.inf, 0], [1, 2, 0]], np.float32)
     expected = [True, False, False, False, False]
-    np.testing.assert_array_equal(parts.correct(logits, np.zeros(5, int)), expected)
-    np.testing.assert_array_equal(jax.jit(parts.correct)(logits, jnp.zeros(5, int)), expected)
+    np.testing.assert_array_equal(losses.correct(logits, np.zeros(5, int)), expected)
+    np.testing.assert_array_equal(jax.jit(losses.correct)(logits, jnp.zeros(5, int)), expected)
 
 
 @EACH
@@ -382,11 +382,11 @@ def test_restarts_of_pgd_are_not_held_up_by_a_loss_that_is_nan(batch):
     """A loss of the user's that is NaN at the first start: another start is taken."""
     first = pgd(logits_fn, *batch, 0.05)
     close = lambda logits: jnp.abs(logits - logits_fn(first)).max(-1) < 1e-4
-    loss = lambda logits: jnp.where(close(logits), jnp.nan, parts.attack_loss(logits, batch[1], 'cross_entropy'))
+    loss = lambda logits: jnp.where(close(logits), jnp.nan, losses.attack_loss(logits, batch[1], 'cross_entropy'))
     never_fooled = lambda x: logits_fn(x)
     found = pgd(never_fooled, *batch, 0.05, loss=loss, restarts=3)
     held = pgd(never_fooled, *batch, 0.05, loss=loss, restarts=1)
-    fooled = ~np.asarray(parts.correct(logits_fn(held), batch[1]))
+    fooled = ~np.asarray(losses.correct(logits_fn(held), batch[1]))
     assert not fooled.all()
     assert (np.abs(found - held).max((1, 2, 3)) > 1e-3)[~fooled].all()
 
@@ -423,20 +423,22 @@ def test_the_direction_of_a_gradient_whose_squares_underflow_or_overflow():
         (jnp.float32, (1e-30, 1, 1e30)),
     ):
         gradient = jnp.asarray(direction * np.reshape(sizes, (3, 1, 1, 1)), dtype)
-        found = parts.steepest(gradient, 'l2')
+        found = projections.steepest(gradient, 'l2')
         assert found.dtype == dtype
         np.testing.assert_allclose(np.asarray(found, np.float64), direction, atol=0.01)
-        np.testing.assert_allclose(parts.l2_norm(gradient), sizes, rtol=0.01)
+        np.testing.assert_allclose(projections.l2_norm(gradient), sizes, rtol=0.01)
     odd = jnp.array([[jnp.nan, 1.0], [jnp.inf, 1.0], [-jnp.inf, 0.0], [0.0, 0.0]]).reshape(4, 2, 1, 1)
-    np.testing.assert_allclose(parts.steepest(odd, 'l2').reshape(4, 2), [[0, 1], [1, 0], [-1, 0], [0, 0]], atol=1e-6)
-    np.testing.assert_allclose(parts.steepest(odd, 'linf').reshape(4, 2), [[0, 1], [1, 1], [-1, 0], [0, 0]])
+    np.testing.assert_allclose(
+        projections.steepest(odd, 'l2').reshape(4, 2), [[0, 1], [1, 0], [-1, 0], [0, 0]], atol=1e-6
+    )
+    np.testing.assert_allclose(projections.steepest(odd, 'linf').reshape(4, 2), [[0, 1], [1, 1], [-1, 0], [0, 0]])
 
 
 def test_a_ball_of_so_many_pixels_that_float16_overflows():
     images = jnp.full((1, 160, 160, 3), 0.5, jnp.float16)
-    found = parts.project_l2(images + 1, images, 20) - images
+    found = projections.project_l2(images + 1, images, 20) - images
     np.testing.assert_allclose(np.linalg.norm(np.asarray(found, np.float64)), 20, rtol=2e-3)
-    noise = parts.uniform_start(KEY, images, 20.0, 'l2')
+    noise = projections.uniform_start(KEY, images, 20.0, 'l2')
     assert noise.dtype == jnp.float16 and 19 < np.linalg.norm(np.asarray(noise, np.float64)) <= 20.1
 
 
@@ -459,7 +461,7 @@ def test_strict_promotion(batch, name, norm, dtype, context):
 
 
 @STRICT
-@pytest.mark.parametrize('norm', parts.NORMS)
+@pytest.mark.parametrize('norm', inputs.NORMS)
 def test_strict_promotion_in_the_ensemble(batch, norm, context):
     f = lambda x: x.reshape(-1, 6, 4)[:, :5].sum(1) - x.reshape(-1, 6, 4)[:, 1:].sum(1)
     labels = np.asarray(f(batch[0]).argmax(-1))

@@ -10,7 +10,7 @@ import pytest
 import scipy.fft
 import scipy.special
 
-from convnorm_jax.attacks import parts
+from convnorm_jax.attacks import inputs
 
 # Not `from convnorm_jax.attacks import simba`: that may be the function of this name.
 module = importlib.import_module('convnorm_jax.attacks.simba')
@@ -27,7 +27,7 @@ STEP = 0.15
 @pytest.fixture(autouse=True)
 def loops(monkeypatch):
     """Loops stay loops: they compile ten times faster. One test writes them out."""
-    monkeypatch.setattr(parts, 'unrolls', lambda copies: False)
+    monkeypatch.setattr('convnorm_jax.attacks.loops.unrolls', lambda copies: False)
 
 
 def network(seed=0):
@@ -290,7 +290,7 @@ def test_written_out_equals_a_loop(monkeypatch):
     options = {'step_size': STEP, 'steps': 2, 'rng': jax.random.key(1)}
     results = {}
     for unroll in (True, False):
-        monkeypatch.setattr(parts, 'unrolls', lambda copies, unroll=unroll: unroll)
+        monkeypatch.setattr('convnorm_jax.attacks.loops.unrolls', lambda copies, unroll=unroll: unroll)
         results[unroll] = jax.jit(lambda x, y: module.simba(LOGITS_FN, x, y, **options))(images, labels)
     np.testing.assert_allclose(results[True].images, results[False].images, atol=1e-6)
     np.testing.assert_array_equal(results[True].queries, results[False].queries)
@@ -316,7 +316,7 @@ def test_no_query_beyond_the_budget(budget):
 
 def test_an_example_does_not_depend_on_its_batch():
     images, labels = batch()
-    keys = parts.example_keys(jax.random.key(3), 6)
+    keys = inputs.example_keys(jax.random.key(3), 6)
     whole, _ = attacked('dct', images, labels, keys)
     order = np.array([4, 1, 1])
     part, _ = attacked('dct', images[order], labels[order], keys[order])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convnorm_jax.attacks import parts
+from convnorm_jax.attacks import inputs, projections
 
 # Not `from convnorm_jax.attacks import square`: that may be the function of this name.
 module = importlib.import_module('convnorm_jax.attacks.square')
@@ -29,7 +29,7 @@ QUERIES = 36
 @pytest.fixture(autouse=True)
 def loops(monkeypatch):
     """Loops stay loops: they compile ten times faster. One test writes them out."""
-    monkeypatch.setattr(parts, 'unrolls', lambda copies: False)
+    monkeypatch.setattr('convnorm_jax.attacks.loops.unrolls', lambda copies: False)
 
 
 def network(shape=SHAPE, classes=CLASSES, seed=0):
@@ -158,11 +158,11 @@ def draws_of(keys, norm):
     return [[(tuple(x[query, i] for x in moves), sides[query]) for query in range(QUERIES)] for i in range(len(keys))]
 
 
-@pytest.mark.parametrize('norm', parts.NORMS)
+@pytest.mark.parametrize('norm', inputs.NORMS)
 def test_square_is_the_numpy_loop(norm):
     """One example at a time, float64, from the same start and draws."""
     images, labels = batch()
-    keys = parts.example_keys(jax.random.key(4), 8)
+    keys = inputs.example_keys(jax.random.key(4), 8)
     start = start_fn(norm)(images, labels, rng=keys)
     state = attacked(norm, images, labels, keys)
     weights = [w.astype(np.float64) for w in network()]
@@ -192,7 +192,7 @@ def test_square_is_the_numpy_loop(norm):
     assert 0 < np.sum(state.fooled) < 8
 
 
-@pytest.mark.parametrize('norm', parts.NORMS)
+@pytest.mark.parametrize('norm', inputs.NORMS)
 def test_squares_reach_every_position_and_no_further(norm):
     numbers = module._numbers(jax.random.split(jax.random.key(0), 500), 0, {'linf': 6, 'l2': 8}[norm])
     moves = jax.vmap(lambda numbers: module._moves(numbers, 7, (10, 12, 3)))(numbers)
@@ -217,7 +217,7 @@ def test_start_of_l2_is_a_grid_of_patterns_of_length_epsilon():
     start = jax.jit(functools.partial(module.square_start, logits_fn, epsilon=RADII['l2'], norm='l2'))
     state = start(images, np.zeros(2, int), rng=jax.random.key(0))
     noise = np.asarray(state.images) - 0.5
-    np.testing.assert_allclose(parts.l2_norm(noise), RADII['l2'], rtol=1e-4)
+    np.testing.assert_allclose(projections.l2_norm(noise), RADII['l2'], rtol=1e-4)
     # 32 = 1 + 5 * 6 + 1 rows, 30 = 5 * 6 columns.
     assert (noise[:, [0, -1]] == 0).all()
     pattern = numpy_pattern(6)
@@ -229,19 +229,19 @@ def test_start_of_l2_is_a_grid_of_patterns_of_length_epsilon():
     assert set(nearest.argmin(axis=1)) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize('norm', parts.NORMS)
+@pytest.mark.parametrize('norm', inputs.NORMS)
 def test_results_stay_in_the_ball_and_in_the_pixel_range(norm):
     images, labels = batch()
     for rng in range(5):
         state = attacked(norm, images, labels, jax.random.key(rng))
         result = np.asarray(state.images)
         assert result.dtype == np.float32 and result.min() >= 0 and result.max() <= 1
-        lengths = np.asarray(parts.norm_of(result - images, norm))
+        lengths = np.asarray(projections.norm_of(result - images, norm))
         assert lengths.max() <= RADII[norm] * (1 + 1e-6) + 1e-7
         assert lengths.min() > 0.7 * RADII[norm]
 
 
-@pytest.mark.parametrize('norm', parts.NORMS)
+@pytest.mark.parametrize('norm', inputs.NORMS)
 def test_chunks_equal_the_whole(norm):
     images, labels = batch()
     rng = jax.random.key(2)
@@ -259,7 +259,7 @@ def test_written_out_equals_a_loop(monkeypatch):
     options = {'epsilon': 0.03, 'queries': 3, 'rng': jax.random.key(1)}
     results = {}
     for unroll in (True, False):
-        monkeypatch.setattr(parts, 'unrolls', lambda copies, unroll=unroll: unroll)
+        monkeypatch.setattr('convnorm_jax.attacks.loops.unrolls', lambda copies, unroll=unroll: unroll)
         results[unroll] = jax.jit(lambda x, y: module.square(LOGITS_FN, x, y, **options))(images, labels)
     jax.tree.map(np.testing.assert_array_equal, results[True], results[False])
     assert results[True].queries.max() == 4
@@ -281,11 +281,11 @@ def test_one_program_serves_every_chunk():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize('norm', parts.NORMS)
+@pytest.mark.parametrize('norm', inputs.NORMS)
 def test_an_example_does_not_depend_on_its_batch(norm):
     """Four of eight, in another order and one twice: from the start, and packed between two chunks."""
     images, labels = batch(8)
-    keys = parts.example_keys(jax.random.key(5), 8)
+    keys = inputs.example_keys(jax.random.key(5), 8)
     whole = attacked(norm, images, labels, keys)
     order = np.array([6, 1, 1, 3])
     expected = jax.tree.map(lambda x: np.asarray(x)[order], whole)
@@ -445,7 +445,7 @@ def test_the_reference_takes_the_same_way(library, norm):
     """Its code, fed with our start and our draws, ends at our images; one example at a time."""
     pytest.importorskip(library)
     images, labels = batch()
-    keys = parts.example_keys(jax.random.key(4), 8)
+    keys = inputs.example_keys(jax.random.key(4), 8)
     start = start_fn(norm)(images, labels, rng=keys)
     state = attacked(norm, images, labels, keys)
     draws = draws_of(keys, norm)

@@ -16,7 +16,7 @@ import pytest
 from benchmarks import pack_gpu
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import free, golden, packed_data, packed_state, plan, speed, stages
-from convnorm_jax.data import stores
+from convnorm_jax.data import records as stores
 from convnorm_jax.data.sources import load_source
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from convnorm_jax.data import pictures
+from convnorm_jax.data import images as pictures
 
 Image = pytest.importorskip('PIL.Image')
 

@@ -12,7 +12,9 @@ import cv2
 import numpy as np
 import pytest
 
-from convnorm_jax.data import pictures, sources, splits, stores, streaming
+from convnorm_jax.data import images as pictures
+from convnorm_jax.data import records as stores
+from convnorm_jax.data import sources, splits, streaming
 
 
 @pytest.fixture(scope='module')

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from convnorm_jax import plots
-from convnorm_jax.plots import generative, pictures
+from convnorm_jax.plots import generative
+from convnorm_jax.plots import images as pictures
 
 random = np.random.default_rng(0)
 

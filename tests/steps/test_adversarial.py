@@ -156,7 +156,8 @@ def ascend(reference, pixels, start, labels, step_size, steps, gradient=None):
 
 @pytest.mark.parametrize(('batch_statistics', 'passes'), [('train', 2), ('eval', 2)])
 def test_pgd_trains_on_what_the_attack_finds(problem, monkeypatch, batch_statistics, passes):
-    monkeypatch.setattr('convnorm_jax.attacks.parts.uniform_start', lambda rng, images, *_: jnp.full_like(images, 0.02))
+    start = 'convnorm_jax.attacks.projections.uniform_start'
+    monkeypatch.setattr(start, lambda rng, images, *_: jnp.full_like(images, 0.02))
     state, metrics, reference = run(
         problem, adversarial.make_pgd_step, step_size=0.02, steps=4, batch_statistics=batch_statistics
     )
@@ -172,7 +173,8 @@ def test_pgd_trains_on_what_the_attack_finds(problem, monkeypatch, batch_statist
 
 
 def test_fast_is_one_step_of_the_published_length(problem, monkeypatch):
-    monkeypatch.setattr('convnorm_jax.attacks.parts.uniform_start', lambda rng, images, *_: jnp.full_like(images, 0.01))
+    start = 'convnorm_jax.attacks.projections.uniform_start'
+    monkeypatch.setattr(start, lambda rng, images, *_: jnp.full_like(images, 0.01))
     state, _, reference = run(problem, adversarial.make_fast_step)
     for images, labels in zip(*problem):
         pixels = images / 255.0

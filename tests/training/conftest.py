@@ -9,7 +9,7 @@ from convnorm_jax.training import setup
 @pytest.fixture(scope='session')
 def tiny_config():
     """Function of overrides {'section.key': value} -> config."""
-    from configs import digits_convnorm
+    from convnorm_jax.configs import digits_convnorm
 
     def make(overrides=()):
         config = digits_convnorm.get_config()

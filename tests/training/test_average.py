@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from convnorm_jax.runs.checkpoint import Checkpointer
 from convnorm_jax.training import loop
-from convnorm_jax.training.checkpoint import Checkpointer
-from convnorm_jax.training.metrics import zero_totals
+from convnorm_jax.training.totals import zero_totals
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from convnorm_jax import mesh as mesh_lib
-from convnorm_jax.training import digest
-from convnorm_jax.training.checkpoint import Checkpointer, Damaged
+from convnorm_jax.runs import digest
+from convnorm_jax.runs.checkpoint import Checkpointer, Damaged
 
 
 def arrays(value):

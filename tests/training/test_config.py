@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from configs import default
+from convnorm_jax.configs import default
 from convnorm_jax.training import config as config_lib
 from convnorm_jax.training.config import check_config, check_same_run, differences, flatten
 

@@ -15,9 +15,10 @@ from orbax.checkpoint import JsonCheckpointHandler
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.files import write_atomically, written
-from convnorm_jax.training import disk, lock, loop, metrics
-from convnorm_jax.training.checkpoint import Checkpointer
-from convnorm_jax.training.metrics import MetricWriter, read_rows
+from convnorm_jax.runs import disk, lock, metrics
+from convnorm_jax.runs.checkpoint import Checkpointer
+from convnorm_jax.runs.metrics import MetricWriter, read_rows
+from convnorm_jax.training import loop
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -56,7 +57,7 @@ def contents(folder):
 
 
 HOLD = (
-    'import sys, time\nfrom convnorm_jax.training.lock import locked\n'
+    'import sys, time\nfrom convnorm_jax.runs.lock import locked\n'
     "with locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
 )
 
@@ -108,11 +109,11 @@ def full_config(workdir, config):
 
 # Where the disk is full: whose write fails, and which checkpoint is there by then.
 WRITES = {
-    'splits': ('convnorm_jax.training.workdir.splits.save_record', 'there is no checkpoint yet'),
+    'splits': ('convnorm_jax.runs.workdir.splits.save_record', 'there is no checkpoint yet'),
     'config': ('convnorm_jax.training.loop.save_config', 'there is no checkpoint yet'),
-    'a row': ('convnorm_jax.training.metrics.os.fsync', 'there is no checkpoint yet'),
-    'events': ('convnorm_jax.training.metrics.EventsWriter.flush', 'there is no checkpoint yet'),
-    'closing': ('convnorm_jax.training.metrics.EventsWriter.close', 'the last good checkpoint is of step 10'),
+    'a row': ('convnorm_jax.runs.metrics.os.fsync', 'there is no checkpoint yet'),
+    'events': ('convnorm_jax.runs.metrics.EventsWriter.flush', 'there is no checkpoint yet'),
+    'closing': ('convnorm_jax.runs.metrics.EventsWriter.close', 'the last good checkpoint is of step 10'),
 }
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from convnorm_jax import mesh as mesh_lib
 from convnorm_jax.data import sources, streaming
-from convnorm_jax.training import feed, setup
+from convnorm_jax.training import batches as feed
+from convnorm_jax.training import setup
 
 
 def take(some, start, count):

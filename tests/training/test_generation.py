@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from convnorm_jax.runs.metrics import read_rows
 from convnorm_jax.training import loop, setup
-from convnorm_jax.training.frame import build_ocnn_penalty
-from convnorm_jax.training.metrics import read_rows
+from convnorm_jax.training.build import build_ocnn_penalty
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures('quick_compilation')
 @pytest.fixture(scope='module')
 def tiny_gan():
     """Function of overrides -> `Generation` on one device: nets of a few channels, four steps an epoch."""
-    from configs import digits_gan
+    from convnorm_jax.configs import digits_gan
 
     def make(overrides=()):
         config = digits_gan.get_config()

@@ -5,8 +5,9 @@ import math
 import jax.numpy as jnp
 import pytest
 
+from convnorm_jax.runs.metrics import MetricWriter, read_lines, read_rows
 from convnorm_jax.training.classification import Classification
-from convnorm_jax.training.metrics import MetricWriter, means, read_lines, read_rows, zero_totals
+from convnorm_jax.training.totals import means, zero_totals
 
 COLUMNS = Classification.columns
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from convnorm_jax.training.profile import Profiler
+from convnorm_jax.runs.profile import Profiler
 
 
 def test_a_trace_is_written_once(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import cifar10_published, cifar100_convnorm
+from convnorm_jax.configs import cifar10_published, cifar100_convnorm
 from convnorm_jax.training.schedule import make_schedule, to_steps
 
 

@@ -1,0 +1,1 @@
+"""The commands: `convnorm train`, `eval`, `sweep`, `spectra` and `export`."""

@@ -1,0 +1,330 @@
+"""Command lines: a config file, overrides, a run folder; every mistake of the user is one line."""
+
+import difflib
+import errno
+import glob
+import importlib.util
+import itertools
+import logging as standard_logging
+import os
+import sys
+import traceback
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from convnorm_jax.cli import overrides as overrides_lib
+from convnorm_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'a config of convnorm_jax, e.g. digits_convnorm, or a file of your own', lock_config=True
+)
+_PACKAGED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'configs')
+_BASE = os.path.join(_PACKAGED, 'default.py')
+
+# The end of the help of commands that take --config.
+ABOUT_CONFIGS = """
+Every key of a config is in configs/default.py. Of a KEY that is given twice the last value counts; None stands for the
+default where that is None.
+"""
+_ABOUT_ERRORS = """
+A mistake in a command, its config, its data or its folders is one line of error, and exit code 2. With
+CONVNORM_TRACEBACK=1 in the environment the lines before it show where in the code it was noticed. Any other error is a
+fault of the program: its traceback is what to report.
+"""
+# What a file system answers, whatever the program is like.
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
+FAULT = (
+    'the error above is a fault of the program, not a mistake in the command: please report it, with all these lines '
+    'and the command, on the issue tracker of convnorm_jax'
+)
+
+
+def run_command(run, *texts):
+    """Runs a command; a user's mistake becomes one line and exit code 2, see `_ABOUT_ERRORS`.
+
+    Args:
+      run: function of nothing -> exit code. A user's mistake is raised as `UserError`.
+      *texts: the paragraphs of what --help prints.
+
+    Returns:
+      The exit code.
+    """
+    _quiet_libraries()
+    if any(argument.lstrip('-') in ('help', 'h') for argument in sys.argv[1:]):
+        print(*(text.strip() for text in (*texts, _ABOUT_ERRORS)), sep='\n\n')
+        return 0
+    try:
+        return run()
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        return 130
+    except Exception as error:
+        return say(error)
+
+
+def say(error):
+    """Says on the standard error what went wrong, and whose fault it is; returns the exit code.
+
+    Args:
+      error: an exception that is being handled.
+    """
+    line = _users_mistake(error)
+    if line is None or os.environ.get('CONVNORM_TRACEBACK'):
+        traceback.print_exc()
+    print(FAULT if line is None else f'error: {" ".join(line.split())}', file=sys.stderr, flush=True)
+    return 1 if line is None else 2
+
+
+def _users_mistake(error):
+    """What to say of an error that the user can do something about; None for a fault of the program."""
+    from convnorm_jax.files import unwritten
+    from convnorm_jax.runs.disk import reason
+
+    if isinstance(error, UserError):
+        return str(error)
+    if reason(error) is not None:
+        return f'{unwritten(error)}: {reason(error)}'
+    if _is_full_shared_memory(error):
+        return (
+            'the data workers have no room in shared memory (/dev/shm), by which they hand on their batches: give it '
+            'more (docker run --shm-size=8g), or fewer config.data.workers (0: threads, which need none)'
+        )
+    if isinstance(error, OSError) and error.filename and error.errno in _UNREADABLE:
+        return f'{error.filename}: cannot be read ({error.strerror})'
+    if type(error).__name__ in ('JaxRuntimeError', 'XlaRuntimeError') and 'RESOURCE_EXHAUSTED' in str(error):
+        return (
+            f'not enough memory on the device ({str(error)[:200]}); give a smaller config.data.batch_size, or '
+            'config.eval.batch_size where it was evaluating'
+        )
+    return None
+
+
+def _is_full_shared_memory(error):
+    """Whether data workers ended for it: with an error, or with SIGBUS where pages ran out under a batch."""
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return full or (isinstance(error, RuntimeError) and 'terminated unexpectedly with exit code -7' in str(error))
+
+
+def _quiet_libraries():
+    logging.set_verbosity(logging.FATAL)  # Orbax warns of what is meant, and says twice what it raises
+    # Its reads and writes that fail leave others behind, which end when their event loop is gone.
+    standard_logging.getLogger('asyncio').setLevel(standard_logging.CRITICAL)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _without_closed_loops
+
+
+def _without_closed_loops(unraisable):
+    if str(unraisable.exc_value) != 'Event loop is closed':
+        sys.__unraisablehook__(unraisable)
+
+
+def parse(argv):
+    """(config, workdir, mode) of a command line, checked.
+
+    In eval mode the config is that of the run in --workdir with the overrides of the
+    command line; --config may be left out.
+
+    Raises:
+      ValueError: anything the user got wrong, in one line.
+    """
+    argv, path = _with_config(list(argv))
+    config, absent = _checked_config(argv, path, flags.FLAGS, _CONFIG)
+    mode, workdir = flags.FLAGS.mode, flags.FLAGS.workdir
+    if not workdir and path == _BASE:
+        raise UserError("--workdir is missing: give the run's folder to evaluate")
+    workdir = os.path.expanduser(workdir or default_workdir(path, config))
+    if mode == 'eval':
+        config = _run_config(config, workdir, [*flags.FLAGS['config'].override_values, *absent])
+    return config, workdir, mode
+
+
+def parse_own(values, argv, options):
+    """Parses a command line by flags of the command's own, which have the values then.
+
+    Args:
+      values: absl's FlagValues.
+      options: what there is, for the message.
+
+    Raises:
+      ValueError: a wrong value, or anything else on the line.
+    """
+    try:
+        rest = values(argv)
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    if rest[1:]:
+        raise UserError(f'{rest[1]!r}: not understood; options are {options}')
+
+
+def read_config(arguments):
+    """The config of `--config=FILE` and `--config.KEY=VALUE` arguments, checked; absl's global flags stay as they are.
+
+    Raises:
+      ValueError: as `parse`, also for any other option.
+    """
+    argv, path = _with_config(['', *arguments])
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file('config', lock_config=True, flag_values=values, sys_argv=argv)
+    return _checked_config(argv, path, values, holder)[0]
+
+
+def default_workdir(path, config):
+    """runs/<config file>-<net>-<layer>-seed<seed>."""
+    name = os.path.splitext(os.path.basename(path))[0]
+    return os.path.join('runs', f'{name}-{config.model.name}-{config.model.layer}-seed{config.seed}')
+
+
+def _with_config(argv):
+    """The arguments as --config=PATH ..., and that path."""
+    i = 0
+    while i < len(argv) - 1:
+        if argv[i] in ('--config', '-config'):
+            argv[i : i + 2] = [f'--config={argv[i + 1]}']
+        i += 1
+    places = [i for i, a in enumerate(argv) if a.startswith(('--config=', '-config='))]
+    paths = [argv[i].split('=', 1)[1] for i in places]
+    if len(paths) > 1:
+        raise UserError(f'--config is given {len(paths)} times, as {", ".join(paths)}: give one file')
+    if paths:
+        path = _config_path(paths[0])
+        argv[places[0]] = f'--config={path}'
+        return argv, path
+    words = [a.lstrip('-') for a in argv]
+    if 'mode=eval' not in words and ('mode', 'eval') not in itertools.pairwise(words):
+        raise UserError(f'--config is missing: give one of {_configs()}')
+    return [argv[0], f'--config={_BASE}', *argv[1:]], _BASE
+
+
+def _config_path(given):
+    """A file as given; else the packaged config of that name: digits_convnorm, configs/digits_convnorm.py."""
+    if os.path.isfile(given):
+        return given
+    folder, name = os.path.split(given)
+    packaged = os.path.join(_PACKAGED, f'{name.removesuffix(".py")}.py')
+    return packaged if folder in ('', 'configs') and os.path.isfile(packaged) else given
+
+
+def _configs():
+    names = sorted(os.path.basename(path).removesuffix('.py') for path in glob.glob(os.path.join(_PACKAGED, '*.py')))
+    return ', '.join(name for name in names if name not in ('__init__', 'default')) + ', or a file of your own'
+
+
+def _load(path):
+    """The config of a file, before any override."""
+    if not os.path.isfile(path):
+        raise UserError(f'--config={path}: no such file; give one of {_configs()}')
+    spec = importlib.util.spec_from_file_location('given_config', path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except (Exception, SystemExit) as error:  # the user's own file may raise anything
+        raise UserError(f'--config={path}: {type(error).__name__}: {error}') from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f'--config={path}: get_config() returns a {type(config).__name__}, expected a ConfigDict')
+    if path != _BASE:
+        _check_keys(path, config, _load(_BASE))
+    return config
+
+
+def _check_keys(path, config, base):
+    """Raises ValueError unless a config file has the keys of the base config, and no others."""
+    given, known = set(overrides_lib.all_keys(config)), set(overrides_lib.all_keys(base))
+    for key in sorted(given - known):
+        close = difflib.get_close_matches(key, known, 1)
+        hint = f'; did you mean config.{close[0]}?' if close else ''
+        raise UserError(f'--config={path}: sets config.{key}, which configs/default.py does not have{hint}')
+    if known - given:
+        raise UserError(
+            f'--config={path}: lacks config.{min(known - given)}; start from configs/default.py: '
+            'config = default.get_config()'
+        )
+
+
+def _checked_config(argv, path, values, holder):
+    """The config at `path` with the overrides of `argv`, by a `FlagValues` and its config flag, checked.
+
+    Returns:
+      (the config, the keys that the command line sets to None).
+    """
+    base = _load(_BASE)
+    overrides_lib.check_keys(argv, _load(path))
+    argv, absent = overrides_lib.last_of_each(argv, base)
+    config = _parse_flags(argv, values, holder, base)
+    for key in absent:
+        _set(config, key, None)
+    # Heavy imports only now: a mistake in the flags has been answered by here.
+    from convnorm_jax.training.config import SUBSETS, check_config
+
+    _check_types(config, base)
+    _split_names(config, SUBSETS)
+    check_config(config)
+    return config, absent
+
+
+def _check_types(config, base, section='config'):
+    """Raises ValueError for the first value that is of another type than in the base config.
+
+    ml_collections sees to it, but a file may tell it not to, and config.json may hold anything.
+    """
+    for name in base:
+        key, value, kind = f'{section}.{name}', config[name], base.get_type(name)
+        if isinstance(base[name], ConfigDict) and isinstance(value, ConfigDict):
+            _check_types(value, base[name], key)
+            continue
+        allowed = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
+        absent = value is None and base[name] is None
+        if not absent and (not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool)):
+            kind = 'section' if issubclass(kind, ConfigDict) else kind.__name__
+            raise UserError(f'{key}={value!r}: expected a value of type {kind}, as in configs/default.py')
+
+
+def _parse_flags(argv, values, holder, base):
+    try:
+        rest = values(argv)
+        config = holder.value
+    except flags.IllegalFlagValueError as error:
+        raise UserError(overrides_lib.illegal_value(str(error), base)) from error
+    except (flags.Error, TypeError, ValueError, AttributeError, KeyError, OSError) as error:
+        raise UserError(str(error)) from error
+    if rest[1:]:
+        raise UserError(f'{rest[1]!r}: not understood; options look like --config.train.epochs=10')
+    return config
+
+
+def _split_names(config, keys):
+    # A bare a,b on the command line arrives as the one string 'a,b'.
+    for key in keys:
+        _set(config, key, tuple(part for name in _get(config, key) for part in str(name).split(',') if part))
+
+
+def _run_config(given, workdir, overridden):
+    """The config of the run in `workdir`, with the keys that this command line overrides."""
+    from convnorm_jax.runs.workdir import load_config
+    from convnorm_jax.training import config as config_lib
+
+    saved = load_config(workdir)
+    merged = ConfigDict(given.to_dict())
+    for key, value in config_lib.flatten(saved).items():
+        _set(merged, key, tuple(value) if isinstance(value, list) else value)
+    for key in overridden:
+        _set(merged, key, _get(given, key))
+    _check_types(merged, _load(_BASE))
+    config_lib.check_config(merged)
+    config_lib.check_same_run(saved, merged.to_dict(), workdir)
+    return merged
+
+
+def _get(config, key):
+    for part in key.split('.'):
+        config = config[part]
+    return config
+
+
+def _set(config, key, value):
+    *sections, name = key.split('.')
+    for section in sections:
+        config = config[section] if section in config else config.setdefault(section, ConfigDict())
+    with config.ignore_type():
+        config[name] = value

@@ -1,0 +1,125 @@
+"""Train a net and report on it, or evaluate a run: flags and wiring only.
+
+python -m experiments.main --config=configs/digits_convnorm.py [--workdir=DIR]
+    [--mode=train|eval] [--config.KEY=VALUE ...]
+    [--coordinator=HOST:PORT --num_processes=N --process_id=I]
+
+On several hosts give the same command to each; SLURM, a TPU pod and Kubernetes say the rest, elsewhere the last
+three options do. --workdir must be a folder that all of them share.
+"""
+
+import contextlib
+import os
+import sys
+
+from absl import flags
+
+from convnorm_jax.cli import command_line
+
+flags.DEFINE_string('workdir', None, "the run's folder (default: runs/ and a name made from the config)")
+flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'train and report, or evaluate what --workdir holds')
+flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, where the environment does not say it')
+flags.DEFINE_integer('num_processes', 0, 'processes of this run, where the environment does not say it')
+flags.DEFINE_integer('process_id', -1, 'which of them this is, from 0')
+
+LOST = 75  # exit code when another process is gone: EX_TEMPFAIL, the same command may succeed later
+
+
+def run():
+    """One command, from `sys.argv`; returns the exit code. A user's mistake is raised as `UserError`."""
+    config, workdir, mode = command_line.parse(sys.argv)
+    # Only now: a mistake on the command line is answered before anything heavy is loaded.
+    import jax
+
+    from convnorm_jax import mesh
+    from convnorm_jax.cli.compiled import keep_programs
+
+    mesh.reserve_host_threads()
+    options = flags.FLAGS
+    mesh.start_distributed(options.coordinator, options.num_processes, options.process_id)
+    if jax.process_count() == 1:
+        # Several would have to find the same programs: GPUs choose kernels together when they compile, and one that
+        # need not compile is missed. Only the user knows of a folder that all of them share.
+        keep_programs()
+        return _train_and_report(config, workdir, mode)
+    return _run_together(config, workdir, mode)
+
+
+def _run_together(config, workdir, mode):
+    """One process of several: one of them speaks, but errors are said by all."""
+    from jax.errors import JaxRuntimeError
+
+    from convnorm_jax import mesh
+    from convnorm_jax.errors import UserError
+
+    try:
+        mesh.check_same_everywhere('config, --workdir or --mode', [config.to_dict(), workdir, mode])
+        with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(sys.stdout if mesh.is_leader() else nowhere):
+            return _train_and_report(config, workdir, mode)
+    except JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' in str(error):  # this process's own
+            _leave(command_line.say(error))
+        words = ' '.join(str(error).split())[:200]
+        lost = UserError(
+            f'another process of this run is gone ({words}); give the same command on every host again, it goes on '
+            'from the last checkpoint'
+        )
+        lost.__cause__ = error
+        command_line.say(lost)
+        _leave(LOST)
+    except Exception as error:
+        _leave(command_line.say(error))
+
+
+def _leave(code):
+    """Ends this process at once: the usual end would wait for others, who may wait for this one."""
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _train_and_report(config, workdir, mode):
+    from convnorm_jax import mesh
+    from convnorm_jax.reports import classifier as report
+    from convnorm_jax.reports import gan as gan_report
+    from convnorm_jax.reports import gan_scores
+    from convnorm_jax.runs.disk import explained
+    from convnorm_jax.runs.workdir import check_workdir
+    from convnorm_jax.training import loop, setup
+
+    if mode == 'train':
+        check_workdir(workdir, config)
+    generates = config.train.algorithm == 'gan'
+    if generates and mode == 'train':
+        gan_scores.check_scorers(config)
+    experiment = setup.build(config)
+    if mode == 'train':
+        if mesh.is_leader():
+            print(_headline(experiment, workdir), file=sys.stderr)
+        try:
+            with explained(workdir):
+                loop.train(gan_scores.with_scorer(experiment, workdir) if generates else experiment, workdir)
+        except loop.Stopped as stop:
+            if mesh.is_leader():
+                print(stop, file=sys.stderr)
+            return 128 + stop.signal  # what a shell says of a process that a signal ended
+    with explained(workdir):
+        (gan_report if generates else report).report(experiment, workdir)
+    return 0
+
+
+def _headline(experiment, workdir):
+    config, prepared = experiment.config, experiment.prepared
+    sizes = ', '.join(f'{len(getattr(prepared, part).labels)} {part}' for part in ('train', 'validation', 'test'))
+    return (
+        f'{config.model.name} with {config.model.layer} on {experiment.source.description} ({sizes} examples), '
+        f'{experiment.total_steps} steps, run folder {workdir}'
+    )
+
+
+def main():
+    """The command, see `command_line.run_command`."""
+    return command_line.run_command(run, __doc__, command_line.ABOUT_CONFIGS)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

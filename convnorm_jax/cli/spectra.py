@@ -1,0 +1,195 @@
+"""Measures what each layer of trained nets does to lengths, and puts the nets side by side.
+
+python -m experiments.spectra --workdirs=runs/A,runs/B [--output=DIR] [--checkpoint=best|latest]
+
+Prints a table of operator norms; writes spectra.json, spectra.md and spectra.png to --output
+(by default runs/A/spectra). Measured, not certified: see convnorm_jax/evaluation/operators.py.
+"""
+
+import os
+import sys
+import tempfile
+
+from absl import flags
+
+from convnorm_jax.cli import command_line
+from convnorm_jax.cli.run_config import run_config
+from convnorm_jax.errors import UserError
+from convnorm_jax.reports.tables import aligned_table
+
+NOTE = 'measured, not certified: power iteration comes from below, in float32'
+QUANTILES = {'min': 0.0, 'quantile_05': 0.05, 'median': 0.5, 'quantile_95': 0.95, 'max': 1.0}
+
+
+def parse(argv):
+    """(workdirs, output, checkpoint) of a command line.
+
+    Raises:
+      ValueError: anything the user got wrong, in one line.
+    """
+    values = flags.FlagValues()  # not absl's global ones: these belong to this command only
+    flags.DEFINE_list('workdirs', [], 'folders of runs', flag_values=values)
+    flags.DEFINE_string('output', '', 'folder to write', flag_values=values)
+    flags.DEFINE_enum('checkpoint', 'best', ['best', 'latest'], 'which checkpoint of each run', flag_values=values)
+    command_line.parse_own(values, argv, '--workdirs=A,B --output=DIR --checkpoint=best|latest')
+    workdirs = [os.path.normpath(os.path.expanduser(part)) for part in values.workdirs if part]
+    if not workdirs or len(set(workdirs)) < len(workdirs):
+        raise UserError(
+            f'--workdirs={",".join(values.workdirs)}: expected folders of runs, separated by commas, each once'
+        )
+    return workdirs, os.path.expanduser(values.output) or os.path.join(workdirs[0], 'spectra'), values.checkpoint
+
+
+def run():
+    """One command, from `sys.argv`; returns the exit code. A user's mistake is raised as `UserError`."""
+    workdirs, output, checkpoint = parse(sys.argv)
+    # Only now: a mistake on the command line is answered before anything heavy is loaded.
+    from convnorm_jax.cli.compiled import keep_programs
+    from convnorm_jax.files import write_json, write_text
+    from convnorm_jax.plots.operators import MAX_RUNS, layer_operators
+    from convnorm_jax.runs.workdir import has_checkpoints
+
+    keep_programs()
+    if len(workdirs) > MAX_RUNS:
+        raise UserError(f'--workdirs: {len(workdirs)} runs; at most {MAX_RUNS} can be told apart in one picture')
+    configs = [run_config(workdir) for workdir in workdirs]
+    labels = _labels(workdirs, configs)
+    try:
+        os.makedirs(output, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(f'--output={output}: can not write there ({error.strerror}); give another folder') from error
+    for workdir in workdirs:
+        if not has_checkpoints(workdir):
+            raise UserError(f'--workdirs={workdir}: no checkpoint there yet; train first, or leave it out')
+    facts, operators = {}, {}
+    try:
+        for label, workdir, config in zip(labels, workdirs, configs):
+            print(f'measuring {workdir} ({label})', file=sys.stderr, flush=True)
+            facts[label], operators[label] = _measure(workdir, config, checkpoint)
+    finally:  # whatever ends it, the runs that were measured are written
+        if facts:
+            table = _table(facts, operators)
+            print(table)
+            write_json(os.path.join(output, 'spectra.json'), _content(facts, operators))
+            write_text(os.path.join(output, 'spectra.md'), table + '\n')
+    bounds = {label: fact['product_bound'] for label, fact in facts.items()}
+    layer_operators(operators, os.path.join(output, 'spectra.png'), title=_title(facts), bounds=bounds)
+    for name in ('spectra.json', 'spectra.md', 'spectra.png'):
+        print(f'wrote {os.path.join(output, name)}')
+    return 0
+
+
+def _labels(workdirs, configs):
+    """The shortest of three ways to name the runs that tells them apart."""
+    ways = (
+        [config.model.layer for config in configs],
+        [f'{config.model.name}, {config.model.layer}, seed {config.seed}' for config in configs],
+        [os.path.basename(workdir) for workdir in workdirs],
+        workdirs,
+    )
+    return next(labels for labels in ways if len(set(labels)) == len(labels))
+
+
+def _measure(workdir, config, checkpoint):
+    """(facts of a run, its layers' operators)."""
+    from convnorm_jax.evaluation.operators import layer_operators, product_bound
+    from convnorm_jax.training import setup
+    from convnorm_jax.training.loop import restore_variables
+
+    experiment = setup.build(config)
+    variables, chosen, _ = restore_variables(experiment, workdir, checkpoint)
+    operators = layer_operators(experiment.model, variables, experiment.input_shape)
+    facts = {
+        'workdir': workdir,
+        'model': config.model.name,
+        'layer': config.model.layer,
+        'data': experiment.source.description,
+        'algorithm': config.train.algorithm,
+        'seed': config.seed,
+        'checkpoint': checkpoint if chosen.best_rating is not None else 'latest',
+        'checkpoint_step': chosen.step,
+        'product_bound': product_bound(experiment.model, operators),
+    }
+    return facts, operators
+
+
+def _content(facts, operators):
+    """What spectra.json holds."""
+    runs = {label: {**facts[label], 'layers': [_layer(o) for o in operators[label]]} for label in facts}
+    return {'note': NOTE, 'runs': runs}
+
+
+def _layer(operator):
+    return {
+        'name': operator.name,
+        'kind': operator.kind,
+        'picture': list(operator.picture),
+        'output': list(operator.output),
+        'strides': list(operator.strides),
+        'conv_norm': operator.conv_norm,
+        'layer_norm': operator.layer_norm,
+        'conv_circular': _quantiles(operator.conv_circular),
+        'layer_circular': _quantiles(operator.layer_circular),
+    }
+
+
+def _quantiles(values):
+    import numpy as np
+
+    return None if values is None else {name: float(np.quantile(values, q)) for name, q in QUANTILES.items()}
+
+
+def _title(facts):
+    """What all runs share."""
+    shared = [{fact[key] for fact in facts.values()} for key in ('model', 'data', 'algorithm')]
+    words = [next(iter(values)) if len(values) == 1 else '' for values in shared]
+    words[2] = words[2] and f'{words[2]} training'
+    return ', '.join(word for word in words if word)
+
+
+def _table(facts, operators):
+    """Operator norms: a row a layer, two columns a run, as Markdown that reads well as text."""
+    by_name = {label: {o.name: o for o in layers} for label, layers in operators.items()}
+    names = list(dict.fromkeys(name for layers in by_name.values() for name in layers))
+    head = ['layer', 'picture', 'stride', *(f'{label}: {part}' for label in facts for part in ('conv', 'layer'))]
+    rows = []
+    for name in names:
+        first = next(layers[name] for layers in by_name.values() if name in layers)
+        cells = [name, 'x'.join(map(str, first.picture)), 'x'.join(map(str, first.strides))]
+        for layers in by_name.values():
+            found = layers.get(name)
+            cells += [_number(found and found.conv_norm), _number(found and found.layer_norm)]
+        rows.append(cells)
+    bounds = [cell for fact in facts.values() for cell in ('', _number(fact['product_bound']))]
+    rows.append(['product bound', '', '', *bounds])
+    title = f'Operator norms of {_title(facts) or "the layers"}; {NOTE}.'
+    return '\n'.join([title, '', aligned_table(head, rows, len(head)), '', *_notes(facts)])
+
+
+def _number(value):
+    return '-' if value is None else f'{value:.4g}'
+
+
+def _notes(facts):
+    runs = (
+        f'- {label}: {fact["workdir"]}, {fact["model"]}, seed {fact["seed"]}, {fact["checkpoint"]} checkpoint '
+        f'(step {fact["checkpoint_step"]})'
+        for label, fact in facts.items()
+    )
+    return [
+        *runs,
+        '- conv: the convolution with its effective kernel (ConvNorm: with its preconditioner); layer: with its '
+        'normalization at evaluation; -: not linear, or not in the net',
+        '- product bound: of how far apart the logits of two normalized pictures can be over their distance (l2)',
+    ]
+
+
+def main():
+    """The command, see `command_line.run_command`."""
+    return command_line.run_command(run, __doc__)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""A table of an experiment over a grid of settings and several seeds: one run each, then mean +- standard deviation.
+
+python -m experiments.sweep --config=configs/cifar10_label_noise.py --workdir=runs/label_noise
+    --grid=model.layer=convnorm,batchnorm --grid=data.label_noise.rate=0.0,0.2,0.4 --seeds=0,1
+    [--rows=KEY,...] [--columns=KEY,...] [--jobs=N] [--mode=train|report] [--config.KEY=VALUE ...]
+
+Every run is one of convnorm_jax.cli.run in a folder of its own in --workdir. The same command again
+runs what is not finished yet, and goes on with what was interrupted. Changed attacks
+(--config.attack.KEY=VALUE) are made on the trained nets, without training anew.
+Writes sweep.md, sweep.csv, sweep.json and, where a key of the grid is numeric, plots/sweep.png.
+With --mode=report it only collects what is there.
+"""
+
+import os
+import re
+import shlex
+import sys
+
+from absl import flags
+
+from convnorm_jax.cli import command_line
+from convnorm_jax.errors import UserError
+
+
+def parse(argv):
+    """(options, grid {key: values as typed}, seeds, arguments for the configs) of a command line.
+
+    Raises:
+      ValueError: anything wrong with the sweep's own options, in one line.
+    """
+    options = _options()
+    try:
+        arguments = options(argv, known_only=True)[1:]
+    except flags.IllegalFlagValueError as error:
+        raise UserError(str(error).removeprefix('flag ')) from error
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    given = [argument.lstrip('-').split('=', 1)[0] for argument in arguments if argument.startswith('-')]
+    for name in given:
+        if name.split('.')[0] not in ('config', 'noconfig', ''):
+            raise UserError(f'--{name}: no such option; there are --config.KEY, {_names(options)}')
+    if not options.workdir:
+        raise UserError("--workdir is missing: give the sweep's folder, e.g. --workdir=runs/label_noise")
+    grid = _grid(options.grid)
+    for key in ('seed', *grid):
+        if f'config.{key}' in given or f'noconfig.{key}' in given:
+            where = '--seeds' if key == 'seed' else '--grid'
+            raise UserError(f'--config.{key}: give it by {where} alone')
+    return options, grid, _seeds(options.seeds), arguments
+
+
+def run(argv):
+    """One command; returns the exit code. A user's mistake is raised as `UserError`."""
+    options, grid, seeds, arguments = parse(argv)
+    workdir = os.path.expanduser(options.workdir)
+    if os.path.exists(workdir) and not os.path.isdir(workdir):
+        raise UserError(f'--workdir={workdir}: can not write there (it is a file); give another folder')
+    # Only now: a mistake in the options is answered before anything heavy is loaded.
+    from convnorm_jax.cli import sweep_runs
+    from convnorm_jax.reports import sweep as sweep_report
+
+    rows, columns = sweep_report.layout(list(grid), options.rows, options.columns)
+    runs = sweep_runs.plan(arguments, grid, seeds, workdir)
+    failed = []
+    if options.mode == 'train':
+        todo = [run for run in runs if sweep_runs.finished_result(run) is None]
+        _say(f'{len(runs)} runs in {workdir}, {len(runs) - len(todo)} of them done before; each has its log.txt')
+        try:
+            failed = sweep_runs.run_all(todo, options.jobs, _say)
+        except sweep_runs.Stopped as stop:
+            _say(stop)
+            return 128 + stop.signal  # what a shell says of a process that a signal ended
+    results = [sweep_runs.finished_result(run) for run in runs]
+    if any(results):
+        sweep_report.report(runs, results, rows, columns, workdir, _command(argv))
+    elif not failed:
+        raise UserError(f'--workdir={workdir}: no finished run there of this config, grid and seeds')
+    if failed:
+        _say(f'{len(failed)} of {len(runs)} runs failed; the same command tries them again')
+    elif None in results:
+        _say(f'{results.count(None)} of {len(runs)} runs are not finished')
+    return 1 if failed else 0
+
+
+def _options():
+    # Flags of their own: absl's global ones are those of convnorm_jax.cli.run, whose --workdir is another.
+    values = flags.FlagValues()
+    flags.DEFINE_multi_string('grid', [], 'KEY=VALUE,VALUE,...; several: all combinations', flag_values=values)
+    flags.DEFINE_string('seeds', '0', 'whole numbers', flag_values=values)
+    flags.DEFINE_string('workdir', None, "the sweep's folder", flag_values=values)
+    flags.DEFINE_string('rows', None, 'keys of the grid (default: all but the last)', flag_values=values)
+    flags.DEFINE_string('columns', None, 'keys of the grid (default: the last of several)', flag_values=values)
+    flags.DEFINE_integer('jobs', 1, 'runs at a time', lower_bound=1, flag_values=values)
+    flags.DEFINE_enum('mode', 'train', ['train', 'report'], 'run and report, or only report', flag_values=values)
+    values.set_gnu_getopt()
+    return values
+
+
+def _names(options):
+    return ', '.join(f'--{name}' for name in sorted(options) if len(name) > 1)
+
+
+def _grid(texts):
+    grid = {}
+    for text in texts:
+        key, _, values = text.partition('=')
+        key = key.strip().removeprefix('config.')
+        # A comma within brackets belongs to the value: (1,1,1).
+        values = [value.strip() for value in re.findall(r'(?:\([^)]*\)|\[[^\]]*\]|[^,])+', values)]
+        if not key or not values or not all(values):
+            raise UserError(f'--grid={text}: expected KEY=VALUE,VALUE,..., e.g. --grid=model.layer=convnorm,batchnorm')
+        if key in grid:
+            raise UserError(f'--grid={text}: {key} is given twice; give all its values in one --grid')
+        if key == 'seed':
+            raise UserError(f'--grid={text}: seeds are given by --seeds, over which the mean is taken')
+        grid[key] = values
+    return grid
+
+
+def _seeds(text):
+    try:
+        seeds = [int(seed) for seed in text.split(',')]
+    except ValueError as error:
+        raise UserError(f'--seeds={text}: expected whole numbers, e.g. --seeds=0,1,2') from error
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f'--seeds={text}: expected each seed once')
+    return seeds
+
+
+def _command(argv):
+    kept = [argument for argument in argv[1:] if argument not in ('--mode=report', '--mode=train')]
+    return shlex.join(['convnorm', 'sweep', *kept])
+
+
+def _say(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+def main():
+    """The command, see `command_line.run_command`."""
+    return command_line.run_command(lambda: run(sys.argv), __doc__, command_line.ABOUT_CONFIGS)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

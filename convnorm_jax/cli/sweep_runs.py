@@ -1,0 +1,257 @@
+"""The runs of a sweep: their names and configs, which of them are finished, their processes."""
+
+import dataclasses
+import fcntl
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+from ml_collections import ConfigDict
+
+from convnorm_jax.cli.command_line import read_config
+from convnorm_jax.errors import UserError
+from convnorm_jax.runs.interrupt import StopRequest
+from convnorm_jax.runs.workdir import check_workdir, keep_earlier_result, load_config, read_result
+from convnorm_jax.training.config import flatten
+
+# What changes nothing in result.json, where a folder's config.json may differ from the config of today.
+_WITHOUT_EFFECT = ('plots', 'log.', 'checkpoint.', 'data.data_dir', 'eval.batch_size')
+_ATTACK_FIGURES = ('epsilon', 'step_size', 'pgd_steps', 'restarts')  # in result.json by the names of the config
+_SECONDS_BETWEEN_LOOKS = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One combination of a grid with one seed.
+
+    Attributes:
+      values: {grid key: value}, in the order of the grid.
+      seed: of this run.
+      folder: of this run.
+      arguments: of `convnorm_jax.cli.run`.
+      config: what these make.
+    """
+
+    values: dict
+    seed: int
+    folder: str
+    arguments: tuple[str, ...]
+    config: ConfigDict
+
+    @property
+    def name(self):
+        """Name of the folder."""
+        return os.path.basename(self.folder)
+
+
+class Stopped(Exception):
+    """The sweep was asked to stop; its runs saved.
+
+    Attributes:
+      signal: number of the signal that asked.
+    """
+
+    def __init__(self, number):
+        super().__init__('stopped; the same command goes on from there')
+        self.signal = number
+
+
+def plan(arguments, grid, seeds, workdir):
+    """The `Run`s of a sweep, every config and folder checked; the first seed of all combinations comes first.
+
+    Args:
+      arguments: `--config=FILE` and the overrides that all runs share.
+      grid: {key: values as typed}.
+      seeds: whole numbers.
+      workdir: the sweep's folder.
+
+    Raises:
+      ValueError: an impossible combination, a value given twice, a folder with another run.
+    """
+    runs = [
+        _make_run(arguments, dict(zip(grid, texts, strict=True)), seed, workdir)
+        for seed in seeds
+        for texts in itertools.product(*grid.values())
+    ]
+    folders = set()
+    for run in runs:
+        if run.folder in folders:
+            raise UserError(f'--grid: {run.name} comes up twice; give every value once')
+        folders.add(run.folder)
+        check_workdir(run.folder, run.config)
+    return runs
+
+
+def finished_result(run):
+    """The flat dict of a run's result.json, None unless it is there and of this very config."""
+    result = read_result(run.folder)
+    try:
+        saved = flatten(load_config(run.folder))
+    except UserError:
+        return None
+    if result is None or 'incomplete' in result:
+        return None
+    given = flatten(run.config.to_dict())
+    same = all(given[k] == saved.get(k, given[k]) for k in given if not k.startswith(_WITHOUT_EFFECT))
+    # An evaluation by hand writes another result, but no config.
+    attacks = ((result.get(name), given[f'attack.{name}']) for name in _ATTACK_FIGURES)
+    return result if same and all(found in (None, value) for found, value in attacks) else None
+
+
+def run_all(runs, jobs, say):
+    """Runs `convnorm_jax.cli.run` for each, up to `jobs` at a time, each in a process of its own.
+
+    Their output is appended to log.txt in their folders.
+
+    Args:
+      runs: list of `Run`.
+      jobs: at least 1.
+      say: function of a line of text.
+
+    Returns:
+      The runs that failed.
+
+    Raises:
+      Stopped: after a first SIGINT or SIGTERM, when the processes have saved and stopped.
+    """
+    waiting, running, failed = list(enumerate(runs, 1)), [], []
+    told = False
+    with StopRequest() as stop:
+        try:
+            while running or (waiting and not stop.signal):
+                while waiting and len(running) < jobs and not stop.signal:
+                    number, run = waiting.pop(0)
+                    running.append(_Process(run, f'[{number}/{len(runs)}] {run.name}', say))
+                if stop.signal and not told:
+                    told = True
+                    say('stopping: the runs save first')
+                    _interrupt(running)
+                for process in [process for process in running if process.ended()]:
+                    running.remove(process)
+                    failed += [process.run] if process.failed(told, say) else []
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+        except BaseException:  # a second Ctrl-C: the runs take their second one as "now"
+            _interrupt(running)
+            raise
+    if stop.signal and (told or waiting):
+        raise Stopped(stop.signal)
+    return failed
+
+
+def short_keys(keys):
+    """{key: a short name of it}: without its section, where that is clear enough."""
+    short = {key: key.split('.', 1)[-1] for key in keys}
+    vague = [name for name in short.values() if name in ('name', 'kind') or list(short.values()).count(name) > 1]
+    return {key: key if name in vague else name for key, name in short.items()}
+
+
+def value_text(value):
+    """A value of a config as people write it."""
+    if isinstance(value, float) and float(f'{value:g}') == value:
+        return f'{value:g}'
+    return str(value)
+
+
+class _Process:
+    """A run's process; it holds the lock on its log.txt to its end, even if the sweep is killed before it."""
+
+    def __init__(self, run, title, say):
+        self.run, self.title, self.begin = run, title, time.monotonic()
+        self.path, self.start = os.path.join(run.folder, 'log.txt'), 0
+        self.process, self.error = None, f'another process is at work in {run.folder}'
+        try:
+            os.makedirs(run.folder, exist_ok=True)
+            with open(self.path, 'ab') as log:
+                if _lock(log):
+                    self.start = log.tell()
+                    keep_earlier_result(run.folder)  # what is there at the end is new
+                    self.process = _start(run, log)
+                    say(f'{title}: started')
+        except OSError as error:
+            self.error = f'{run.folder}: can not write there ({error.strerror})'
+
+    def ended(self):
+        return self.process is None or self.process.poll() is not None
+
+    def interrupt(self):
+        if not self.ended():
+            self.process.send_signal(signal.SIGINT)
+
+    def failed(self, told, say):
+        """Says in one line how it ended; True if not well, though it was not told to stop."""
+        problem = self._problem()
+        if not problem:
+            say(f'{self.title}: done in {time.monotonic() - self.begin:.0f} s, {_headline(finished_result(self.run))}')
+        elif told and self.process:
+            say(f'{self.title}: {self._last_line()}')
+        else:
+            say(f'{self.title}: failed: {problem}')
+        return bool(problem) and not told
+
+    def _problem(self):
+        if not self.process:
+            return self.error
+        code = self.process.returncode
+        if code:
+            return f'{f"exit code {code}" if code > 0 else f"killed by signal {-code}"}: {self._last_line()}'
+        return None if finished_result(self.run) else f'no result.json of this config in {self.run.folder}'
+
+    def _last_line(self):
+        """Of what it said since its start."""
+        with open(self.path, 'rb') as log:
+            log.seek(self.start)
+            lines = [line.strip() for line in log.read().decode(errors='replace').splitlines()]
+        return next((line for line in reversed(lines) if line), 'it said nothing')
+
+
+def _headline(result):
+    if 'test_accuracy' in result:
+        return f'test accuracy {100 * result["test_accuracy"]:.2f} %'
+    name = next(name for name in ('fid', 'fid_classifier') if name in result)
+    return f'{name} {result[name]:.3f}'
+
+
+def _lock(file):
+    """False if another process holds the lock; one that inherits the file holds it to its end."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def _start(run, log):
+    # In a group of its own Ctrl-C in the terminal does not reach it: it must hear of it once, from the sweep.
+    return subprocess.Popen(
+        [sys.executable, '-m', 'convnorm_jax.cli.run', *run.arguments, f'--workdir={run.folder}'],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env={**os.environ, 'PYTHONUNBUFFERED': '1'},  # or the table would come after the error
+    )
+
+
+def _interrupt(processes):
+    for process in processes:
+        process.interrupt()
+
+
+def _make_run(arguments, texts, seed, workdir):
+    arguments = (*arguments, *(f'--config.{key}={text}' for key, text in texts.items()), f'--config.seed={seed}')
+    config = read_config(arguments)
+    flat = flatten(config)
+    values = {key: flat[key] for key in texts}
+    names = short_keys(values)
+    parts = [f'{names[key]}={_file_text(value)}' for key, value in values.items()]
+    return Run(values, seed, os.path.join(workdir, ','.join([*parts, f'seed={seed}'])), arguments, config)
+
+
+def _file_text(value):
+    return re.sub(r'[^\w.+-]+', '-', value_text(value)).strip('-')

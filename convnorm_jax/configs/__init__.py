@@ -1,0 +1,1 @@
+"""Configs of the experiments: `--config=NAME` of a command is NAME.py here."""

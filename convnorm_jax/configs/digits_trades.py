@@ -1,0 +1,24 @@
+"""TRADES adversarial training of SimpleCNN with ConvNorm on the embedded digits.
+
+    python -m experiments.main --config=configs/digits_trades.py
+
+The radius is 32/255, five steps of 10/255. PGD training instead: --config.train.algorithm=pgd
+
+What to expect: not run to its end by us yet.
+"""
+
+from convnorm_jax.configs import digits_convnorm
+
+
+def get_config():
+    """Returns the config."""
+    config = digits_convnorm.get_config()
+    config.train.algorithm = 'trades'
+    config.train.adversarial.epsilon = 32.0
+    config.train.adversarial.step_size = 10.0
+    config.train.adversarial.steps = 5
+    config.attack.epsilon = 32.0
+    config.attack.step_size = 8.0
+    config.attack.pgd_steps = 20
+    config.eval.checkpoint = 'latest'  # clean validation accuracy does not choose a robust net
+    return config

@@ -1,0 +1,164 @@
+"""The standard suite of a run: measurements, `report.md`, `report.json` and their pictures."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+
+from convnorm_jax import plots
+from convnorm_jax.evaluation import suite as suite_lib
+from convnorm_jax.files import write_json, write_text
+from convnorm_jax.reports import robustness_text
+from convnorm_jax.training import classification
+from convnorm_jax.training.config import flatten
+
+# What of a config decides the figures of the suite, beside the net itself.
+_DECIDES = ('attack.', 'eval.autoattack.', 'eval.curve', 'eval.simba.', 'data.name', 'seed')
+
+
+def run_suite(experiment, variables, workdir, log, found):
+    """All parts of the suite that the config names, on the first `eval.examples` test pictures.
+
+    Args:
+      experiment: a `Classification`; variables: of its net.
+      workdir: results go to `workdir/evaluation/`, where an interrupted evaluation goes on.
+      log: takes a line of text.
+      found: a dict that each part is put into as soon as it ends: {'autoattack': `EnsembleResult`, 'curve': ...,
+        'simba': ..., 'corruptions': ...}, those named.
+    """
+    config = experiment.config
+    subject = _subject(experiment, variables, workdir, log)
+    for part in config.eval.parts:
+        log(f'{part} on {len(subject.labels)} examples')
+        found[part] = _measure(part, subject, config)
+
+
+def _subject(experiment, variables, workdir, log):
+    config, attacked = experiment.config, experiment.attacked
+    settings = {k: v for k, v in flatten(config.to_dict()).items() if k.startswith(_DECIDES)}
+    settings['examples'] = len(attacked.labels)
+    if experiment.streamed:  # of these the name says too little
+        settings['data'] = experiment.source.description
+    folder = suite_lib.open_folder(os.path.join(workdir, 'evaluation'), variables, settings)
+    return suite_lib.Subject(
+        experiment.evaluator,
+        variables,
+        attacked.images,
+        attacked.labels,
+        config.seed,
+        folder,
+        log,
+    )
+
+
+def _measure(part, subject, config):
+    section, attack = config.eval, config.attack
+    if part == 'autoattack':
+        return suite_lib.run_autoattack(
+            subject, epsilon=attack.epsilon / 255, norm=attack.norm, **section.autoattack.to_dict()
+        )
+    if part == 'curve':
+        return suite_lib.run_curve(subject, classification.make_attack(config, 'pgd'), section.curve)
+    if part == 'simba':
+        return suite_lib.run_simba(subject, **section.simba.to_dict())
+    return suite_lib.run_corruptions(subject)
+
+
+def headline_figures(found):
+    """What of the suite goes into `result.json`: flat, accuracies in [0, 1]."""
+    figures = {}
+    if 'autoattack' in found:
+        figures['autoattack_accuracy'] = found['autoattack'].robust_accuracy
+        figures['autoattack_examples'] = len(found['autoattack'].robust)
+    if 'corruptions' in found:
+        figures['corruption_accuracy'] = found['corruptions']['mean']
+    return figures
+
+
+def write_report(experiment, result, attacked, found, workdir, name='report'):
+    """Writes `report.md`, `report.json` and, of a complete result, the pictures of the suite.
+
+    Args:
+      result: the flat dict of `result.json`.
+      attacked: {name: what `Evaluator.robust_accuracy` returned}.
+      found: from `run_suite`.
+      name: of the two files.
+
+    Returns:
+      The paths written.
+    """
+    report = robust_bench_fields(experiment, result, found)
+    report['settings'] = {
+        k: v for k, v in flatten(experiment.config.to_dict()).items() if k.startswith(('attack.', 'eval.'))
+    }
+    report['figures'] = {**result, 'attacks': {name: dict(row) for name, row in attacked.items()}, **_plain(found)}
+    json_path, text_path = (os.path.join(workdir, f'{name}.{kind}') for kind in ('json', 'md'))
+    write_json(json_path, report)
+    pictures = {}
+    try:
+        if 'incomplete' not in result:
+            _draw(experiment, result, attacked, found, os.path.join(workdir, 'plots'), pictures)
+    finally:  # the tables do not wait for a picture that cannot be drawn
+        text = robustness_text.render(experiment, result, attacked, found, pictures, workdir)
+        write_text(text_path, text)
+    return [json_path, text_path, *pictures.values()]
+
+
+def robust_bench_fields(experiment, result, found):
+    """The fields of RobustBench's model cards: strings, accuracies in %, epsilon as a fraction.
+
+    'autoattack_acc' is None without AutoAttack; all are of the examples named in 'examples', not
+    always of the whole test set as on the leaderboard.
+    """
+    config = experiment.config
+    ensemble = found.get('autoattack')
+    clean = ensemble.clean_accuracy if ensemble else result['test_accuracy']
+    return {
+        'name': f'{config.model.name}, {config.model.layer}, {config.train.algorithm} training',
+        'dataset': config.data.name,
+        'architecture': config.model.name,
+        'layer': config.model.layer,
+        'norm': {'linf': 'Linf', 'l2': 'L2'}[config.attack.norm],
+        'eps': f'{config.attack.epsilon:g}/255',
+        'clean_acc': f'{100 * clean:.2f}',
+        'autoattack_acc': f'{100 * ensemble.robust_accuracy:.2f}' if ensemble else None,
+        'examples': len(ensemble.robust) if ensemble else result['test_examples'],
+        'additional_data': False,
+        'number_forward_passes': 1,
+        'unreliable': bool(ensemble.warnings) if ensemble else None,
+    }
+
+
+def _plain(found):
+    """The suite's figures without its images."""
+    plain = dict(found)
+    if 'autoattack' in plain:
+        fields = dataclasses.asdict(dataclasses.replace(plain['autoattack'], images=None, robust=None))
+        plain['autoattack'] = {k: v for k, v in fields.items() if v is not None}
+    return json.loads(json.dumps(plain))
+
+
+def _draw(experiment, result, attacked, found, folder, paths):
+    """Draws the suite's pictures; puts {what: path} of each into `paths`."""
+    config = experiment.config
+    if not config.plots:
+        return
+    title = f'{config.model.name}, {config.model.layer}, {config.train.algorithm} training, seed {config.seed}'
+    if 'curve' in found:
+        curves = {f'PGD-{config.attack.pgd_steps}': [(255 * radius, accuracy) for radius, accuracy in found['curve']]}
+        path = os.path.join(folder, 'accuracy_against_epsilon.png')
+        paths['curve'] = plots.epsilon_curve(curves, path, title=title, epsilon=config.attack.epsilon)
+    if 'autoattack' in found:
+        rows = robustness_text.attack_rows(config, result, attacked, found)
+        path = os.path.join(folder, 'robust_accuracy.png')
+        paths['attacks'] = plots.attack_bars([row[:3] for row in rows], path, title=title)
+    if 'corruptions' in found:
+        path = os.path.join(folder, 'corruptions.png')
+        paths['corruptions'] = plots.corruption_table(found['corruptions']['table'], path, title=title)
+    if 'simba' in found:
+        results = {
+            f'SimBA {basis}': (np.array(row['queries']), np.array(row['success']))
+            for basis, row in found['simba'].items()
+        }
+        paths['simba'] = plots.query_curve(results, os.path.join(folder, 'simba_queries.png'), title=title)

@@ -1,0 +1,54 @@
+"""The progress line of a run."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from convnorm_jax.mesh import is_leader
+
+
+class ProgressLine:
+    """One line: the figures so far and the time left; and a line for each epoch.
+
+    Where there is no terminal, such as in a log file, the line is printed anew now and then. Of many
+    processes, the leader prints.
+    """
+
+    SECONDS_BETWEEN_LINES = 60
+
+    def __init__(self, total_steps, step):
+        self._terminal, self._prints = sys.stderr.isatty() and is_leader(), is_leader()
+        self._bar = tqdm(
+            total=total_steps,
+            initial=step,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=not self._terminal,
+            bar_format='{desc} [{percentage:.0f}% of {total_fmt} steps, left {remaining}]',
+        )
+        self._start, self._first, self._total = time.monotonic(), step, total_steps
+        self._printed = self._start
+
+    def update(self, step, text):
+        """Shows a text at a step."""
+        if self._terminal:
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif time.monotonic() - self._printed > self.SECONDS_BETWEEN_LINES:
+            elapsed = time.monotonic() - self._start
+            left = elapsed * (self._total - step) / max(step - self._first, 1)
+            self.line(f'{text} [step {step} of {self._total}, left {tqdm.format_interval(left)}]')
+
+    def line(self, text):
+        """Prints a line of its own above the progress line."""
+        self._printed = time.monotonic()
+        if self._terminal:
+            self._bar.write(text, file=sys.stderr)
+        elif self._prints:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self):
+        """Ends the progress line."""
+        self._bar.close()
