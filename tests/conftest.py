@@ -34,9 +34,24 @@ from convnorm_jax.mesh import reserve_host_threads  # noqa: E402
 reserve_host_threads()
 
 
+# Files that take longest, in order: with these first two processes end together.
+_LONGEST = ()
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # of xdist: by the number of tests, which is not their time
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a product of parameters marked `covering(n)` all become slow but a few that hold every n values together."""
+    """The longest files first; of products of parameters marked `covering` all but a few are slow."""
+    _mark_products(items)
+    place = {name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition('::')[0], len(place)))
+
+
+def _mark_products(items):
+    """Of a product marked `covering(n)` so many tests stay as hold every n values together; the rest becomes slow."""
     products = collections.defaultdict(list)
     for item in items:
         mark = item.get_closest_marker('covering')
@@ -44,7 +59,7 @@ def pytest_collection_modifyitems(items):
             products[item.nodeid.partition('[')[0], *mark.args].append(item)
     for (_, strength), rest in products.items():
         values = {item: [(name, id(value)) for name, value in item.callspec.params.items()] for item in rest}
-        held = {item: set(itertools.combinations(values[item], strength)) for item in rest}
+        held = {item: set(itertools.combinations(pairs, strength)) for item, pairs in values.items()}
         missing = set().union(*held.values())
         while missing:
             best = max(rest, key=lambda item: len(held[item] & missing))
@@ -151,6 +166,14 @@ def older_code_generator():
     except jax.errors.JaxRuntimeError:  # no such option
         return {}
     return options
+
+
+@pytest.fixture(scope='session')
+def quick_environment(older_code_generator):
+    """Variables of a process of one device that compiles as with `quick_compilation`."""
+    flags = ' '.join(f'--{name}={str(value).lower()}' for name, value in older_code_generator.items())
+    inherited = {name: value for name, value in os.environ.items() if name not in ('XLA_FLAGS', 'NPROC')}
+    return {**inherited, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', **({'XLA_FLAGS': flags} if flags else {})}
 
 
 @pytest.fixture(scope='module')
