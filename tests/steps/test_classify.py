@@ -67,7 +67,8 @@ def test_metrics_are_sums_and_counts(convnorm, batch):
     _, state, _, metrics = convnorm
     key = jax.random.fold_in(state.rng, 0)
     images = normalize(to_float(augment(key, batch['images'], 'crop', 1)), MEAN, STD)
-    logits, _ = net().apply({'params': state.params, **state.model_state}, images, train=True, mutable=['batch_stats'])
+    apply = jax.jit(lambda variables, images: net().apply(variables, images, train=True, mutable=['batch_stats']))
+    logits, _ = apply({'params': state.params, **state.model_state}, images)
     logits, labels = np.asarray(logits, np.float64), np.asarray(batch['labels'])
     losses = scipy.special.logsumexp(logits, axis=-1) - logits[np.arange(16), labels]
     assert set(metrics) == {'loss', 'accuracy', 'gradient_norm'}
@@ -152,9 +153,9 @@ def test_statistics_of_the_average_are_estimated_with_it(layer, microbatches, ba
     for _ in range(3):
         before = state.ema_state
         state, _ = step(state, batch)
+    apply = jax.jit(lambda variables, images: model.apply(variables, images, train=True, mutable=['batch_stats']))
     for part in range(microbatches):
-        given = {'params': state.ema, **before}
-        _, before = model.apply(given, images[part::microbatches], train=True, mutable=['batch_stats'])
+        _, before = apply({'params': state.ema, **before}, images[part::microbatches])
     expected, found = before['batch_stats']['conv1_1'], state.ema_state['batch_stats']['conv1_1']
     name = 'norm' if layer == 'batchnorm' else 'batch_norm'
     close(found[name], expected[name])
