@@ -105,7 +105,7 @@ def _generator(config, experiment):
         'kind': 'generator',
         'model': {
             'name': config.model.name,
-            'picture_shape': list(experiment.input_shape[1:]),
+            'picture_shape': list(experiment.input_shape),
             'latent': config.gan.latent,
             'num_classes': experiment.source.num_classes,
             'generator_width': config.gan.generator_width,
