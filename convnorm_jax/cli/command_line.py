@@ -14,6 +14,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from convnorm_jax.cli import overrides as overrides_lib
+from convnorm_jax.configs import default, keys
 from convnorm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -207,7 +208,7 @@ def _config_path(given):
 
 def _configs():
     names = sorted(os.path.basename(path).removesuffix('.py') for path in glob.glob(os.path.join(_PACKAGED, '*.py')))
-    return ', '.join(name for name in names if name not in ('__init__', 'default')) + ', or a file of your own'
+    return ', '.join(name for name in names if name not in ('__init__', 'default', 'keys')) + ', or a file of your own'
 
 
 def _load(path):
@@ -230,7 +231,7 @@ def _load(path):
 
 def _check_keys(path, config, base):
     """Raises ValueError unless a config file has the keys of the base config, and no others."""
-    given, known = set(overrides_lib.all_keys(config)), set(overrides_lib.all_keys(base))
+    given, known = set(keys.flatten(config)), set(keys.flatten(base))
     for key in sorted(given - known):
         close = difflib.get_close_matches(key, known, 1)
         hint = f'; did you mean config.{close[0]}?' if close else ''
@@ -253,31 +254,14 @@ def _checked_config(argv, path, values, holder):
     argv, absent = overrides_lib.last_of_each(argv, base)
     config = _parse_flags(argv, values, holder, base)
     for key in absent:
-        _set(config, key, None)
+        keys.put(config, key, None)
+    keys.check_types(config, base)
+    _split_names(config)
     # Heavy imports only now: a mistake in the flags has been answered by here.
-    from convnorm_jax.training.config import SUBSETS, check_config
+    from convnorm_jax.training.config import check_config
 
-    _check_types(config, base)
-    _split_names(config, SUBSETS)
     check_config(config)
     return config, absent
-
-
-def _check_types(config, base, section='config'):
-    """Raises ValueError for the first value that is of another type than in the base config.
-
-    ml_collections sees to it, but a file may tell it not to, and config.json may hold anything.
-    """
-    for name in base:
-        key, value, kind = f'{section}.{name}', config[name], base.get_type(name)
-        if isinstance(base[name], ConfigDict) and isinstance(value, ConfigDict):
-            _check_types(value, base[name], key)
-            continue
-        allowed = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
-        absent = value is None and base[name] is None
-        if not absent and (not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool)):
-            kind = 'section' if issubclass(kind, ConfigDict) else kind.__name__
-            raise UserError(f'{key}={value!r}: expected a value of type {kind}, as in configs/default.py')
 
 
 def _parse_flags(argv, values, holder, base):
@@ -293,38 +277,26 @@ def _parse_flags(argv, values, holder, base):
     return config
 
 
-def _split_names(config, keys):
+def _split_names(config):
     # A bare a,b on the command line arrives as the one string 'a,b'.
-    for key in keys:
-        _set(config, key, tuple(part for name in _get(config, key) for part in str(name).split(',') if part))
+    for name, key in default.KEYS.items():
+        if key.names:
+            given = keys.get(config, name)
+            keys.put(config, name, tuple(part for text in given for part in str(text).split(',') if part))
 
 
 def _run_config(given, workdir, overridden):
     """The config of the run in `workdir`, with the keys that this command line overrides."""
-    from convnorm_jax.runs.workdir import load_config
-    from convnorm_jax.training import config as config_lib
+    from convnorm_jax.runs.workdir import check_same_run, load_config
+    from convnorm_jax.training.config import check_config
 
     saved = load_config(workdir)
     merged = ConfigDict(given.to_dict())
-    for key, value in config_lib.flatten(saved).items():
-        _set(merged, key, tuple(value) if isinstance(value, list) else value)
+    keys.merge(merged, saved)
     for key in overridden:
-        _set(merged, key, _get(given, key))
-    _check_types(merged, _load(_BASE))
-    config_lib.check_config(merged)
-    config_lib.check_same_run(saved, merged.to_dict(), workdir)
+        keys.put(merged, key, keys.get(given, key))
+    keys.check_types(merged, _load(_BASE))
+    check_config(merged)
+    known = {key: value for key, value in keys.flatten(saved).items() if key in default.KEYS}
+    check_same_run(known, merged.to_dict(), workdir)
     return merged
-
-
-def _get(config, key):
-    for part in key.split('.'):
-        config = config[part]
-    return config
-
-
-def _set(config, key, value):
-    *sections, name = key.split('.')
-    for section in sections:
-        config = config[section] if section in config else config.setdefault(section, ConfigDict())
-    with config.ignore_type():
-        config[name] = value

@@ -18,7 +18,6 @@ import typing
 from absl import flags
 
 from convnorm_jax.cli import command_line
-from convnorm_jax.cli.run_config import run_config
 from convnorm_jax.errors import UserError
 from convnorm_jax.reports.tables import aligned_table
 
@@ -75,6 +74,7 @@ def run():
     from convnorm_jax.exported import save, serialization
     from convnorm_jax.files import check_place
     from convnorm_jax.runs.workdir import has_checkpoints
+    from convnorm_jax.training.config import run_config
 
     keep_programs()
     save.check_platforms(options.platforms, '--platforms')
@@ -92,9 +92,10 @@ def run():
 
 def _export(options, config):
     """Writes the file, once it is checked, and says what it is."""
-    from convnorm_jax import load_exported, save_weights
+    from convnorm_jax.exported.load import load_exported
     from convnorm_jax.training import setup
     from convnorm_jax.training.loop import restore_variables
+    from convnorm_jax.weights import save_weights
 
     experiment = setup.build(config)
     which = options.checkpoint or config.eval.checkpoint

@@ -5,6 +5,7 @@ import re
 
 from ml_collections import ConfigDict
 
+from convnorm_jax.configs import keys
 from convnorm_jax.errors import UserError
 
 _NO_VALUE = object()
@@ -53,8 +54,8 @@ def illegal_value(message, base):
     if not found:
         return message.removeprefix('flag --')
     key, value = found.groups()
-    or_none = ', or None' if _get(key, base) is None else ''
-    return f'config.{key}={value}: expected a value of type {_type(key, base).__name__}{or_none}'
+    or_none = ', or None' if keys.get(base, key) is None else ''
+    return f'config.{key}={value}: expected a value of type {keys.value_type(base, key).__name__}{or_none}'
 
 
 def _parts(argument):
@@ -67,7 +68,7 @@ def _parts(argument):
 
 def _check_none(key, base):
     """Raises UserError if None makes no sense for a key."""
-    default = _get(key, base)
+    default = keys.get(base, key)
     if default is None:
         return
     hint = f'; for nothing give --config.{key}=' if default == '' else ''
@@ -78,21 +79,8 @@ def _check_none(key, base):
     )
 
 
-def _get(key, base):
-    for part in key.split('.'):
-        base = base[part]
-    return base
-
-
-def _type(key, base):
-    *sections, name = key.split('.')
-    for part in sections:
-        base = base[part]
-    return base.get_type(name)
-
-
 def _is_boolean(key, base):
-    return _type(key, base) is bool
+    return keys.value_type(base, key) is bool
 
 
 def _check_key(key, config):
@@ -108,16 +96,8 @@ def _check_key(key, config):
 
 
 def _unknown_key(key, section, where, config):
-    everywhere = all_keys(config)
+    everywhere = list(keys.flatten(config))
     leaf = key.split('.')[-1]
     close = [k for k in everywhere if k.split('.')[-1] == leaf] or difflib.get_close_matches(key, everywhere, 1)
     hint = f'did you mean config.{close[0]}? ' if close else ''
     return f'config.{key}: no such key; {hint}{where} has {", ".join(sorted(section))}'
-
-
-def all_keys(config, prefix=''):
-    """The dotted keys of all values of a config."""
-    keys = []
-    for name, value in config.items():
-        keys += all_keys(value, f'{prefix}{name}.') if isinstance(value, ConfigDict) else [prefix + name]
-    return keys

@@ -13,7 +13,6 @@ import tempfile
 from absl import flags
 
 from convnorm_jax.cli import command_line
-from convnorm_jax.cli.run_config import run_config
 from convnorm_jax.errors import UserError
 from convnorm_jax.reports.tables import aligned_table
 
@@ -48,6 +47,7 @@ def run():
     from convnorm_jax.files import write_json, write_text
     from convnorm_jax.plots.operators import MAX_RUNS, layer_operators
     from convnorm_jax.runs.workdir import has_checkpoints
+    from convnorm_jax.training.config import run_config
 
     keep_programs()
     if len(workdirs) > MAX_RUNS:

@@ -11,6 +11,7 @@ Writes sweep.md, sweep.csv, sweep.json and, where a key of the grid is numeric, 
 With --mode=report it only collects what is there.
 """
 
+import itertools
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ import sys
 from absl import flags
 
 from convnorm_jax.cli import command_line
+from convnorm_jax.configs.keys import flatten
 from convnorm_jax.errors import UserError
 
 
@@ -56,21 +58,21 @@ def run(argv):
     if os.path.exists(workdir) and not os.path.isdir(workdir):
         raise UserError(f'--workdir={workdir}: can not write there (it is a file); give another folder')
     # Only now: a mistake in the options is answered before anything heavy is loaded.
-    from convnorm_jax.cli import sweep_runs
     from convnorm_jax.reports import sweep as sweep_report
+    from convnorm_jax.runs import sweep as sweep_lib
 
     rows, columns = sweep_report.layout(list(grid), options.rows, options.columns)
-    runs = sweep_runs.plan(arguments, grid, seeds, workdir)
+    runs = plan(arguments, grid, seeds, workdir)
     failed = []
     if options.mode == 'train':
-        todo = [run for run in runs if sweep_runs.finished_result(run) is None]
+        todo = [run for run in runs if sweep_lib.finished_result(run) is None]
         _say(f'{len(runs)} runs in {workdir}, {len(runs) - len(todo)} of them done before; each has its log.txt')
         try:
-            failed = sweep_runs.run_all(todo, options.jobs, _say)
-        except sweep_runs.Stopped as stop:
+            failed = sweep_lib.run_all(todo, options.jobs, _say)
+        except sweep_lib.Stopped as stop:
             _say(stop)
             return 128 + stop.signal  # what a shell says of a process that a signal ended
-    results = [sweep_runs.finished_result(run) for run in runs]
+    results = [sweep_lib.finished_result(run) for run in runs]
     if any(results):
         sweep_report.report(runs, results, rows, columns, workdir, _command(argv))
     elif not failed:
@@ -80,6 +82,34 @@ def run(argv):
     elif None in results:
         _say(f'{results.count(None)} of {len(runs)} runs are not finished')
     return 1 if failed else 0
+
+
+def plan(arguments, grid, seeds, workdir):
+    """The runs of a sweep, every config and folder checked; the first seed of all combinations comes first.
+
+    Args:
+      arguments: `--config=FILE` and the overrides that all runs share.
+      grid: {key: values as typed}.
+      seeds: whole numbers.
+      workdir: the sweep's folder.
+
+    Raises:
+      ValueError: an impossible combination, a value given twice, a folder with another run.
+    """
+    from convnorm_jax.runs.workdir import check_workdir
+
+    runs = [
+        _make_run(arguments, dict(zip(grid, texts, strict=True)), seed, workdir)
+        for seed in seeds
+        for texts in itertools.product(*grid.values())
+    ]
+    folders = set()
+    for run in runs:
+        if run.folder in folders:
+            raise UserError(f'--grid: {run.name} comes up twice; give every value once')
+        folders.add(run.folder)
+        check_workdir(run.folder, run.config)
+    return runs
 
 
 def _options():
@@ -125,6 +155,22 @@ def _seeds(text):
     if len(set(seeds)) < len(seeds):
         raise UserError(f'--seeds={text}: expected each seed once')
     return seeds
+
+
+def _make_run(arguments, texts, seed, workdir):
+    arguments = (*arguments, *(f'--config.{key}={text}' for key, text in texts.items()), f'--config.seed={seed}')
+    from convnorm_jax.runs.sweep import Run, short_keys, value_text
+
+    config = command_line.read_config(arguments)
+    flat = flatten(config)
+    values = {key: flat[key] for key in texts}
+    names = short_keys(values)
+    parts = [f'{names[key]}={_file_text(value_text(value))}' for key, value in values.items()]
+    return Run(values, seed, os.path.join(workdir, ','.join([*parts, f'seed={seed}'])), arguments, config)
+
+
+def _file_text(text):
+    return re.sub(r'[^\w.+-]+', '-', text).strip('-')
 
 
 def _command(argv):

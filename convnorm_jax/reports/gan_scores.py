@@ -3,17 +3,15 @@
 import os
 import sys
 
-from ml_collections import ConfigDict
-
 from convnorm_jax.configs import default
 from convnorm_jax.errors import UserError
 from convnorm_jax.evaluation import features as features_lib
 from convnorm_jax.evaluation.inception_weights import find_weights, inception_extractor
 from convnorm_jax.mesh import is_leader
-from convnorm_jax.runs.workdir import check_workdir, has_checkpoints, load_config
+from convnorm_jax.runs.workdir import check_workdir, has_checkpoints
 from convnorm_jax.training import loop, setup
 from convnorm_jax.training.build import round_up
-from convnorm_jax.training.config import check_config
+from convnorm_jax.training.config import check_config, run_config
 
 BATCH = 256
 
@@ -96,8 +94,7 @@ def classifier_config(config):
 def _given_classifier(config):
     """The config of the run in config.gan.classifier."""
     folder = config.gan.classifier
-    found = ConfigDict(default.get_config().to_dict())
-    found.update(load_config(folder))
+    found = run_config(folder)
     if found.train.algorithm == 'gan' or found.data.name != config.data.name:
         raise UserError(f'config.gan.classifier={folder}: expected a run of a classifier on {config.data.name}')
     return found

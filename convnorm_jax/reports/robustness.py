@@ -7,14 +7,12 @@ import os
 import numpy as np
 
 from convnorm_jax import plots
+from convnorm_jax.configs.default import KEYS
+from convnorm_jax.configs.keys import flatten
 from convnorm_jax.evaluation import suite as suite_lib
 from convnorm_jax.files import write_json, write_text
 from convnorm_jax.reports import robustness_text
 from convnorm_jax.training import classification
-from convnorm_jax.training.config import flatten
-
-# What of a config decides the figures of the suite, beside the net itself.
-_DECIDES = ('attack.', 'eval.autoattack.', 'eval.curve', 'eval.simba.', 'data.name', 'seed')
 
 
 def run_suite(experiment, variables, workdir, log, found):
@@ -36,7 +34,7 @@ def run_suite(experiment, variables, workdir, log, found):
 
 def _subject(experiment, variables, workdir, log):
     config, attacked = experiment.config, experiment.attacked
-    settings = {k: v for k, v in flatten(config.to_dict()).items() if k.startswith(_DECIDES)}
+    settings = {k: v for k, v in flatten(config).items() if KEYS[k].decides_suite}
     settings['examples'] = len(attacked.labels)
     if experiment.streamed:  # of these the name says too little
         settings['data'] = experiment.source.description
@@ -89,9 +87,7 @@ def write_report(experiment, result, attacked, found, workdir, name='report'):
       The paths written.
     """
     report = robust_bench_fields(experiment, result, found)
-    report['settings'] = {
-        k: v for k, v in flatten(experiment.config.to_dict()).items() if k.startswith(('attack.', 'eval.'))
-    }
+    report['settings'] = {k: v for k, v in flatten(experiment.config).items() if k.startswith(('attack.', 'eval.'))}
     report['figures'] = {**result, 'attacks': {name: dict(row) for name, row in attacked.items()}, **_plain(found)}
     json_path, text_path = (os.path.join(workdir, f'{name}.{kind}') for kind in ('json', 'md'))
     write_json(json_path, report)

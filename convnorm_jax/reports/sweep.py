@@ -7,11 +7,11 @@ import os
 import numpy as np
 
 from convnorm_jax import plots
-from convnorm_jax.cli.sweep_runs import short_keys, value_text
 from convnorm_jax.errors import UserError
 from convnorm_jax.evaluation.features import SCORE_NAMES
 from convnorm_jax.files import write_json, write_text
 from convnorm_jax.reports.tables import aligned_table
+from convnorm_jax.runs.sweep import short_keys, value_text
 
 SCORES = (*(name for names in SCORE_NAMES.values() for name in names), 'label_agreement')  # of generators
 
@@ -85,7 +85,7 @@ def summarize(runs, results):
     """One dict for each combination of the grid, in order, over its finished runs.
 
     Args:
-      runs: list of `sweep_runs.Run`.
+      runs: list of `runs.sweep.Run`.
       results: for each run its flat result, or None if it is not finished.
 
     Returns:

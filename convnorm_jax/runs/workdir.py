@@ -4,14 +4,15 @@ import contextlib
 import itertools
 import json
 import os
+from collections.abc import Mapping
 
 import numpy as np
 
+from convnorm_jax.configs import default, keys
 from convnorm_jax.data import splits
 from convnorm_jax.errors import UserError
 from convnorm_jax.files import write_json, write_new, write_text, written
 from convnorm_jax.mesh import is_leader, wait_for_all
-from convnorm_jax.training.config import check_same_run
 
 
 def has_checkpoints(workdir):
@@ -135,3 +136,35 @@ def load_config(workdir):
     if not isinstance(saved, dict) or not {'seed', 'model', 'data', 'train'} <= set(saved):
         raise UserError(f'{path}: is not the config of a run; put a good copy of it there, or give another --workdir')
     return saved
+
+
+def differences(saved: Mapping, given: Mapping) -> dict[str, tuple]:
+    """Keys that make `given` another run than `saved`: {key: (saved value, given value)}.
+
+    Keys that `saved` lacks came with a later version and are passed over.
+    """
+    saved, given = keys.flatten(saved), keys.flatten(given)
+    longer = saved.get('schedule.kind') == 'constant'  # other schedules follow the length of the run
+    return {
+        key: (saved[key], given.get(key))
+        for key in sorted(saved)
+        if saved[key] != given.get(key) and _resume(key) not in ('free', *(['duration'] if longer else []))
+    }
+
+
+def check_same_run(saved: Mapping, given: Mapping, workdir: str) -> None:
+    """Raises UserError, naming each difference, unless `given` continues the run in `workdir`."""
+    changed = differences(saved, given)
+    if changed:
+        words = '; '.join(f'config.{key} was {old!r}, is now {new!r}' for key, (old, new) in changed.items())
+        raise UserError(
+            f'{workdir} holds a run with another config: {words}; give the old values back, or another --workdir'
+        )
+
+
+def _resume(key):
+    """`Key.resume`; of a key that this version no longer has, that of its whole section."""
+    if key in default.KEYS:
+        return default.KEYS[key].resume
+    section = key.split('.')[0] + '.'
+    return 'free' if {k.resume for n, k in default.KEYS.items() if n.startswith(section)} == {'free'} else 'fixed'

@@ -12,10 +12,10 @@ from jax.errors import JaxRuntimeError
 
 from convnorm_jax.cli import command_line
 from convnorm_jax.configs import default
+from convnorm_jax.configs.keys import flatten
 from convnorm_jax.errors import UserError
 from convnorm_jax.runs import workdir as workdir_lib
 from convnorm_jax.training import setup
-from convnorm_jax.training.config import flatten
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DIGITS = f'--config={ROOT}/configs/digits_convnorm.py'

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 
+from convnorm_jax.configs.keys import flatten
 from convnorm_jax.data import splits
 from convnorm_jax.runs.checkpoint import Checkpointer
 from convnorm_jax.runs.metrics import read_rows
 from convnorm_jax.runs.workdir import load_config
 from convnorm_jax.training import loop
-from convnorm_jax.training.config import flatten
 from convnorm_jax.training.totals import zero_totals
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')

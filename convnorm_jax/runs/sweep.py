@@ -2,9 +2,7 @@
 
 import dataclasses
 import fcntl
-import itertools
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,14 +10,12 @@ import time
 
 from ml_collections import ConfigDict
 
-from convnorm_jax.cli.command_line import read_config
+from convnorm_jax.configs.default import KEYS
+from convnorm_jax.configs.keys import flatten
 from convnorm_jax.errors import UserError
 from convnorm_jax.runs.interrupt import StopRequest
-from convnorm_jax.runs.workdir import check_workdir, keep_earlier_result, load_config, read_result
-from convnorm_jax.training.config import flatten
+from convnorm_jax.runs.workdir import keep_earlier_result, load_config, read_result
 
-# What changes nothing in result.json, where a folder's config.json may differ from the config of today.
-_WITHOUT_EFFECT = ('plots', 'log.', 'checkpoint.', 'data.data_dir', 'eval.batch_size')
 _ATTACK_FIGURES = ('epsilon', 'step_size', 'pgd_steps', 'restarts')  # in result.json by the names of the config
 _SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -60,32 +56,6 @@ class Stopped(Exception):
         self.signal = number
 
 
-def plan(arguments, grid, seeds, workdir):
-    """The `Run`s of a sweep, every config and folder checked; the first seed of all combinations comes first.
-
-    Args:
-      arguments: `--config=FILE` and the overrides that all runs share.
-      grid: {key: values as typed}.
-      seeds: whole numbers.
-      workdir: the sweep's folder.
-
-    Raises:
-      ValueError: an impossible combination, a value given twice, a folder with another run.
-    """
-    runs = [
-        _make_run(arguments, dict(zip(grid, texts, strict=True)), seed, workdir)
-        for seed in seeds
-        for texts in itertools.product(*grid.values())
-    ]
-    folders = set()
-    for run in runs:
-        if run.folder in folders:
-            raise UserError(f'--grid: {run.name} comes up twice; give every value once')
-        folders.add(run.folder)
-        check_workdir(run.folder, run.config)
-    return runs
-
-
 def finished_result(run):
     """The flat dict of a run's result.json, None unless it is there and of this very config."""
     result = read_result(run.folder)
@@ -95,8 +65,8 @@ def finished_result(run):
         return None
     if result is None or 'incomplete' in result:
         return None
-    given = flatten(run.config.to_dict())
-    same = all(given[k] == saved.get(k, given[k]) for k in given if not k.startswith(_WITHOUT_EFFECT))
+    given = flatten(run.config)
+    same = all(given[k] == saved.get(k, given[k]) for k in given if KEYS[k].affects_result)
     # An evaluation by hand writes another result, but no config.
     attacks = ((result.get(name), given[f'attack.{name}']) for name in _ATTACK_FIGURES)
     return result if same and all(found in (None, value) for found, value in attacks) else None
@@ -241,17 +211,3 @@ def _start(run, log):
 def _interrupt(processes):
     for process in processes:
         process.interrupt()
-
-
-def _make_run(arguments, texts, seed, workdir):
-    arguments = (*arguments, *(f'--config.{key}={text}' for key, text in texts.items()), f'--config.seed={seed}')
-    config = read_config(arguments)
-    flat = flatten(config)
-    values = {key: flat[key] for key in texts}
-    names = short_keys(values)
-    parts = [f'{names[key]}={_file_text(value)}' for key, value in values.items()]
-    return Run(values, seed, os.path.join(workdir, ','.join([*parts, f'seed={seed}'])), arguments, config)
-
-
-def _file_text(value):
-    return re.sub(r'[^\w.+-]+', '-', value_text(value)).strip('-')
