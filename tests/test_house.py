@@ -18,7 +18,7 @@ ALLOWED = {
     'layers': set(),
     'models': {'layers'},
     'data': set(),
-    'attacks': set(),
+    'attacks': {'mesh'},
     'mesh': set(),
     'steps': {'models', 'layers', 'data', 'attacks'},
     'evaluation': {'attacks', 'layers', 'steps', 'data', 'mesh', 'models'},

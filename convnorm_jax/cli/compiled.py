@@ -20,7 +20,7 @@ _TROUBLE = re.compile(r"Error (reading|writing) persistent compilation cache ent
 def keep_programs():
     """Turns JAX's persistent compilation cache on, in `xla` beside the cached data; the user's own settings hold.
 
-    A folder that can not be used, a full disk or a damaged entry is said in one line on stderr, and is no error.
+    A folder that cannot be used, a full disk or a damaged entry is said in one line on stderr, and is no error.
     """
     # Before 0.10.2 XLA:CPU says of each program that it loads on a CPU with AVX-512 that it might crash.
     if jax.__version_info__ < (0, 10, 2) or not jax.config.jax_enable_compilation_cache:
@@ -40,7 +40,7 @@ def keep_programs():
 
 
 def _prepare(folder):
-    """Makes the folder, and room in it. Raises OSError if it can not be written or is another user's."""
+    """Makes the folder, and room in it. Raises OSError if it cannot be written or is another user's."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # What is in there gets executed.
     if folder.stat().st_uid != os.getuid():

@@ -9,7 +9,6 @@ run is evaluated with unless --checkpoint says another, with averaged parameters
 only if it gives what the net gives. --weights writes the variables, too, and the config, as safetensors.
 """
 
-import contextlib
 import os
 import sys
 import time
@@ -19,7 +18,7 @@ from absl import flags
 
 from convnorm_jax.cli import command_line
 from convnorm_jax.errors import UserError
-from convnorm_jax.reports.tables import aligned_table
+from convnorm_jax.reports.tables import markdown_table
 
 # Test images, or latents, that the file and the net are compared on.
 EXAMPLES = 256
@@ -93,6 +92,7 @@ def run():
 def _export(options, config):
     """Writes the file, once it is checked, and says what it is."""
     from convnorm_jax.exported.load import load_exported
+    from convnorm_jax.files import replacing
     from convnorm_jax.training import setup
     from convnorm_jax.training.loop import restore_variables
     from convnorm_jax.weights import save_weights
@@ -101,17 +101,11 @@ def _export(options, config):
     which = options.checkpoint or config.eval.checkpoint
     variables, chosen, _ = restore_variables(experiment, options.workdir, which)
     net = _generator(experiment) if config.train.algorithm == 'gan' else _classifier(experiment)
-    # Next to where it belongs, so that a file that fails is never there under its name.
-    unchecked = f'{options.out}.unchecked'
-    try:
+    with replacing(options.out) as unchecked:
         net.save(unchecked, variables, platforms=options.platforms, config=config.to_dict())
         size = os.path.getsize(unchecked)
         exported = load_exported(unchecked)
         facts = _compare(net, variables, exported, _tolerance(config))
-        os.replace(unchecked, options.out)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(unchecked)
     if options.weights:
         save_weights(options.weights, variables, config.to_dict())
     print(_table(options, config, f'{which} (step {chosen.step})', exported, size, facts))
@@ -213,7 +207,7 @@ def _table(options, config, checkpoint, exported, size, facts):
         ('net, measured once', f'{facts["net"]:.0f} images/s'),
         ('exported, measured once', f'{facts["exported"]:.0f} images/s'),
     ]
-    return aligned_table(('exported net', options.out), rows, 2)
+    return markdown_table(('exported net', options.out), rows, 2)
 
 
 def main():

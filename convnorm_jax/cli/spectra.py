@@ -14,7 +14,7 @@ from absl import flags
 
 from convnorm_jax.cli import command_line
 from convnorm_jax.errors import UserError
-from convnorm_jax.reports.tables import aligned_table
+from convnorm_jax.reports.tables import markdown_table
 
 NOTE = 'measured, not certified: power iteration comes from below, in float32'
 QUANTILES = {'min': 0.0, 'quantile_05': 0.05, 'median': 0.5, 'quantile_95': 0.95, 'max': 1.0}
@@ -59,7 +59,7 @@ def run():
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
-        raise UserError(f'--output={output}: can not write there ({error.strerror}); give another folder') from error
+        raise UserError(f'--output={output}: cannot write there ({error.strerror}); give another folder') from error
     for workdir in workdirs:
         if not has_checkpoints(workdir):
             raise UserError(f'--workdirs={workdir}: no checkpoint there yet; train first, or leave it out')
@@ -165,7 +165,7 @@ def _table(facts, operators):
     bounds = [cell for fact in facts.values() for cell in ('', _number(fact['product_bound']))]
     rows.append(['product bound', '', '', *bounds])
     title = f'Operator norms of {_title(facts) or "the layers"}; {NOTE}.'
-    return '\n'.join([title, '', aligned_table(head, rows, len(head)), '', *_notes(facts)])
+    return '\n'.join([title, '', markdown_table(head, rows, len(head)), '', *_notes(facts)])
 
 
 def _number(value):

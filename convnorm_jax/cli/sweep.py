@@ -56,10 +56,11 @@ def run(argv):
     options, grid, seeds, arguments = parse(argv)
     workdir = os.path.expanduser(options.workdir)
     if os.path.exists(workdir) and not os.path.isdir(workdir):
-        raise UserError(f'--workdir={workdir}: can not write there (it is a file); give another folder')
+        raise UserError(f'--workdir={workdir}: cannot write there (it is a file); give another folder')
     # Only now: a mistake in the options is answered before anything heavy is loaded.
     from convnorm_jax.reports import sweep as sweep_report
     from convnorm_jax.runs import sweep as sweep_lib
+    from convnorm_jax.runs.interrupt import Stopped
 
     rows, columns = sweep_report.layout(list(grid), options.rows, options.columns)
     runs = plan(arguments, grid, seeds, workdir)
@@ -69,7 +70,7 @@ def run(argv):
         _say(f'{len(runs)} runs in {workdir}, {len(runs) - len(todo)} of them done before; each has its log.txt')
         try:
             failed = sweep_lib.run_all(todo, options.jobs, _say)
-        except sweep_lib.Stopped as stop:
+        except Stopped as stop:
             _say(stop)
             return 128 + stop.signal  # what a shell says of a process that a signal ended
     results = [sweep_lib.finished_result(run) for run in runs]

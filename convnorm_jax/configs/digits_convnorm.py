@@ -21,5 +21,5 @@ def get_config():
     config.train.epochs = 40.0
     config.optimizer.learning_rate = 0.05
     config.schedule.kind = 'cosine'
-    config.eval.checkpoint = 'latest'  # 145 validation pictures can not tell good checkpoints apart
+    config.eval.checkpoint = 'latest'  # 145 validation pictures cannot tell good checkpoints apart
     return config

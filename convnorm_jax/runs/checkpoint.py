@@ -33,7 +33,7 @@ class Damaged(UserError):
     """
 
     def __init__(self, folder, reason):
-        super().__init__(f'{folder}: the checkpoint can not be read ({reason})')
+        super().__init__(f'{folder}: the checkpoint cannot be read ({reason})')
         self.reason = reason
 
 
@@ -129,7 +129,7 @@ class Checkpointer:
         Raises:
           Damaged: it is not what was saved.
           OtherNet: it holds other arrays, those of another net.
-          ValueError: it can not be read for now.
+          ValueError: it cannot be read for now.
         """
         stored = self._stored(step)
         expected = stored.get('structure')
@@ -165,7 +165,7 @@ class Checkpointer:
             elif not found:
                 found = value
         if damaged:
-            self._put_aside(damaged, f'going on from step {found[0]}' if found else 'none is left')
+            self._put_aside(damaged, f'resuming from step {found[0]}' if found else 'none is left')
         if damaged and not found:
             raise UserError(
                 f'{self.folder}: all checkpoints were damaged, and are kept in {self.damaged_folder}; put a good copy '
@@ -209,7 +209,7 @@ class Checkpointer:
             raise UserError(f'{self.folder}: no checkpoint there yet; train first')
         step, reason = next(iter(damaged.items()))
         raise UserError(
-            f'{self.folder}: the checkpoint can not be read: all of them are damaged (step {step}: {reason}); '
+            f'{self.folder}: the checkpoint cannot be read: all of them are damaged (step {step}: {reason}); '
             'put a good copy of one there, or train again'
         )
 
@@ -275,7 +275,7 @@ class Checkpointer:
             return error
         ours = isinstance(error, MemoryError) or getattr(error, 'errno', None) in _OUR_TROUBLE
         if ours or any(word in reason for word in _OUR_TROUBLE_WORDS):
-            return UserError(f'{self.folder}/{step}: the checkpoint can not be read ({reason})')
+            return UserError(f'{self.folder}/{step}: the checkpoint cannot be read ({reason})')
         return Damaged(f'{self.folder}/{step}', reason)
 
     def _of_another_net(self, step):
@@ -337,7 +337,7 @@ def _attempt(read, step):
     except Damaged as damage:
         reason = damage.reason
     if any_process(bool(reason)):
-        return None, reason or 'another process can not read it'
+        return None, reason or 'another process cannot read it'
     return value, ''
 
 

@@ -31,3 +31,15 @@ class StopRequest:
 
     def __exit__(self, *exception):
         self._restore()
+
+
+class Stopped(Exception):
+    """A run, or a sweep, was asked to stop and saved what it has.
+
+    Attributes:
+      signal: number of the signal that asked.
+    """
+
+    def __init__(self, number: int, words: str):
+        super().__init__(f'{words}; rerun the same command to resume')
+        self.signal = number

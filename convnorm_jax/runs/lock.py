@@ -23,7 +23,7 @@ def locked(workdir):
     a line of warning. Of several processes the leader holds it, and all must call this together.
 
     Raises:
-      ValueError: another run is training there, or the folder can not be made.
+      ValueError: another run is training there, or the folder cannot be made.
     """
     file, problem = None, None
     if is_leader():
@@ -33,11 +33,11 @@ def locked(workdir):
         except ValueError as error:
             problem = error
         except OSError as error:
-            problem = UserError(f'--workdir={workdir}: can not write there ({error.strerror}); give another folder')
+            problem = UserError(f'--workdir={workdir}: cannot write there ({error.strerror}); give another folder')
             problem.__cause__ = error
     try:
         if any_process(problem is not None):
-            raise problem or UserError(f'--workdir={workdir}: process 0 can not train there; see what it says')
+            raise problem or UserError(f'--workdir={workdir}: process 0 cannot train there; see what it says')
         yield
     finally:
         if file is not None:

@@ -1,11 +1,36 @@
-"""The progress line of a run."""
+"""The progress of a run, and the line that shows it."""
 
+import dataclasses
 import sys
 import time
 
 from tqdm import tqdm
 
 from convnorm_jax.mesh import is_leader
+
+
+@dataclasses.dataclass
+class Progress:
+    """What the host knows of a run; saved with every checkpoint.
+
+    Attributes:
+      step: updates done.
+      best_step, best_rating: of the best state so far, see `Experiment.rating`; None if none was rated.
+      epochs_since_best: for early stopping.
+      seconds, examples: training time without compilation and evaluation, and examples in it.
+    """
+
+    step: int = 0
+    best_step: int = 0
+    best_rating: float | None = None
+    epochs_since_best: int = 0
+    seconds: float = 0.0
+    examples: int = 0
+
+    @property
+    def examples_per_second(self):
+        """Training speed; 0 before anything was timed."""
+        return self.examples / self.seconds if self.seconds else 0.0
 
 
 class ProgressLine:

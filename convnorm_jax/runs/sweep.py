@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from convnorm_jax.configs.default import KEYS
 from convnorm_jax.configs.keys import flatten
 from convnorm_jax.errors import UserError
-from convnorm_jax.runs.interrupt import StopRequest
+from convnorm_jax.runs.interrupt import Stopped, StopRequest
 from convnorm_jax.runs.workdir import keep_earlier_result, load_config, read_result
 
 _ATTACK_FIGURES = ('epsilon', 'step_size', 'pgd_steps', 'restarts')  # in result.json by the names of the config
@@ -42,18 +42,6 @@ class Run:
     def name(self):
         """Name of the folder."""
         return os.path.basename(self.folder)
-
-
-class Stopped(Exception):
-    """The sweep was asked to stop; its runs saved.
-
-    Attributes:
-      signal: number of the signal that asked.
-    """
-
-    def __init__(self, number):
-        super().__init__('stopped; the same command goes on from there')
-        self.signal = number
 
 
 def finished_result(run):
@@ -108,7 +96,7 @@ def run_all(runs, jobs, say):
             _interrupt(running)
             raise
     if stop.signal and (told or waiting):
-        raise Stopped(stop.signal)
+        raise Stopped(stop.signal, 'stopped')
     return failed
 
 
@@ -142,7 +130,7 @@ class _Process:
                     self.process = _start(run, log)
                     say(f'{title}: started')
         except OSError as error:
-            self.error = f'{run.folder}: can not write there ({error.strerror})'
+            self.error = f'{run.folder}: cannot write there ({error.strerror})'
 
     def ended(self):
         return self.process is None or self.process.poll() is not None

@@ -23,9 +23,9 @@ def has_checkpoints(workdir):
 
 
 def check_workdir(workdir, config):
-    """Raises ValueError if a folder holds checkpoints of another run, or can not be one."""
+    """Raises ValueError if a folder holds checkpoints of another run, or cannot be one."""
     if os.path.exists(workdir) and not os.path.isdir(workdir):
-        raise UserError(f'--workdir={workdir}: can not write there (it is a file); give another folder')
+        raise UserError(f'--workdir={workdir}: cannot write there (it is a file); give another folder')
     if not has_checkpoints(workdir):
         return
     if not os.path.exists(os.path.join(workdir, 'config.json')):
@@ -38,7 +38,7 @@ def prepare_workdir(workdir, config, prepared):
 
     Raises:
       ValueError: it holds another run.
-      OSError: it can not be written.
+      OSError: it cannot be written.
     """
     check_workdir(workdir, config)
     record = os.path.join(workdir, 'splits.npz')
@@ -121,7 +121,7 @@ def load_config(workdir):
     """The config a run was started with, as nested dicts.
 
     Raises:
-      ValueError: there is none, or it can not be read.
+      ValueError: there is none, or it cannot be read.
     """
     path = os.path.join(workdir, 'config.json')
     try:
@@ -132,7 +132,7 @@ def load_config(workdir):
             f'--workdir={workdir}: no run there (no config.json); train one first, or give its folder'
         ) from error
     except (ValueError, OSError) as error:
-        raise UserError(f'{path}: can not be read ({error})') from error
+        raise UserError(f'{path}: cannot be read ({error})') from error
     if not isinstance(saved, dict) or not {'seed', 'model', 'data', 'train'} <= set(saved):
         raise UserError(f'{path}: is not the config of a run; put a good copy of it there, or give another --workdir')
     return saved

@@ -104,7 +104,7 @@ class Experiment:
         """Shapes, dtypes and shardings of the state, without computing it.
 
         Raises:
-          ValueError: the net can not take pictures of this size.
+          ValueError: the net cannot take pictures of this size.
         """
         sharding = mesh_lib.replicated(self.mesh)
         return jax.tree.map(

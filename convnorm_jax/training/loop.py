@@ -14,54 +14,18 @@ from convnorm_jax import mesh as mesh_lib
 from convnorm_jax.errors import UserError
 from convnorm_jax.runs.checkpoint import Checkpointer, first_fitting
 from convnorm_jax.runs.disk import explained
-from convnorm_jax.runs.interrupt import StopRequest
+from convnorm_jax.runs.interrupt import Stopped, StopRequest
 from convnorm_jax.runs.lock import locked
 from convnorm_jax.runs.metrics import MetricWriter
 from convnorm_jax.runs.profile import Profiler
-from convnorm_jax.runs.progress import ProgressLine
+from convnorm_jax.runs.progress import Progress, ProgressLine
 from convnorm_jax.runs.workdir import check_workdir, prepare_workdir, save_config
 from convnorm_jax.training.batches import Waiting
 from convnorm_jax.training.totals import means, zero_totals
 
 
-@dataclasses.dataclass
-class Progress:
-    """What the host knows of a run; saved with every checkpoint.
-
-    Attributes:
-      step: updates done.
-      best_step, best_rating: of the best state so far, see `Experiment.rating`; None if none was rated.
-      epochs_since_best: for early stopping.
-      seconds, examples: training time without compilation and evaluation, and examples in it.
-    """
-
-    step: int = 0
-    best_step: int = 0
-    best_rating: float | None = None
-    epochs_since_best: int = 0
-    seconds: float = 0.0
-    examples: int = 0
-
-    @property
-    def examples_per_second(self):
-        """Training speed; 0 before anything was timed."""
-        return self.examples / self.seconds if self.seconds else 0.0
-
-
 class NonFiniteLoss(UserError):
     """The loss or the gradient became infinite or NaN."""
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and saved.
-
-    Attributes:
-      signal: number of the signal that asked.
-    """
-
-    def __init__(self, signal, step):
-        super().__init__(f'stopped and saved at step {step}; the same command goes on from there')
-        self.signal = signal
 
 
 def train(experiment, workdir):
@@ -76,11 +40,11 @@ def train(experiment, workdir):
 
     Raises:
       ValueError: `workdir` holds another run, another process trains there, or all checkpoints are damaged.
-      DiskTrouble: it can not be written; the last good checkpoint stays.
+      DiskTrouble: it cannot be written; the last good checkpoint stays.
       NonFiniteLoss: the last good checkpoint stays.
       Stopped: after a SIGINT or SIGTERM, with everything saved.
     """
-    experiment.abstract_state()  # a net that can not take these pictures must not leave a folder behind
+    experiment.abstract_state()  # a net that cannot take these pictures must not leave a folder behind
     check_workdir(workdir, experiment.config)
     with explained(workdir), locked(workdir):
         return _train(experiment, workdir)
@@ -110,7 +74,7 @@ def restore_state(experiment, workdir, which):
       which: 'best', by its rating (the latest if none was rated), or 'latest'.
 
     Raises:
-      ValueError: there is no checkpoint, or it can not be read.
+      ValueError: there is no checkpoint, or it cannot be read.
     """
     if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
         raise UserError(f'--workdir={workdir}: no checkpoint there yet; train first')
@@ -201,7 +165,8 @@ class _Run:
             return self.progress
 
     def _stopped(self):
-        return Stopped(self.stop_request.signal or signal.SIGTERM, self.progress.step)
+        number = self.stop_request.signal or signal.SIGTERM
+        return Stopped(number, f'stopped and saved at step {self.progress.step}')
 
     def _train_epoch(self, epoch, end):
         experiment, every = self.experiment, self.config.checkpoint.every_steps

@@ -141,7 +141,7 @@ def test_output_that_is_a_file(command, runs, tmp_path):
     path = tmp_path / 'file'
     path.write_text('')
     code, _, err = command(f'--workdirs={runs[1]}', f'--output={path}')
-    assert code == 2 and f'--output={path}: can not write there' in err[-1] and len(err) == 1
+    assert code == 2 and f'--output={path}: cannot write there' in err[-1] and len(err) == 1
 
 
 def test_help(command):

@@ -345,7 +345,7 @@ def test_ctrl_c_and_the_same_command_again(command, tmp_path):
     _, err = process.communicate(timeout=240)
     assert process.returncode == 130 and 'Traceback' not in err
     step = int(re.search(r'seed=0: stopped and saved at step (\d+)', err)[1])
-    assert err.splitlines()[-1] == 'stopped; the same command goes on from there'
+    assert err.splitlines()[-1] == 'stopped; rerun the same command to resume'
     assert str(step) in os.listdir(folder / 'checkpoints') and not (folder / 'result.json').exists()
     # A constant learning rate may train for another length: here one that ends.
     code, _, err = command(*TINY, f'--workdir={tmp_path}', f'--config.train.steps={step + 2}')

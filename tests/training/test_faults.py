@@ -189,8 +189,8 @@ def test_an_error_while_reading_is_not_blamed_on_the_run_folder(number):
         try:
             raise error
         except OSError as cause:
-            raise UserError('/data/x.jpg: can not be read') from cause
-    assert str(raised.value) == '/data/x.jpg: can not be read'
+            raise UserError('/data/x.jpg: cannot be read') from cause
+    assert str(raised.value) == '/data/x.jpg: cannot be read'
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_hours_of_work(tmp_path, monkeypatch):
