@@ -5,15 +5,15 @@ import threading
 
 
 class StopRequest:
-    """Within `with`, notes the first SIGINT or SIGTERM instead of dying of it; a second one kills.
+    """Within `with`, notes the first SIGINT or SIGTERM instead of ending the process; a second one ends it.
 
     Attributes:
       signal: number of the signal that asked to stop, or None.
     """
 
     def __init__(self):
-        self.signal = None
-        self._previous = {}
+        self.signal: int | None = None
+        self._previous: dict = {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there

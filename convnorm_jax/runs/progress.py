@@ -11,7 +11,7 @@ from convnorm_jax.mesh import is_leader
 
 @dataclasses.dataclass
 class Progress:
-    """What the host knows of a run; saved with every checkpoint.
+    """The host's part of a run's state; saved with every checkpoint.
 
     Attributes:
       step: updates done.
@@ -28,21 +28,21 @@ class Progress:
     examples: int = 0
 
     @property
-    def examples_per_second(self):
+    def examples_per_second(self) -> float:
         """Training speed; 0 before anything was timed."""
         return self.examples / self.seconds if self.seconds else 0.0
 
 
 class ProgressLine:
-    """One line: the figures so far and the time left; and a line for each epoch.
+    """One line with the metrics so far and the time left, and a line for each epoch.
 
-    Where there is no terminal, such as in a log file, the line is printed anew now and then. Of many
-    processes, the leader prints.
+    Without a terminal, such as in a log file, the line is printed again every minute. Of several processes, the leader
+    prints.
     """
 
     SECONDS_BETWEEN_LINES = 60
 
-    def __init__(self, total_steps, step):
+    def __init__(self, total_steps: int, step: int):
         self._terminal, self._prints = sys.stderr.isatty() and is_leader(), is_leader()
         self._bar = tqdm(
             total=total_steps,
@@ -56,7 +56,7 @@ class ProgressLine:
         self._start, self._first, self._total = time.monotonic(), step, total_steps
         self._printed = self._start
 
-    def update(self, step, text):
+    def update(self, step: int, text: str) -> None:
         """Shows a text at a step."""
         if self._terminal:
             self._bar.set_description_str(text, refresh=False)
@@ -66,14 +66,14 @@ class ProgressLine:
             left = elapsed * (self._total - step) / max(step - self._first, 1)
             self.line(f'{text} [step {step} of {self._total}, left {tqdm.format_interval(left)}]')
 
-    def line(self, text):
-        """Prints a line of its own above the progress line."""
+    def line(self, text: str) -> None:
+        """Prints a separate line above the progress line."""
         self._printed = time.monotonic()
         if self._terminal:
             self._bar.write(text, file=sys.stderr)
         elif self._prints:
             print(text, file=sys.stderr, flush=True)
 
-    def close(self):
+    def close(self) -> None:
         """Ends the progress line."""
         self._bar.close()

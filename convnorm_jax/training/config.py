@@ -77,7 +77,7 @@ def _check_microbatches(number, algorithm, batch_size):
 
 
 def _check_net(config):
-    """Raises ValueError for a net that cannot be, and for one that the algorithm does not train."""
+    """Raises UserError for a net that cannot be built, or that the algorithm does not train."""
     name, algorithm = config.model.name, config.train.algorithm
     if (algorithm == 'gan') != (name in GANS):
         raise UserError(

@@ -232,4 +232,4 @@ def test_a_folder_that_cannot_be_written_is_told_first(command, copy, monkeypatc
     monkeypatch.setattr(disk.tempfile, 'TemporaryFile', read_only)
     monkeypatch.setattr(report, 'restore_variables', broken)
     code, out, err = command(*FAST, f'--workdir={copy}')
-    assert code == 2 and out == '' and err[-1].startswith(f'error: --workdir={copy}: the file system can only be read;')
+    assert code == 2 and out == '' and err[-1].startswith(f'error: --workdir={copy}: the file system is read-only;')

@@ -120,7 +120,7 @@ def run_ensemble(
     members = [make_member(name, norm, classes, platform=batches.platform, **sizes) for name in attacks]
     problem = _Problem(logits_fn, images, labels, float(epsilon), norm, inputs.typed_key(rng))
     run = _Run(problem, batches, log, progress)
-    clean = np.asarray(losses.correct(run.clean, labels))
+    clean = losses.correct(run.clean, labels)
     identity = run.identity(attacks, sizes, members) if state_path else None
     state = load_progress(state_path, identity) if state_path else None
     if state is None:
