@@ -95,7 +95,7 @@ def check_run(found, label, workdir):
 
 def check_table(text, found):
     lines = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines() if line.startswith('|')]
-    assert lines[0] == ['layer', 'picture', 'stride', 'convnorm: conv', 'convnorm: layer', 'oni: conv', 'oni: layer']
+    assert lines[0] == ['layer', 'image', 'stride', 'convnorm: conv', 'convnorm: layer', 'oni: conv', 'oni: layer']
     assert [line[0] for line in lines[2:]] == ['conv1_1', 'linear', 'product bound']
     for label, column in (('convnorm', 3), ('oni', 5)):
         for line, layer in zip(lines[2:], found[label]['layers']):

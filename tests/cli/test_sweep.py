@@ -268,7 +268,7 @@ def test_a_sweep_that_runs_and_partly_fails(command, tmp_path):
     assert any(
         line.startswith('[2/3] batch_size=4096,seed=0: failed: exit code 2: error: batch_size=4096') for line in err
     )
-    assert err[-1] == '1 of 3 runs failed; the same command tries them again'
+    assert err[-1] == '1 of 3 runs failed; rerun the same command to try them again'
     (table,) = tables(out)
     results = {n: tmp_path / 'sweep' / f'batch_size={n},seed=0' / 'result.json' for n in (64, 128)}
     for line, size in ((table[2], 64), (table[4], 128)):
