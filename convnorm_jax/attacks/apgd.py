@@ -6,6 +6,8 @@ the start was; and the first check does not ask whether the best loss stood stil
 example that is fooled is left alone from then on, since nothing more is to be won from it.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,7 +103,7 @@ def apgd(
     """
     inputs.check_count(steps, 'steps')
     images, labels = _checked_problem(logits_fn, images, labels, targets, epsilon, norm, loss)
-    goal = {'epsilon': epsilon, 'norm': norm, 'loss': loss, 'targets': targets}
+    goal: dict[str, Any] = {'epsilon': epsilon, 'norm': norm, 'loss': loss, 'targets': targets}
     state = _start(logits_fn, images, labels, rng=rng, **goal)
     state = apgd_advance(logits_fn, images, labels, state, steps=steps, count=steps, **goal)
     clean = losses.correct(logits_fn(images), labels)

@@ -18,6 +18,7 @@ import numpy as np
 from convnorm_jax.errors import UserError
 
 LogitsFn = Callable[[jax.Array], jax.Array]
+Array = jax.Array | np.ndarray
 
 LOSSES = ('cross_entropy', 'margin', 'dlr')
 NORMS = ('linf', 'l2')
@@ -80,7 +81,7 @@ def checked_batch(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
     return jax.lax.stop_gradient(images), labels
 
 
-def class_count(logits_fn: LogitsFn, images: jax.Array, at_least: int = 2) -> int:
+def class_count(logits_fn: LogitsFn, images: jax.Array | jax.ShapeDtypeStruct, at_least: int = 2) -> int:
     """K of the logits [B, K] of these images; the network is traced, not run.
 
     Raises:
@@ -99,7 +100,7 @@ def check_pixels(images: np.ndarray) -> None:
     _pixels_in_range(images, _low_and_high(images))
 
 
-def check_classes(classes: jax.Array, batch: int, name: str, count: int | None = None) -> None:
+def check_classes(classes: Array, batch: int, name: str, count: int | None = None) -> None:
     """Raises UserError unless `classes` (labels, targets) is int [batch], and, if given, below `count`."""
     if classes.shape != (batch,):
         raise UserError(f'{name}.shape={classes.shape}: expected {(batch,)}, one an image')

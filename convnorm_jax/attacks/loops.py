@@ -3,8 +3,6 @@
 from collections.abc import Callable
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 # A program holds at most this many copies of the network (the paper runs PGD-20).
 UNROLLED_COPIES = 50
@@ -44,10 +42,3 @@ def repeat(count: int, body: Callable, start, copies: int | None = None):
         lambda carry, unroll=unroll: jax.lax.fori_loop(0, count, body, carry, unroll=unroll) for unroll in (True, False)
     ]
     return by_platform(count if copies is None else copies, written_out, loop, start)
-
-
-def to_host(array: jax.Array) -> np.ndarray:
-    """A NumPy copy, whole in every process where the array lies on the devices of many."""
-    if getattr(array, 'is_fully_addressable', True):
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

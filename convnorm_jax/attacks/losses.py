@@ -6,19 +6,22 @@ depends neither on the rest of its batch nor on the batch's size.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convnorm_jax.attacks.inputs import LogitsFn, check_loss, fewest_classes
+from convnorm_jax.attacks.inputs import Array, LogitsFn, check_loss, fewest_classes
 from convnorm_jax.attacks.projections import wide
 from convnorm_jax.errors import UserError
+
+AnyArray = TypeVar('AnyArray', jax.Array, np.ndarray)
 
 _SMALLEST_DISTANCE = 1e-12
 
 
-def correct(logits: jax.Array, classes: jax.Array) -> jax.Array:
+def correct(logits: AnyArray, classes: Array) -> AnyArray:
     """Whether the largest logit is that of the class, and all are finite, bool [B].
 
     An output that is not finite is no prediction: argmax would call NaN the class 0. JAX arrays or NumPy's.

@@ -8,7 +8,7 @@ and column are left out), and every example draws its own ones (there a batch sh
 """
 
 import bisect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ def square(
       UserError: an argument of the wrong shape, dtype, range or name.
     """
     inputs.check_count(queries, 'queries')
-    options = {'epsilon': epsilon, 'norm': norm, 'rng': rng}
+    options: dict[str, Any] = {'epsilon': epsilon, 'norm': norm, 'rng': rng}
     start = square_start(logits_fn, images, labels, **options)
     images = projections.clip_pixels(jnp.asarray(images))  # looked at by now: this is rounding
 

@@ -7,7 +7,8 @@ sentence, or None where there is nothing to say.
 import jax.numpy as jnp
 import numpy as np
 
-from convnorm_jax.attacks import loops, losses, projections
+from convnorm_jax import mesh as mesh_lib
+from convnorm_jax.attacks import losses, projections
 
 # Outputs of one example may differ by so much of their length between two passes (AutoAttack's).
 _REPEATABLE = 1e-4
@@ -28,7 +29,7 @@ def check_outputs(predict, images):
     Returns:
       List of str.
     """
-    outputs = [loops.to_host(predict(images)).astype(np.float64) for _ in range(_REPEATS)]
+    outputs = [mesh_lib.fetch(predict(images)).astype(np.float64) for _ in range(_REPEATS)]
     if not np.isfinite(outputs).all():
         return ['the outputs are not all finite: no attack can follow them']
     warnings = []

@@ -12,15 +12,16 @@ import struct
 import zipfile
 import zlib
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.files import check_place, write_atomically
+from convnorm_jax.mesh import from_leader
 
-_DAMAGED = (ValueError, KeyError, TypeError, EOFError, NotImplementedError, RuntimeError, struct.error)
-_DAMAGED += (zipfile.BadZipFile, zlib.error)
+_DAMAGED = (
+    *(ValueError, KeyError, TypeError, EOFError, NotImplementedError, RuntimeError),
+    *(struct.error, zipfile.BadZipFile, zlib.error),
+)
 # What another net, or this one computed otherwise, changes.
 _OUTPUTS = ('predictions', 'logits', 'logits next to the images')
 
@@ -82,29 +83,6 @@ def load_progress(path, identity):
     """
     content = from_leader(lambda: _checked_file(path, identity))
     return _parsed(content)[0] if content else None
-
-
-def from_leader(make):
-    """What `make()`, bytes, returned in process 0 alone; an exception of it there is one everywhere."""
-    if jax.process_count() == 1:
-        return make()
-    content, caught = b'', None
-    if jax.process_index() == 0:
-        try:
-            content = make()
-        except Exception as error:
-            content, caught = str(error).encode(), error
-    kind = {type(None): 0, UserError: 1}.get(type(caught), 2)
-    kind, *size = (int(x) for x in multihost_utils.broadcast_one_to_all(np.array([kind, *divmod(len(content), 2**20)])))
-    buffer = np.zeros(size[0] * 2**20 + size[1], np.uint8)
-    if jax.process_index() == 0:
-        buffer[:] = np.frombuffer(content, np.uint8)
-    content = np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes() if buffer.size else b''
-    if caught is not None:
-        raise caught
-    if kind:
-        raise (UserError if kind == 1 else RuntimeError)(f'process 0: {content.decode()}')
-    return content
 
 
 def _checked_file(path, identity):
