@@ -84,7 +84,7 @@ class Flow:
       calls: the calls of each layer, by its number; a call inside a loop is there twice.
     """
 
-    def __init__(self, jaxpr: Jaxpr):
+    def __init__(self, jaxpr: Jaxpr) -> None:
         self.calls: dict[int, list[Call]] = {}
         self._outputs: dict[int, list[_Value]] = {}
         self._inputs: dict[int, list[_Value]] = {}
