@@ -297,9 +297,7 @@ def _params(settings, conv, norm, batch_norm, next_key):
     if batch_norm:
         known |= {'scale': scale, 'bias': bias}
     params = core.draw_params(settings, conv.in_channels, next_key, known)
-    if (
-        not batch_norm and settings.use_affine
-    ):  # a stateless normalization: folded into the affine part
+    if not batch_norm and settings.use_affine:  # a stateless normalization: folded into the affine part
         if scale is not None and scale.shape == (settings.features,):
             params = {**params, **{name: params[name] * scale for name in ('affine_kernel', 'affine_bias')}}
         if bias is not None and bias.shape == (settings.features,):
