@@ -84,7 +84,7 @@ def layouts(rank: int) -> tuple[str, str, str]:
 
 
 def power_spectrum(kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    """Returns the power spectrum sum_i |fft2(kernel[..., i, o])(w)|^2 on the full grid, [Hf, Wf, cout].
+    """Returns the power spectrum `sum_i |fft2(kernel[..., i, o])(w)|^2` on the full grid, [Hf, Wf, cout].
 
     Args:
       kernel: [kh, kw, cin / groups, cout], float.

@@ -23,7 +23,7 @@ def normalized(x: jax.Array, eps: float = 1e-12) -> jax.Array:
 
 
 def safe_divisor(x: jax.Array, eps: float = 1e-12) -> jax.Array:
-    """Returns x, and 1 where |x| < eps, so that a kernel of zeros can be divided by its norm."""
+    """Returns x, and 1 where `|x| < eps`, so that a kernel of zeros can be divided by its norm."""
     return jnp.where(jnp.abs(x) < eps, 1.0, x)
 
 

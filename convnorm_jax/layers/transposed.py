@@ -121,8 +121,9 @@ class ConvNormTranspose(NormalizedConvolution):
       strides: an int, or an int for each axis.
       padding: what is cropped from the output, as by `torch.nn.ConvTranspose2d`: an int, or an int or a pair for each
         axis, between 0 and k-1 on each side. The output has the size (n-1)*s + k - 2p.
-      use_affine, use_batch_norm, use_running_average, momentum, spectrum, method, batch_norm_momentum,
-        batch_norm_epsilon, dtype, param_dtype, precision, kernel_dilation, feature_group_count: see `ConvNorm`.
+      use_affine, use_batch_norm, use_running_average, momentum, spectrum, method: see `ConvNorm`.
+      batch_norm_momentum, batch_norm_epsilon, dtype, param_dtype, precision: see `ConvNorm`.
+      kernel_dilation, feature_group_count: see `ConvNorm`.
     """
 
     kernel_size: Ints = (4, 4)

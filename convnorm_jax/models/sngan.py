@@ -130,7 +130,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 class SNGANGenerator(nn.Module):
-    """The generator: a linear layer, `GeneratorBlock`s, BatchNorm, ReLU, 3x3, tanh.
+    """The generator: a linear layer, blocks (`GeneratorBlock`), BatchNorm, ReLU, 3x3, tanh.
 
     The first and the last layer are plain, and the last BatchNorm does not depend on the class.
 
@@ -189,7 +189,7 @@ class SNGANGenerator(nn.Module):
 
 
 class SNGANDiscriminator(nn.Module):
-    """The discriminator: `DiscriminatorBlock`s, ReLU, a sum over the image, a linear layer and a projection.
+    """The discriminator: blocks (`DiscriminatorBlock`), ReLU, a sum over the image, a linear layer and a projection.
 
     Attributes:
       picture_shape: (H, W, C) of the images.

@@ -141,8 +141,9 @@ class ConvNorm(_NormalizedConvolution):
         transformations that cannot add to a module's state.
       use_running_average: True at inference. `layer.train()` and `layer.eval()` set it.
       rngs: its stream 'params' gives the initial values.
-      padding, kernel_dilation, feature_group_count, use_affine, use_batch_norm, momentum, spectrum, method,
-        batch_norm_momentum, batch_norm_epsilon, dtype, param_dtype, precision: see `convnorm_jax.ConvNorm`.
+      padding, kernel_dilation, feature_group_count, use_affine, use_batch_norm: see `convnorm_jax.ConvNorm`.
+      momentum, spectrum, method, batch_norm_momentum, batch_norm_epsilon: see `convnorm_jax.ConvNorm`.
+      dtype, param_dtype, precision: see `convnorm_jax.ConvNorm`.
 
     Example:
       >>> import jax.numpy as jnp
