@@ -279,7 +279,7 @@ def test_a_folder_that_can_not_be_written(experiment, tmp_path):
 
 def test_pictures_too_small_leave_no_folder(tiny_experiment, tmp_path):
     experiment = tiny_experiment({'model.name': 'vgg11', 'model.depth': (1, 1, 1, 1)})
-    with pytest.raises(ValueError, match='pictures of 8x8'):
+    with pytest.raises(ValueError, match='images of 8x8'):
         loop.train(experiment, str(tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()
 
