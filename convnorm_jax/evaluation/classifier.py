@@ -13,7 +13,7 @@ from convnorm_jax import attacks
 from convnorm_jax.attacks import inputs, losses
 from convnorm_jax.data.augment import to_float
 from convnorm_jax.data.pipeline import padded_batches
-from convnorm_jax.data.streaming import EvaluationBatches, Pictures, read
+from convnorm_jax.data.streaming import EvaluationBatches, StreamedImages, read
 from convnorm_jax.mesh import fetch, global_batch, shard_batch
 from convnorm_jax.steps.classify import make_eval_step
 
@@ -92,7 +92,7 @@ class Evaluator:
     def evaluate(self, variables, split):
         """Mean loss and accuracy over a split {'images': uint8, 'labels'} on the device, or of `Pictures`."""
         totals = None
-        streamed = isinstance(split['images'], Pictures)
+        streamed = isinstance(split['images'], StreamedImages)
         for sums in (self._streamed_sums if streamed else self._sums)(variables, **split):
             totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
         return {} if totals is None else {name: float(s) / float(n) for name, (s, n) in totals.items()}

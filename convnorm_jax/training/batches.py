@@ -63,7 +63,7 @@ class StreamFeed:
 
     def batches(self, start):
         """Yields what `take` wants for the steps from `start` on; closing it ends the workers."""
-        workers = self.training.pictures.workers
+        workers = self.training.images.workers
         loaded = streaming.read(self.training, self.total_steps, start=start, workers=workers, place=self._place)
         with contextlib.closing(loaded):
             for batch in loaded:

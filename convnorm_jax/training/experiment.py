@@ -23,7 +23,7 @@ class Experiment:
     Attributes:
       config: as given.
       source, prepared: the data set, and its splits with what label noise changed.
-      data: {'train' | 'validation' | 'test': {'images', 'labels'}} on every device; `streaming.Pictures` and
+      data: {'train' | 'validation' | 'test': {'images', 'labels'}} on every device; `streaming.StreamedImages` and
         NumPy labels where the data set is streamed.
       mesh, schedule: devices, learning rate.
       train_step: (state, batch) -> (state, metrics).
@@ -57,7 +57,7 @@ class Experiment:
     @property
     def streamed(self):
         """Whether the pictures are read while they are needed."""
-        return isinstance(self.source.train.images, streaming.Pictures)
+        return isinstance(self.source.train.images, streaming.StreamedImages)
 
     def feed(self):
         """Where the steps get their batches: a `MemoryFeed` or a `StreamFeed`."""
