@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -183,7 +183,7 @@ def read(
     workers: int = 0,
     place: Callable[[Any], Any] | None = None,
     ahead: int = 2,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Yields `load(start)`, ..., `load(stop - 1)` in this order, prefetched by grain.
 
     Closing the generator ends its threads and processes.

@@ -80,7 +80,7 @@ class Generation(Experiment):
         """Keeps the pictures of a fixed grid, `samples/<step>.npz`, and scores others."""
         variables, seed = state.eval_variables, self.config.seed
         z, labels = self.sampler.grid(GRID_SEED + seed, GRID_COLUMNS, GRID_ROWS)
-        pictures = self.sampler.pictures(variables, z, labels)
+        pictures = self.sampler.images(variables, z, labels)
         if is_leader():
             folder = os.path.join(workdir, 'samples')
             with written(folder):
