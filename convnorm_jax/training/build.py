@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from convnorm_jax import mesh as mesh_lib
 from convnorm_jax.data import pipeline, sources, splits
-from convnorm_jax.data.streaming import Pictures
+from convnorm_jax.data.streaming import StreamedImages
 from convnorm_jax.layers import ocnn
 from convnorm_jax.steps.state import make_optimizer
 from convnorm_jax.training.schedule import make_schedule, to_steps
@@ -127,4 +127,4 @@ def _to_device(prepared, mesh):
     parts = {name: getattr(prepared, name) for name in ('train', 'validation', 'test')}
     data = {name: {'images': part.images, 'labels': part.labels.astype(np.int32)} for name, part in parts.items()}
     # Streamed images are transferred batch by batch.
-    return data if isinstance(prepared.train.images, Pictures) else mesh_lib.replicate(mesh, data)
+    return data if isinstance(prepared.train.images, StreamedImages) else mesh_lib.replicate(mesh, data)

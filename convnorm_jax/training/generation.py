@@ -84,7 +84,7 @@ class Generation(Experiment):
         """Saves the images of a fixed grid to `samples/<step>.npz`, and scores others."""
         variables, seed = state.eval_variables, self.config.seed
         z, labels = self.sampler.grid(GRID_SEED + seed, GRID_COLUMNS, GRID_ROWS)
-        images = self.sampler.pictures(variables, z, labels)
+        images = self.sampler.images(variables, z, labels)
         if is_leader():
             folder = os.path.join(workdir, 'samples')
             with written(folder):
