@@ -38,7 +38,8 @@ autodoc_typehints = 'none'  # the docstrings say shapes, which types do not
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-python_maximum_signature_line_length = 88
+napoleon_use_ivar = True
+toc_object_entries_show_parents = 'hide'
 
 nb_execution_mode = 'cache'
 nb_execution_cache_path = str(HERE / '_build' / 'jupyter_cache')
@@ -58,4 +59,5 @@ html_theme_options = {
     'use_download_button': False,
     'use_fullscreen_button': False,
     'home_page_in_toc': True,
+    'navbar_persistent': [],
 }

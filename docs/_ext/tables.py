@@ -23,7 +23,7 @@ def cell(value, decimals):
     if value is None:
         return ''
     if isinstance(value, list):
-        return ' ± '.join(cell(part, decimals) for part in value)
+        return '\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}'.join(cell(part, decimals) for part in value)
     if isinstance(value, str) or decimals is None:
         return str(value)
     return f'{value:,.{decimals}f}'
