@@ -16,7 +16,7 @@ from convnorm_jax.pretrained import NAMES, load_pretrained
 
 requires = [r.split(';')[0] for r in importlib.metadata.requires('convnorm_jax') if 'extra ==' not in r]
 assert len(requires) == 5, requires
-for name in ('absl-py', 'ml_collections', 'scikit-learn', 'matplotlib', 'tensorflow-datasets', 'equinox', 'safetensors'):
+for name in ('absl-py', 'ml_collections', 'scikit-learn', 'matplotlib', 'tensorflow-datasets', 'equinox'):
     try:
         importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

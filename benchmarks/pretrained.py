@@ -17,11 +17,11 @@ import pathlib
 
 import jax
 import numpy as np
+from convnorm_jax.cli.run_config import run_config
 from flax import traverse_util
 
 import convnorm_jax
 from convnorm_jax import attacks, pretrained
-from convnorm_jax.cli.run_config import run_config
 from convnorm_jax.data.sources import load_source
 from convnorm_jax.files import write_atomically, write_json
 from convnorm_jax.reports.facts import count_parameters
@@ -44,7 +44,7 @@ ABOUT = {
     ),
     'digits_gan': (
         'digits_gan',
-        "Generator of a conditional SNGAN whose discriminator has ConvNorm; the parameters' exponential moving average.",
+        'Generator of a conditional SNGAN whose discriminator has ConvNorm; an average of the parameters over the run.',
         ['The scores are by the features of a small classifier of the same digits. They are not FIDs.'],
     ),
 }
@@ -81,7 +81,7 @@ def make(name, workdir):
     else:
         result = read_result(workdir)
         figures = {key: round(result[key], 4) for key in GAN_FIGURES if key in result}
-        by = f"by the run's own report, on {config.eval.samples} generated images, 2-core CPU"
+        by = f'by the report of the run, on {config.eval.samples} generated images, 2-core CPU'
     write_json(FOLDER / f'{name}.json', {**card, 'figures': figures, 'measured_by': by})
 
 
