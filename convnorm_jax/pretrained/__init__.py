@@ -1,7 +1,8 @@
 """Small trained nets that come with the package: `load_pretrained(name)`.
 
 Each net is NAME.npz, its variables in float32, and NAME.json, its model card: how the net is built, the data, the
-command that trained it, what was measured, its limits, and the SHA-256 of the weights. `benchmarks.pretrained` makes both.
+command that trained it, what was measured, its limits, and the SHA-256 of the weights.
+`benchmarks.pretrained` makes both.
 """
 
 import dataclasses
