@@ -169,7 +169,7 @@ def _published_modules(model, modules, block):
 
 def _feature_names(model, block):
     """Returns the names features.N of a block named conv{stage}_{number} and of its normalization."""
-    # The published VGG ends with an average pool of size one, after all blocks.
+    # The published VGG has an average pool of size one after every convolution with its ReLU, and after every max pool.
     per_conv, per_pool = (4, 2) if model.family == 'vgg' else (3, 1)
     kind, stage, number = re.fullmatch(r'(conv|relu)(\d+)_(\d+)', block).groups()
     before = sum(model.depth[: int(stage) - 1]) + int(number) - 1
