@@ -19,7 +19,7 @@ from convnorm_jax.data.corruptions import pixels
 # Mean red, green and blue, and the standard deviation of all three, of each plate, in levels of 255.
 _TONES = ((80, 150, 165, 20), (200, 205, 214, 22), (200, 205, 214, 22), (138, 153, 166, 30), (112, 123, 135, 43))
 
-_PLATE = 128  # side of a plate for 32x32 pictures, in pixels
+_PLATE = 128  # side of a plate for 32x32 images, in pixels
 _CRYSTALS_PER_PIXEL = 30 / _PLATE**2
 _BRANCHINGS = (0.12, 0.28, 0.44, 0.6, 0.76)  # along a branch
 _OVERSAMPLING = 4
