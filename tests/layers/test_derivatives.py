@@ -135,7 +135,7 @@ def test_hessian_and_jacobians(method):
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('name', ['convolution', 'transposed'])
-@pytest.mark.parametrize('method', EVERY)
+@pytest.mark.parametrize('method', few(EVERY, None))
 def test_check_grads_in_float64(name, method):
     # Issue 13.9: numerical differences in float64 agree to 1e-6 only if nothing on the way is float32.
     with jax.enable_x64(True):

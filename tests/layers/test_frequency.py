@@ -161,6 +161,7 @@ def test_number_of_products():
         assert len(frequency.kernel_filters(kernel, geometry)) == bilinear.products(geometry)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('size', [(6, 6), (12, 11)])
 @pytest.mark.parametrize('strides', [(1, 1), (2, 2)])
 def test_methods_agree(size, strides):

@@ -83,7 +83,7 @@ def error(found, expected):
     return np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('name', GEOMETRIES)
 # bfloat16 rounds to 2^-9 = 0.2 %: x or the cotangent (exact here), the kernel, two or three products, V weighs them.
@@ -183,7 +183,7 @@ def with_variables(name, method, dtype):
     return layer, {**variables, 'params': shaken}, x
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('name', LAYERS)
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])
 def test_the_layer_of_an_accelerator(name, dtype, as_on_an_accelerator):

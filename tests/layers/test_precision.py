@@ -213,6 +213,7 @@ def assert_runs(make, shape, dtype='float32'):
     jax.eval_shape(lambda v: model.apply(v, x, False), variables)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('dtype,param_dtype', [(None, 'float32'), ('bfloat16', 'float32'), ('bfloat16', 'bfloat16')])
 @pytest.mark.parametrize('method', EVERY)
 def test_the_layer_under_strict_promotion(strict, method, dtype, param_dtype):
