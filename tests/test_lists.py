@@ -147,9 +147,7 @@ def test_keys_in_lists_exist(name):
     assert [p for p in prefixes if not any(k == p or (p.endswith('.') and k.startswith(p)) for k in BASE)] == []
 
 
-@pytest.mark.parametrize(
-    'path', [*sorted(ROOT.glob('*.md')), *PAGES, *sorted(CONFIGS.glob('*.py'))], ids=str
-)
+@pytest.mark.parametrize('path', [*sorted(ROOT.glob('*.md')), *PAGES, *sorted(CONFIGS.glob('*.py'))], ids=str)
 def test_keys_in_texts_exist(path):
     text = path.read_text()
     keys = set(re.findall(r'--(?:no)?config\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)', text))

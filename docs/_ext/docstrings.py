@@ -56,8 +56,24 @@ def _escaped(line):
     return ''.join(parts)
 
 
+def _names_joined(lines):
+    """In a section Attributes `a, b: what they are` as `a,b: ...`: Sphinx takes the first of two words for a type."""
+    found, inside = [], None
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if line.strip() == 'Attributes:':
+            inside = indent
+        elif inside is not None and line.strip() and indent <= inside:
+            inside = None
+        elif inside is not None and indent == inside + 2:
+            names, colon, rest = line.partition(': ')
+            line = names[:indent] + names.strip().replace(', ', ',') + colon + rest
+        found.append(line)
+    return found
+
+
 def _process(app, what, name, obj, options, lines):
-    lines[:] = convert(lines)
+    lines[:] = _names_joined(convert(lines))
 
 
 def _signature(app, what, name, obj, options, signature, annotation):
