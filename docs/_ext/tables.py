@@ -1,7 +1,8 @@
 """`{results} NAME`: the tables of docs/results/NAME.json.
 
-A file holds one table or a list of them: 'columns' (a heading each), 'rows' (a list of cells each; numbers, texts or null), and
-if they are there 'decimals' (of the numbers of each column, null for as written), 'before', 'command', 'after' (Markdown).
+A file holds a list of tables. Each has 'columns', a heading each, and 'rows', lists of cells: numbers, texts, null, or
+[mean, standard deviation]. If they are there: 'decimals' of the numbers of each column (null: as written), 'command',
+and 'before' and 'after' (Markdown).
 """
 
 import json
@@ -14,8 +15,7 @@ FOLDER = pathlib.Path(__file__).resolve().parents[1] / 'results'
 
 def load(name):
     """The tables of a file."""
-    content = json.loads((FOLDER / f'{name}.json').read_text())
-    return content if isinstance(content, list) else [content]
+    return json.loads((FOLDER / f'{name}.json').read_text())
 
 
 def cell(value, decimals):
