@@ -157,6 +157,12 @@ def test_a_table_as_markdown():
     assert lines[4:] == ['', '```bash', 'x', '```']
 
 
+def test_long_commands_are_folded():
+    pytest.importorskip('sphinx')
+    folded = extension('tables').folded('convnorm train --a=1 --b=2 "--c=()"', width=24)
+    assert folded == 'convnorm train --a=1 \\\n  --b=2 "--c=()"'
+
+
 def numbers(table):
     return {value for row in table['rows'] for cell in row for value in (cell if isinstance(cell, list) else [cell])}
 
@@ -187,6 +193,9 @@ def test_docstrings_become_markup():
 
     See :func:`f`:
 
+    Args: see `g`. A line
+      that continues.
+
     >>> f(2 * 3)
     """.splitlines()
     assert [line.strip() for line in convert(text)] == [
@@ -200,6 +209,9 @@ def test_docstrings_become_markup():
         r'x: a\*b.',
         '',
         'See :func:`f`:',
+        '',
+        'Args: see ``g``. A line',
+        'that continues.',
         '',
         '>>> f(2 * 3)',
         '',

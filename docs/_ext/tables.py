@@ -7,6 +7,7 @@ and 'before' and 'after' (Markdown).
 
 import json
 import pathlib
+import re
 
 from sphinx.util.docutils import SphinxDirective
 
@@ -29,6 +30,16 @@ def cell(value, decimals):
     return f'{value:,.{decimals}f}'
 
 
+def folded(command, width=96):
+    """A command in lines of at most `width`, as a shell takes them."""
+    lines = ['']
+    for word in re.split(r' (?=-|")', command):
+        if lines[-1] and len(lines[-1]) + len(word) > width:
+            lines.append(' ')
+        lines[-1] += f' {word}' if lines[-1] else word
+    return ' \\\n'.join(lines)
+
+
 def markdown(table):
     """The table, with the text around it and the command that made it."""
     decimals = table.get('decimals') or [None] * len(table['columns'])
@@ -37,7 +48,7 @@ def markdown(table):
     rule = ['---:' if right else '---' for right in numeric]
     lines = ['| ' + ' | '.join(cells) + ' |' for cells in [table['columns'], rule, *rows]]
     command = table.get('command')
-    commands = [command] if isinstance(command, str) else command or []
+    commands = [folded(line) for line in ([command] if isinstance(command, str) else command or [])]
     parts = [table.get('before'), '\n'.join(lines), commands and '```bash\n' + '\n'.join(commands) + '\n```']
     return '\n\n'.join(part for part in [*parts, table.get('after')] if part)
 
