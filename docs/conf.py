@@ -11,7 +11,7 @@ sys.path.insert(0, str(HERE.parent))  # this clone, whatever is installed
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get('PYTHONPATH')]))
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-from convnorm_jax.version import __version__
+from convnorm_jax.version import __version__  # noqa: E402
 
 project = 'convnorm_jax'
 author = 'the convnorm_jax authors'
@@ -39,6 +39,7 @@ autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 toc_object_entries_show_parents = 'hide'
 
 nb_execution_mode = 'cache'

@@ -162,9 +162,7 @@ def test_the_figures_of_attacks_have_the_names_of_keys():
     assert {f'attack.{name}' for name in names} <= set(KEYS)
 
 
-@pytest.mark.parametrize(
-    'path', [*sorted(ROOT.glob('*.md')), *PAGES, *sorted(CONFIGS.glob('*.py'))], ids=str
-)
+@pytest.mark.parametrize('path', [*sorted(ROOT.glob('*.md')), *PAGES, *sorted(CONFIGS.glob('*.py'))], ids=str)
 def test_keys_in_texts_exist(path):
     text = path.read_text()
     keys = set(re.findall(r'--(?:no)?config\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)', text))

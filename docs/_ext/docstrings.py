@@ -4,9 +4,11 @@ A docstring is written to be read in the source. So `|x|`, `a*b` and `name_` mea
 and a block that is indented after a line with a colon is code, too.
 """
 
+import inspect
 import re
 
 _SECTION = re.compile(r'^\s*(Args|Arguments|Returns|Raises|Attributes|Yields|Example|Examples|Note|References?)s?:$')
+_INLINE = re.compile(r'^\s*(Args|Returns|Raises)\b.*[^:\s]$')
 # What is reStructuredText already: a role, or a literal in double backticks.
 _MARKUP = re.compile(r'(:[a-z:]+:`[^`]+`|``.+?``|`[^`]+`(?:_{1,2}(?!\w))?)')
 _DIRECTIVE = re.compile(r'^\s*\.\. [a-z-]+::')
@@ -14,6 +16,7 @@ _DIRECTIVE = re.compile(r'^\s*\.\. [a-z-]+::')
 
 def convert(lines):
     """The lines of a docstring as reStructuredText."""
+    lines = _continued(lines)
     found, verbatim = [], None  # the indentation that a verbatim block must exceed
     for number, line in enumerate(lines):
         indent = len(line) - len(line.lstrip())
@@ -30,6 +33,21 @@ def convert(lines):
         found.append(_escaped(line) + (opens and not line.endswith('::')) * ':')
         if opens:
             verbatim = indent
+    return found
+
+
+def _continued(lines):
+    """`Args: see ...` with more lines indented below it, as one paragraph; `The others:` in a section as a name."""
+    found, base = [], None
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if base is not None and (not line.strip() or indent <= base):
+            base = None
+        if base is not None:
+            line = ' ' * base + line.lstrip()
+        elif _INLINE.match(line):
+            base = indent
+        found.append(re.sub(r'^(\s+)The others: ', r'\1others: ', line))
     return found
 
 
@@ -56,12 +74,32 @@ def _escaped(line):
     return ''.join(parts)
 
 
+def _names_joined(lines):
+    """In a section Attributes `a, b: what they are` as `a,b: ...`: Sphinx takes the first of two words for a type."""
+    found, inside = [], None
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if line.strip() == 'Attributes:':
+            inside = indent
+        elif inside is not None and line.strip() and indent <= inside:
+            inside = None
+        elif inside is not None and indent == inside + 2:
+            names, colon, rest = line.partition(': ')
+            line = names[:indent] + names.strip().replace(', ', ',') + colon + rest
+        found.append(line)
+    return found
+
+
 def _process(app, what, name, obj, options, lines):
-    lines[:] = convert(lines)
+    lines[:] = _names_joined(convert(lines))
 
 
 def _signature(app, what, name, obj, options, signature, annotation):
-    """Without what every Linen module takes."""
+    """Without what every Linen module takes; of an NNX module that of its constructor."""
+    if what == 'class' and signature == '(*args, **kwargs)':
+        parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
+        plain = [parameter.replace(annotation=parameter.empty) for parameter in parameters]
+        signature = str(inspect.Signature(plain))
     if signature:
         signature = signature.split(', parent=')[0] + ')' if ', parent=' in signature else signature
         signature = signature.replace("<class 'jax.numpy.float32'>", 'float32')

@@ -1,11 +1,13 @@
 """`{results} NAME`: the tables of docs/results/NAME.json.
 
-A file holds one table or a list of them: 'columns' (a heading each), 'rows' (a list of cells each; numbers, texts or null), and
-if they are there 'decimals' (of the numbers of each column, null for as written), 'before', 'command', 'after' (Markdown).
+A file holds a list of tables. Each has 'columns', a heading each, and 'rows', lists of cells: numbers, texts, null, or
+[mean, standard deviation]. If they are there: 'decimals' of the numbers of each column (null: as written), 'command',
+and 'before' and 'after' (Markdown).
 """
 
 import json
 import pathlib
+import re
 
 from sphinx.util.docutils import SphinxDirective
 
@@ -14,8 +16,7 @@ FOLDER = pathlib.Path(__file__).resolve().parents[1] / 'results'
 
 def load(name):
     """The tables of a file."""
-    content = json.loads((FOLDER / f'{name}.json').read_text())
-    return content if isinstance(content, list) else [content]
+    return json.loads((FOLDER / f'{name}.json').read_text())
 
 
 def cell(value, decimals):
@@ -29,6 +30,16 @@ def cell(value, decimals):
     return f'{value:,.{decimals}f}'
 
 
+def folded(command, width=96):
+    """A command in lines of at most `width`, as a shell takes them."""
+    lines = ['']
+    for word in re.split(r' (?=-|")', command):
+        if lines[-1] and len(lines[-1]) + len(word) > width:
+            lines.append(' ')
+        lines[-1] += f' {word}' if lines[-1] else word
+    return ' \\\n'.join(lines)
+
+
 def markdown(table):
     """The table, with the text around it and the command that made it."""
     decimals = table.get('decimals') or [None] * len(table['columns'])
@@ -37,7 +48,7 @@ def markdown(table):
     rule = ['---:' if right else '---' for right in numeric]
     lines = ['| ' + ' | '.join(cells) + ' |' for cells in [table['columns'], rule, *rows]]
     command = table.get('command')
-    commands = [command] if isinstance(command, str) else command or []
+    commands = [folded(line) for line in ([command] if isinstance(command, str) else command or [])]
     parts = [table.get('before'), '\n'.join(lines), commands and '```bash\n' + '\n'.join(commands) + '\n```']
     return '\n\n'.join(part for part in [*parts, table.get('after')] if part)
 
