@@ -15,6 +15,7 @@ from benchmarks.malformed_base import (
     on_images,
     registry,
 )
+from convnorm_jax.configs import default
 
 KINDS, kind = registry()
 

@@ -1,5 +1,6 @@
 """Decoded arrays kept as .npy files, so that a data set is decoded once per machine."""
 
+import functools
 import hashlib
 import json
 import os
@@ -71,7 +72,8 @@ def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in arrays.items():
-            write_atomically(folder / f'{name}.npy', lambda f, a=array: np.save(f, a, allow_pickle=False))
+            write = functools.partial(np.save, arr=array, allow_pickle=False)
+            write_atomically(folder / f'{name}.npy', write)
     except OSError as error:
         warnings.warn(
             f'cache {folder} cannot be written ({error}); the data set will be decoded at every '

@@ -68,11 +68,11 @@ def save_exported(
     if (mean is None) != (std is None):
         raise UserError(f'mean={mean}, std={std}: give both, or neither for images that are normalized already')
     name = _dtype(dtype)
-    if mean is not None:
-        normalize(np.zeros((1, *shape), name), mean, std)  # raises for a mean or std that does not fit
+    if mean is not None and std is not None:
+        normalize(jnp.zeros((1, *shape), name), mean, std)  # raises for a mean or std that does not fit
 
     def run(variables, images):
-        images = images if mean is None else normalize(images, mean, std)
+        images = images if mean is None or std is None else normalize(images, mean, std)
         return model.apply(variables, images, train=False)
 
     inputs = [{'name': 'images', 'shape': shape, 'dtype': name}]

@@ -16,14 +16,15 @@ from convnorm_jax.models.plain import PlainNet, SimpleCNN2
 from convnorm_jax.models.resnet import STEMS, BasicBlock, BottleneckBlock, ResNet
 from convnorm_jax.models.sizes import is_whole_number, plain_options, whole_number
 
-_RESNETS = {
+_RESNETS: dict[str, tuple[Any, tuple[int, ...]]] = {  # (block, depth)
     'resnet18': (BasicBlock, (2, 2, 2, 2)),
     'resnet34': (BasicBlock, (3, 4, 6, 3)),
     'resnet50': (BottleneckBlock, (3, 4, 6, 3)),
     'resnet101': (BottleneckBlock, (3, 4, 23, 3)),
     'resnet152': (BottleneckBlock, (3, 8, 36, 3)),
 }
-_PLAIN = {  # (width of each stage over that of the first, first width, depth)
+_PLAIN: dict[str, tuple[tuple[int, ...], int, tuple[int, ...]]] = {
+    # (width of each stage over that of the first, first width, depth)
     'vgg11': ((1, 2, 4, 8, 8), 64, (1, 1, 2, 2, 2)),
     'vgg13': ((1, 2, 4, 8, 8), 64, (2, 2, 2, 2, 2)),
     'vgg16': ((1, 2, 4, 8, 8), 64, (2, 2, 3, 3, 3)),

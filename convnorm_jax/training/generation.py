@@ -89,8 +89,8 @@ class Generation(Experiment):
             folder = os.path.join(workdir, 'samples')
             with written(folder):
                 os.makedirs(folder, exist_ok=True)
-            content = {'images': images, 'step': step}
-            write_atomically(os.path.join(folder, f'{step:08d}.npz'), lambda f: np.savez_compressed(f, **content))
+            save = functools.partial(np.savez_compressed, images=images, step=step)
+            write_atomically(os.path.join(folder, f'{step:08d}.npz'), save)
         if self.scorer is None or not self.config.gan.score_examples:
             return {}
         return self.scorer(self.sampler.draw(variables, self.config.gan.score_examples, SCORE_SEED + seed)[0])

@@ -1,6 +1,5 @@
 """Runs of several processes of this machine, joined by JAX's own means, beside a run of one."""
 
-import os
 import pathlib
 import signal
 import socket

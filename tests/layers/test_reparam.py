@@ -287,7 +287,11 @@ def test_gradients_are_finite_differences(name):
 
 
 def test_spectral_norm_gradient_has_constant_singular_vectors():
-    kernel, u, v = random(13, 3, 3, 2, 4), spectral_norm.normalized(random(14, 4)), spectral_norm.normalized(random(15, 18))
+    kernel, u, v = (
+        random(13, 3, 3, 2, 4),
+        spectral_norm.normalized(random(14, 4)),
+        spectral_norm.normalized(random(15, 18)),
+    )
     cotangent = random(16, 3, 3, 2, 4)
 
     def loss(kernel):
