@@ -31,11 +31,12 @@ from benchmarks import machine
 from benchmarks.library_attacks import PGD_STEPS, QUERIES, STEPS, TARGETS, import_libraries
 from convnorm_jax import attacks
 from convnorm_jax.configs import default
+from convnorm_jax.configs.keys import flatten
 from convnorm_jax.errors import UserError
 from convnorm_jax.files import write_json
 from convnorm_jax.runs.workdir import load_config
 from convnorm_jax.training import setup
-from convnorm_jax.training.config import check_config, flatten
+from convnorm_jax.training.config import check_config
 from convnorm_jax.training.loop import restore_variables
 
 ATTACKS = ('fgsm', 'pgd', 'apgd-ce', 'apgd-dlr', 'apgd-t', 'fab-t', 'square', 'autoattack')

@@ -5,6 +5,9 @@ import shutil
 import cv2
 import numpy as np
 
+from convnorm_jax.configs import default
+from convnorm_jax.configs.keys import flatten
+
 DIGITS, GAN, CIFAR = (f'configs/{name}.py' for name in ('digits_convnorm', 'digits_gan', 'cifar10_convnorm'))
 
 # A run of a second, so that a mistake that is not detected ends soon too.
@@ -28,10 +31,12 @@ def registry():
 
 def base_keys():
     """{key: value} of the base config."""
-    from convnorm_jax.configs import default
-    from convnorm_jax.training.config import flatten
-
     return flatten(default.get_config())
+
+
+def keys_with(attribute):
+    """The keys that have choices, names or an interval."""
+    return [name for name, key in default.KEYS.items() if getattr(key, attribute)]
 
 
 def digits(place, *more):

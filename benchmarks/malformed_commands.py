@@ -11,9 +11,11 @@ from benchmarks.malformed_base import (
     copy_of,
     digits,
     image_folder,
+    keys_with,
     on_images,
     registry,
 )
+from convnorm_jax.configs import default
 
 KINDS, kind = registry()
 
@@ -63,10 +65,8 @@ def a_key_below_a_value(rng, place, trained):
 
 @kind
 def a_number_out_of_range(rng, place, trained):
-    from convnorm_jax.training.config import _RANGES
-
-    key = rng.choice([k for k in _RANGES if base_keys()[k] is not None])
-    low, high, low_allowed, high_allowed = _RANGES[key]
+    key = rng.choice([k for k in keys_with('interval') if base_keys()[k] is not None])
+    low, high, low_allowed, high_allowed = default.KEYS[key].bounds()
     values = [low - 1] + [low] * (not low_allowed) + [high * 2 + 1] + [high] * (not high_allowed)
     value = rng.choice(values)
     return digits(place, f'--config.{key}={int(value) if isinstance(base_keys()[key], int) else value}')
@@ -80,16 +80,13 @@ def no_number(rng, place, trained):
 
 @kind
 def an_unknown_name(rng, place, trained):
-    from convnorm_jax.training.config import _CHOICES
-
-    return digits(place, f'--config.{rng.choice(list(_CHOICES))}={rng.choice(["resnet19", "Best", "x y", "None"])}')
+    key = rng.choice(keys_with('choices'))
+    return digits(place, f'--config.{key}={rng.choice(["resnet19", "Best", "x y", "None"])}')
 
 
 @kind
 def an_unknown_name_among_several(rng, place, trained):
-    from convnorm_jax.training.config import SUBSETS
-
-    return digits(place, f'--config.{rng.choice(list(SUBSETS))}={rng.choice(["pgd,xyz", "fgms", "(1,2)"])}')
+    return digits(place, f'--config.{rng.choice(keys_with("names"))}={rng.choice(["pgd,xyz", "fgms", "(1,2)"])}')
 
 
 CONTRADICTIONS = [

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convnorm_jax import attacks
+from convnorm_jax import attacks, mesh
 from convnorm_jax.attacks.auto_attack import checks, ensemble, members, saved
 from convnorm_jax.attacks.auto_attack.members import make_member
+from tests.selection import few
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -104,6 +105,7 @@ def test_minimal_perturbation_of_a_linear_classifier_to_one_percent(problem, nor
         assert (found.robust == robust).all(), (factor, found.robust)
 
 
+@pytest.mark.slow
 def test_a_staircase_in_front_of_the_net_masks_gradients_but_not_from_square(problem):
     """Rounding the pixels leaves no gradient; the true accuracy is known, for rounding is monotone."""
     images, labels, weights, _ = problem
@@ -153,6 +155,7 @@ def same(a, b):
         assert {**one, 'seconds': 0} == {**other, 'seconds': 0}
 
 
+@pytest.mark.slow
 def test_neither_packing_nor_devices_change_anything(problem, whole):
     images, labels, *_ = problem
     logits_fn, epsilon, *_ = whole
@@ -164,7 +167,7 @@ def test_neither_packing_nor_devices_change_anything(problem, whole):
     assert 0 < sum(a['broken'] for a in found.attacks) < N
 
 
-@pytest.mark.parametrize('moment', [1, 5, 9, 16])
+@pytest.mark.parametrize('moment', few([1, 5, 9, 16], 5))
 def test_an_interrupted_run_goes_on(problem, whole, tmp_path, monkeypatch, moment):
     images, labels, *_ = problem
     logits_fn, epsilon, expected, _ = whole
@@ -184,7 +187,7 @@ def test_an_interrupted_run_goes_on(problem, whole, tmp_path, monkeypatch, momen
         logits_fn, images, labels, log=lines.append, progress=lambda *at: seen.append(at), **options
     )
     same(found, expected)
-    assert (moment < 4) or lines[0].startswith('going on from')
+    assert (moment < 4) or lines[0].startswith('resuming from')
     again = attacks.run_ensemble(logits_fn, images, labels, log=quiet, progress=seen.clear, **options)
     same(again, expected)  # and without any attack: `clear` takes no arguments
 
@@ -229,7 +232,7 @@ def test_a_state_of_a_net_that_predicts_the_same_is_refused(problem, whole, tmp_
         assert words in str(caught.value) and '\n' not in str(caught.value)
     lines = []
     same(attacks.run_ensemble(linear(weights), images, labels, **{**options, 'log': lines.append}), expected)
-    assert lines[0].startswith('going on from')
+    assert lines[0].startswith('resuming from')
 
 
 @pytest.mark.parametrize('damage', ['cut', 'text', 'pickle', 'empty', 'words', 'bytes'])
@@ -272,10 +275,10 @@ def test_the_leader_reads_the_state_for_all(tmp_path, monkeypatch):
     told = []
 
     def as_process(number, messages):
-        monkeypatch.setattr(saved.jax, 'process_count', lambda: 2)
-        monkeypatch.setattr(saved.jax, 'process_index', lambda: number)
+        monkeypatch.setattr(mesh.jax, 'process_count', lambda: 2)
+        monkeypatch.setattr(mesh.jax, 'process_index', lambda: number)
         broadcast = (lambda x: told.append(x) or x) if number == 0 else (lambda x: messages.pop(0))
-        monkeypatch.setattr(saved.multihost_utils, 'broadcast_one_to_all', broadcast)
+        monkeypatch.setattr(mesh.multihost_utils, 'broadcast_one_to_all', broadcast)
 
     def outcomes(other_path):
         found = []

@@ -197,6 +197,7 @@ def test_a_program_that_fails_leaves_the_others():
     assert (found, failed) == ({'good': 1}, {'bad': 'ZeroDivisionError: division by zero'})
 
 
+@pytest.mark.slow
 def test_the_layer_table_sums_the_net():
     report = Heard()
     speed.layer_table(report, 'float32', 2, [[2, 2, 4, 1, 3]], repeats=1)

@@ -24,14 +24,13 @@ TRAIN = [
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
+def trained(quick_environment, tmp_path_factory):
     """(folder of a run, its finished process)."""
     workdir = tmp_path_factory.mktemp('runs') / 'run'
-    environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
     process = subprocess.run(
         [sys.executable, '-m', 'convnorm_jax.cli.run', *TRAIN, f'--workdir={workdir}'],
         cwd=ROOT,
-        env={**environment, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'},
+        env=quick_environment,
         capture_output=True,
         text=True,
     )
@@ -165,4 +164,4 @@ def test_a_damaged_checkpoint_is_one_line(command, copy):
         if path.is_file() and 'arrays' in path.parts:
             path.write_bytes(b'')
     code, _, err = command('--mode=eval', f'--workdir={copy}')
-    assert code == 2 and len(err) == 1 and 'the checkpoint can not be read' in err[0]
+    assert code == 2 and len(err) == 1 and 'the checkpoint cannot be read' in err[0]

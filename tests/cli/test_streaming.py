@@ -64,6 +64,7 @@ def kill():
     raise Kill
 
 
+@pytest.mark.slow
 def test_killed_stopped_resumed(run, command, make_picture_folder, tmp_path, quick_compilation):
     data = f'--config.data.data_dir={make_picture_folder(tmp_path / "bugs")}'
     code, whole = run(tmp_path / 'whole', {}, data)

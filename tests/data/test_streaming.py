@@ -133,6 +133,7 @@ def test_a_run_that_goes_on_reads_what_the_first_one_left(source):
         assert len(set(seen.tolist())) == 32
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(source):
     batches = training(source)
     want = list(streaming.read(batches, 9, start=2))
@@ -259,8 +260,14 @@ if __name__ == '__main__':
 """
 
 
-@pytest.mark.parametrize('damage', ['damaged', 'whole'])
-@pytest.mark.parametrize('place', ['plain', 'placed'])
+@pytest.mark.parametrize(
+    ('damage', 'place'),
+    [
+        ('damaged', 'placed'),
+        pytest.param('whole', 'plain', marks=pytest.mark.slow),
+        pytest.param('whole', 'placed', marks=pytest.mark.slow),
+    ],
+)
 def test_shared_memory_is_given_back(make_picture_folder, tmp_path, damage, place):
     """Whoever holds a batch, or an error, when the process ends."""
     root = make_picture_folder(tmp_path / 'x')

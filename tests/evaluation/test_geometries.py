@@ -85,6 +85,7 @@ def net(name, layer):
 NETS = {'mobilenet': ('conv1', 'depthwise1_1', 'depthwise2_1'), 'sequence_cnn': ('conv1_1', 'conv2_1')}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('layer', ['convnorm', 'batchnorm', 'oni'])
 @pytest.mark.parametrize('name', NETS)
 def test_spectra_of_a_net(name, layer, tmp_path):
@@ -121,6 +122,7 @@ def dense_norm(site, variables):
     return np.linalg.norm(y[:-1] - y[-1], 2)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('layer', ['convnorm', 'batchnorm', 'spectralnorm'])
 @pytest.mark.parametrize('name', NETS)
 def test_operators_of_a_net(name, layer):

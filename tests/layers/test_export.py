@@ -48,6 +48,7 @@ def exported(name, method, platforms, batch='b'):
     return export.export(run, platforms=platforms)(params, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('platforms', [('cpu',), ('cpu', 'cuda', 'tpu')], ids=', '.join)
 @pytest.mark.parametrize('name', LAYERS)
 @pytest.mark.parametrize('method', [None, *METHODS])
@@ -55,7 +56,7 @@ def test_a_symbolic_batch(name, method, platforms):
     run, params = program(name, method)
     there = exported(name, method, platforms)
     assert there.platforms == platforms
-    for batch in (8, 9):
+    for batch in (8, 9) if len(platforms) == 1 else (9,):
         found, expected = there.call(params, images(batch)), run(params, images(batch))
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-4 * max(1, np.abs(b).max()))
@@ -65,6 +66,7 @@ def has(module, operation):
     return f'stablehlo.{operation}' in module.mlir_module()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('batch', ['b', '16'])
 @pytest.mark.parametrize('name', ['convolution', 'transposed'])
 def test_a_program_holds_the_form_of_its_platform(name, batch):

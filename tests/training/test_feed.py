@@ -100,7 +100,7 @@ def test_slow_input_is_told_once_an_epoch(clock):
             line = waiting.warning(1000.0 * epoch + step + 1, 3, ended=False)
             assert bool(line) == (step == 99)
             if line:
-                assert line.startswith('input bound: 25% of the time went to waiting for pictures')
+                assert line.startswith('input bound: 25% of the time was spent waiting for images')
                 assert 'config.data.workers (now 3)' in line
         assert not waiting.warning(1000.0 * epoch + 150, 3, ended=True)
 
