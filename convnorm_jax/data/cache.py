@@ -1,5 +1,6 @@
 """Decoded arrays kept as .npy files, so that a data set is decoded once per machine."""
 
+import functools
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -66,12 +68,16 @@ def warn_ignored(path: Path, reason: object) -> None:
     warnings.warn(f'cache {path} is ignored ({reason}); the data set is decoded again', RuntimeWarning, stacklevel=3)
 
 
+def _save(file: IO[bytes], array: np.ndarray) -> None:
+    np.save(file, array, allow_pickle=False)
+
+
 def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes arrays to a cache folder; warns if the folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in arrays.items():
-            write_atomically(folder / f'{name}.npy', lambda f, a=array: np.save(f, a, allow_pickle=False))
+            write_atomically(folder / f'{name}.npy', functools.partial(_save, array=array))
     except OSError as error:
         warnings.warn(
             f'cache {folder} cannot be written ({error}); the data set will be decoded at every '

@@ -201,10 +201,9 @@ def normalized_scale(site: LayerSite, variables: Any) -> np.ndarray:
         return np.ones(site.output_shape[-1], np.float32)
     inside = inner_variables(variables, site.path)
     if site.module.spectrum == 'exact':
-        v = spectral.preconditioner(inside['params']['kernel'], site.grid)
+        v = np.asarray(spectral.preconditioner(inside['params']['kernel'], site.grid))
     else:
-        v = inside['batch_stats']['preconditioner']
-    v = np.asarray(v)
+        v = np.asarray(inside['batch_stats']['preconditioner'])
     return v.reshape(-1) if set(v.shape[:-1]) == {1} else v[..., : site.grid[-1] // 2 + 1, :]
 
 

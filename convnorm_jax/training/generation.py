@@ -89,7 +89,7 @@ class Generation(Experiment):
             folder = os.path.join(workdir, 'samples')
             with written(folder):
                 os.makedirs(folder, exist_ok=True)
-            content = {'images': images, 'step': step}
+            content: dict[str, Any] = {'images': images, 'step': step}
             write_atomically(os.path.join(folder, f'{step:08d}.npz'), lambda f: np.savez_compressed(f, **content))
         if self.scorer is None or not self.config.gan.score_examples:
             return {}

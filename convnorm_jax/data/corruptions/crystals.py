@@ -66,9 +66,7 @@ def _plate(number: int, side: int, scale: float) -> np.ndarray:
 
 def _draw_branch(canvas: np.ndarray, rng: np.random.Generator, start: complex, along: complex, depth: int) -> None:
     """A straight branch with shorter ones at 60 degrees on both sides; positions are complex numbers."""
-    first, last = (
-        (round(end.real * 2**_LINE_BITS), round(end.imag * 2**_LINE_BITS)) for end in (start, start + along)
-    )
+    first, last = ((round(end.real * 2**_LINE_BITS), round(end.imag * 2**_LINE_BITS)) for end in (start, start + along))
     cv2.line(canvas, first, last, int(rng.integers(90, 255)), 1 + depth, cv2.LINE_AA, _LINE_BITS)
     if depth == 0:
         return
