@@ -1,6 +1,6 @@
 """Exports a run's net as one file that runs without this project's code, and checks the file against the net.
 
-python -m experiments.export --workdir=DIR --out=FILE [--platforms=cpu,cuda,tpu]
+convnorm export --workdir=DIR --out=FILE [--platforms=cpu,cuda,tpu]
     [--weights=FILE.safetensors] [--checkpoint=best|latest]
 
 convnorm_jax.load_exported(FILE) loads the file. A classifier's takes images in [0, 1] and returns logits; a GAN's takes

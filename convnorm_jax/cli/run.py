@@ -1,9 +1,10 @@
 """Train a net and report on it, or evaluate a run.
 
-python -m experiments.main --config=configs/digits_convnorm.py [--workdir=DIR]
-    [--mode=train|eval] [--config.KEY=VALUE ...]
+convnorm train --config=digits_convnorm [--workdir=DIR] [--config.KEY=VALUE ...]
+convnorm eval --workdir=DIR [--config.KEY=VALUE ...]
     [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
+In a clone, python -m experiments.main --config=configs/digits_convnorm.py [--mode=train|eval] is the same.
 On several hosts run the same command on each. SLURM, a TPU pod and Kubernetes connect the processes; elsewhere give the
 last three options. --workdir must be a folder that all hosts share.
 """

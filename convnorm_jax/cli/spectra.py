@@ -1,6 +1,6 @@
 """Measures the operator norm of each layer of trained nets, and compares the nets.
 
-python -m experiments.spectra --workdirs=runs/A,runs/B [--output=DIR] [--checkpoint=best|latest]
+convnorm spectra --workdirs=runs/A,runs/B [--output=DIR] [--checkpoint=best|latest]
 
 Prints a table of operator norms; writes spectra.json, spectra.md and spectra.png to --output
 (by default runs/A/spectra). Measured, not certified: see convnorm_jax/evaluation/operators.py.

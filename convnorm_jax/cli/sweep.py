@@ -1,6 +1,6 @@
 """Runs an experiment over a grid of settings and several seeds, and makes tables of mean +- standard deviation.
 
-python -m experiments.sweep --config=configs/cifar10_label_noise.py --workdir=runs/label_noise
+convnorm sweep --config=cifar10_label_noise --workdir=runs/label_noise
     --grid=model.layer=convnorm,batchnorm --grid=data.label_noise.rate=0.0,0.2,0.4 --seeds=0,1
     [--rows=KEY,...] [--columns=KEY,...] [--jobs=N] [--mode=train|report] [--config.KEY=VALUE ...]
 
