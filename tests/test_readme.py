@@ -16,7 +16,7 @@ README = (ROOT / 'README.md').read_text()
 DOCS = ROOT / 'docs'
 PAGES = sorted(p for p in DOCS.rglob('*.md') if '_build' not in p.parts)
 RESULTS = sorted((DOCS / 'results').glob('*.json'))
-CONFIGS = {p.stem for p in (ROOT / 'convnorm_jax' / 'configs').glob('*.py')} - {'__init__', 'default'}
+CONFIGS = {p.stem for p in (ROOT / 'convnorm_jax' / 'configs').glob('*.py')} - {'__init__', 'default', 'keys'}
 
 
 def blocks(language, text=README):

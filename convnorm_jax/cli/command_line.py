@@ -202,7 +202,7 @@ def _with_config(argv):
 
 def _config_path(given):
     """The file that was given; else the packaged config of that name: digits_convnorm, configs/digits_convnorm.py."""
-    if os.path.isfile(given):
+    if given.endswith('.py') and os.path.isfile(given):
         return given
     folder, name = os.path.split(given)
     packaged = os.path.join(_PACKAGED, f'{name.removesuffix(".py")}.py')
@@ -218,6 +218,8 @@ def _load(path):
     """The config of a file, before any override."""
     if not os.path.isfile(path):
         raise UserError(f'--config={path}: no such file; give one of {_configs()}')
+    if not path.endswith('.py'):
+        raise UserError(f'--config={path}: is not a Python file, NAME.py; give one of {_configs()}')
     spec = importlib.util.spec_from_file_location('given_config', path)
     module = importlib.util.module_from_spec(spec)
     try:

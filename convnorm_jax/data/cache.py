@@ -8,7 +8,6 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -66,10 +65,6 @@ def warn_ignored(path: Path, reason: object) -> None:
     """Warns that a cache file or folder is not used, and why."""
     reason = ' '.join(str(reason).split())
     warnings.warn(f'cache {path} is ignored ({reason}); the data set is decoded again', RuntimeWarning, stacklevel=3)
-
-
-def _save(file: IO[bytes], array: np.ndarray) -> None:
-    np.save(file, array, allow_pickle=False)
 
 
 def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -54,7 +54,7 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
             monkeypatch.delitem(sys.modules, name)
     assert run(monkeypatch, 'train', '--config=digits_convnorm') == 2
     assert capsys.readouterr().err == (
-        "error: absl is not installed, which the commands need: pip install 'convnorm_jax[experiments]'\n"
+        "error: absl is not installed, and the commands need it: pip install 'convnorm_jax[experiments]'\n"
     )
 
 
@@ -73,7 +73,14 @@ def test_a_config_by_its_name_in_an_empty_folder(command, monkeypatch, tmp_path)
 
 def test_a_file_of_ones_own_comes_first(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'digits_convnorm').write_text('raise RuntimeError("mine")')
-    code, _, err = command('--config=digits_convnorm')
-    assert code == 2
-    assert err == ['error: --config=digits_convnorm: RuntimeError: mine']
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs' / 'digits_convnorm.py').write_text('raise RuntimeError("mine")')
+    code, _, err = command('--config=configs/digits_convnorm.py')
+    assert (code, err) == (2, ['error: --config=configs/digits_convnorm.py: RuntimeError: mine'])
+
+
+def test_a_file_that_is_not_python(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'notes.txt').write_text('config = None')
+    code, _, (err,) = command('--config=notes.txt')
+    assert code == 2 and err.startswith('error: --config=notes.txt: is not a Python file, NAME.py; give one of cifar')
