@@ -197,7 +197,10 @@ def test_a_fault_of_the_program_keeps_its_traceback(command, tmp_path, monkeypat
             OSError(errno.ENOSPC, 'No space left on device'),
             'shared memory (/dev/shm) is too small for the batches of the data workers',
         ),
-        (RuntimeError('Worker process was terminated unexpectedly with exit code -7. Search'), 'is too small for the batches'),
+        (
+            RuntimeError('Worker process was terminated unexpectedly with exit code -7. Search'),
+            'is too small for the batches',
+        ),
         (JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory'), 'give a smaller config.data.batch_size'),
     ],
 )
