@@ -1,6 +1,8 @@
 """Shared by all tests. This file is read before any test imports jax."""
 
 import atexit
+import collections
+import itertools
 import os
 import pathlib
 import shutil
@@ -16,7 +18,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 if 'PYTEST_XDIST_WORKER' not in os.environ:
     os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='convnorm_jax_tests_')
     atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(_ROOT) not in sys.path:
@@ -30,6 +32,41 @@ import pytest  # noqa: E402
 from convnorm_jax.mesh import reserve_host_threads  # noqa: E402
 
 reserve_host_threads()
+
+
+# Files that take longest, in order: with these first two processes end together.
+_LONGEST = ()
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # of xdist: by the number of tests, which is not their time
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The longest files first; of products of parameters marked `covering` all but a few are slow."""
+    _mark_products(items)
+    place = {name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition('::')[0], len(place)))
+
+
+def _mark_products(items):
+    """Of a product marked `covering(n)` so many tests stay as hold every n values together; the rest becomes slow."""
+    products = collections.defaultdict(list)
+    for item in items:
+        mark = item.get_closest_marker('covering')
+        if mark and not item.get_closest_marker('slow'):
+            products[item.nodeid.partition('[')[0], *mark.args].append(item)
+    for (_, strength), rest in products.items():
+        values = {item: [(name, id(value)) for name, value in item.callspec.params.items()] for item in rest}
+        held = {item: set(itertools.combinations(pairs, strength)) for item, pairs in values.items()}
+        missing = set().union(*held.values())
+        while missing:
+            best = max(rest, key=lambda item: len(held[item] & missing))
+            missing -= held[best]
+            rest.remove(best)
+        for item in rest:
+            item.add_marker('slow')
 
 
 @pytest.fixture(scope='session')
@@ -118,15 +155,45 @@ def full_spectrum():
     return expand
 
 
-@pytest.fixture(scope='module')
-def quick_compilation():
-    """Without most of XLA's optimizations, for modules that compile many small programs.
+@pytest.fixture(scope='session')
+def older_code_generator():
+    """Options of XLA:CPU's older code generator where it has one still: half the time for a small program."""
+    import jax
 
-    It halves their time. The golden nets of tests/test_torch_import.py run the same layers optimized.
+    options = {'xla_cpu_use_fusion_emitters': False}
+    try:
+        jax.jit(lambda x: x + 1).lower(0.0).compile(options)
+    except jax.errors.JaxRuntimeError:  # no such option
+        return {}
+    return options
+
+
+@pytest.fixture(scope='session')
+def quick_environment(older_code_generator):
+    """Variables of a process of one device that compiles as with `quick_compilation`."""
+    flags = ' '.join(f'--{name}={str(value).lower()}' for name, value in older_code_generator.items())
+    inherited = {name: value for name, value in os.environ.items() if name not in ('XLA_FLAGS', 'NPROC')}
+    return {**inherited, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', **({'XLA_FLAGS': flags} if flags else {})}
+
+
+@pytest.fixture(scope='module')
+def quick_compilation(older_code_generator):
+    """Without most of XLA's optimizations, for modules that compile many small programs: a third of the time.
+
+    The golden nets of tests/test_torch_import.py run the same layers optimized.
     """
     import jax
+    from jax._src import compiler
+
+    compile_options = compiler.get_compile_options
+
+    def quick(*arguments, env_options_overrides=None, **settings):
+        options = {**older_code_generator, **(env_options_overrides or {})}
+        return compile_options(*arguments, env_options_overrides=options, **settings)
 
     before = jax.config.read('jax_disable_most_optimizations')
     jax.config.update('jax_disable_most_optimizations', True)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, 'get_compile_options', quick)
+        yield
     jax.config.update('jax_disable_most_optimizations', before)

@@ -26,6 +26,7 @@ from convnorm_jax.exported import container
 from convnorm_jax.layers.folding import without_originals
 from convnorm_jax.models import create_gan, create_model
 from convnorm_jax.steps.classify import make_logits_fn
+from tests.selection import few
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -98,7 +99,7 @@ NETS = {
 }
 
 
-@pytest.mark.parametrize('key', NETS)
+@pytest.mark.parametrize('key', few(NETS, 'simple_cnn-convnorm', 'simple_cnn-oni'))
 def test_every_net(key, tmp_path):
     name, layer, options = NETS[key]
     model, shape = create_model(name, num_classes=7, layer=layer, width=4, **options), (32, 32, 3)
@@ -148,7 +149,7 @@ CONVNORM = {
 }
 
 
-@pytest.mark.parametrize('name', CONVNORM)
+@pytest.mark.parametrize('name', few(CONVNORM, '2-D'))
 def test_every_geometry(name, tmp_path):
     shape, model = CONVNORM[name]
     variables, path = initial(model, shape), tmp_path / 'net'
@@ -163,7 +164,12 @@ def test_every_geometry(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'model_dtype,dtype', [('bfloat16', 'float32'), ('bfloat16', 'bfloat16'), ('float32', 'float16')]
+    'model_dtype,dtype',
+    [
+        pytest.param('bfloat16', 'float32', marks=pytest.mark.slow),
+        ('bfloat16', 'bfloat16'),
+        pytest.param('float32', 'float16', marks=pytest.mark.slow),
+    ],
 )
 def test_other_dtypes(model_dtype, dtype, tmp_path):
     shape = (8, 8, 3)
@@ -194,7 +200,12 @@ def test_a_net_exported_in_32_bits_runs_with_64_switched_on(small):
 
 
 @pytest.mark.parametrize(
-    'name,layer,classes', [('sngan', 'convnorm', 3), ('dcgan', 'convnorm', 0), ('sngan', 'none', 0)]
+    'name,layer,classes',
+    [
+        ('sngan', 'convnorm', 3),
+        pytest.param('dcgan', 'convnorm', 0, marks=pytest.mark.slow),
+        pytest.param('sngan', 'none', 0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_generator(name, layer, classes, tmp_path):
     generator, _ = create_gan(

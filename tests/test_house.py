@@ -39,6 +39,7 @@ ALLOWED = {
     'plots': {'evaluation'},
     'exported': {'steps', 'layers', 'data', 'mesh', 'version'},
     'weights': {'mesh'},
+    'pretrained': {'models', 'steps'},
     'version': set(),
     'errors': set(),
     'files': {'mesh'},

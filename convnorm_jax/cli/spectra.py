@@ -126,8 +126,8 @@ def _layer(operator):
     return {
         'name': operator.name,
         'kind': operator.kind,
-        'picture': list(operator.picture),
-        'output': list(operator.output),
+        'picture': list(operator.input_shape),
+        'output': list(operator.output_shape),
         'strides': list(operator.strides),
         'conv_norm': operator.conv_norm,
         'layer_norm': operator.layer_norm,
@@ -158,7 +158,7 @@ def _table(facts, operators):
     rows = []
     for name in names:
         first = next(layers[name] for layers in by_name.values() if name in layers)
-        cells = [name, 'x'.join(map(str, first.picture)), 'x'.join(map(str, first.strides))]
+        cells = [name, 'x'.join(map(str, first.input_shape)), 'x'.join(map(str, first.strides))]
         for layers in by_name.values():
             found = layers.get(name)
             cells += [_number(found and found.conv_norm), _number(found and found.layer_norm)]

@@ -89,7 +89,7 @@ def _draw(experiment, state, images, workdir):
     variables = state.eval_variables
     place = lambda name: os.path.join(folder, f'{name}.png')
     z, labels = sampler.grid(GRID_SEED + config.seed, GRID_COLUMNS, GRID_ROWS)
-    grid = sampler.pictures(variables, z, labels)
+    grid = sampler.images(variables, z, labels)
     real = experiment.prepared.test.images[:_SHOWN]
     paths = [
         plots.sample_grid(grid, place('samples'), columns=GRID_COLUMNS, title=title),
@@ -116,7 +116,7 @@ def _interpolations(sampler, variables, z, labels, rows=GRID_ROWS, columns=GRID_
     share = np.linspace(0, 1, columns)[:, None]
     between = np.concatenate([_great_circle(a, b, share) for a, b in zip(start, end)]).astype(np.float32)
     classes = None if labels is None else np.repeat(labels[:rows], columns)
-    images = sampler.pictures(variables, between, classes)
+    images = sampler.images(variables, between, classes)
     return images.reshape(rows, columns, *images.shape[1:])
 
 

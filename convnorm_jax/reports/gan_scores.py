@@ -2,8 +2,10 @@
 
 import os
 import sys
+import typing
 from collections.abc import Callable
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from convnorm_jax.configs import default
@@ -64,7 +66,7 @@ def make_scorer(experiment: Generation, workdir: str, features: str) -> Callable
     batch_size = round_up(_BATCH, mesh.size)
     reference = features_lib.reference_statistics(
         extractor,
-        experiment.prepared.train.images,
+        typing.cast(np.ndarray, experiment.prepared.train.images),  # a GAN's data are never streamed
         source.name,
         # Next to the classifier that they belong to; Inception's serve every run.
         os.path.join(workdir, 'reference') if features == 'classifier' else None,

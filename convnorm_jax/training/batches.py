@@ -68,7 +68,7 @@ class StreamFeed:
 
     def batches(self, start: int) -> Generator[tuple, None, None]:
         """Yields the arguments of `take` for the steps from `start` on; closing the iterator ends the workers."""
-        workers = self.training.pictures.workers
+        workers = self.training.images.workers
         loaded = streaming.read(self.training, self.total_steps, start=start, workers=workers, place=self._place)
         with contextlib.closing(loaded):
             for batch in loaded:

@@ -1,5 +1,6 @@
 """What classifiers and GANs build alike: data on the devices, mesh, durations, optimizer."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 from convnorm_jax import mesh as mesh_lib
 from convnorm_jax.data import pipeline, sources, splits
-from convnorm_jax.data.streaming import Pictures
+from convnorm_jax.data.streaming import StreamedImages
 from convnorm_jax.layers import ocnn
 from convnorm_jax.steps.state import make_optimizer
 from convnorm_jax.training.schedule import make_schedule, to_steps
@@ -42,15 +43,15 @@ def common_fields(
     )
     prepared = _prepare(config, source)
     a_pass = pipeline.steps_per_epoch(len(prepared.train.labels), batch_examples)
-    durations = {'steps_per_epoch': a_pass, 'batch_size': batch_examples}
-    total_steps = to_steps(config.train, **durations)
+    in_steps = functools.partial(to_steps, steps_per_epoch=a_pass, batch_size=batch_examples)
+    total_steps = in_steps(config.train)
     schedule = make_schedule(
         config.schedule.kind,
         config.optimizer.learning_rate,
         total_steps,
         milestones=config.schedule.milestones,
         factor=config.schedule.factor,
-        warmup_steps=to_steps(config.schedule, **durations, prefix='warmup_'),
+        warmup_steps=in_steps(config.schedule, prefix='warmup_'),
     )
     return {
         'config': config,
@@ -99,7 +100,8 @@ def build_ocnn_penalty(
     init = lambda *arrays: model.init(jax.random.key(0), *arrays, train=False)
     params = jax.eval_shape(init, images, *inputs)['params']
     found = ocnn.convolution_geometry(model, input_shape, *inputs)
-    strides, groups = ({path: geometry[i] for path, geometry in found.items()} for i in (0, 1))
+    strides = {path: strides for path, (strides, _) in found.items()}
+    groups = {path: groups for path, (_, groups) in found.items()}
     pattern = section.pattern or pattern
     penalty = ocnn.make_ocnn_penalty(params, strides=strides, pattern=pattern, lags=section.lags, groups=groups)
     return lambda params: weight * penalty(params)
@@ -127,4 +129,4 @@ def _to_device(prepared, mesh):
     parts = {name: getattr(prepared, name) for name in ('train', 'validation', 'test')}
     data = {name: {'images': part.images, 'labels': part.labels.astype(np.int32)} for name, part in parts.items()}
     # Streamed images are transferred batch by batch.
-    return data if isinstance(prepared.train.images, Pictures) else mesh_lib.replicate(mesh, data)
+    return data if isinstance(prepared.train.images, StreamedImages) else mesh_lib.replicate(mesh, data)

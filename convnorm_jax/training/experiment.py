@@ -27,7 +27,7 @@ class Experiment:
     Attributes:
       config: as given.
       source, prepared: the data set, and its splits with label noise applied.
-      data: {'train' | 'validation' | 'test': {'images', 'labels'}} on every device; `streaming.Pictures` and
+      data: {'train' | 'validation' | 'test': {'images', 'labels'}} on every device; `streaming.StreamedImages` and
         NumPy labels if the data set is streamed.
       mesh, schedule: devices, learning rate.
       train_step: (state, batch) -> (state, metrics).
@@ -61,12 +61,12 @@ class Experiment:
     @property
     def streamed(self) -> bool:
         """Whether images are read from disk during training."""
-        return isinstance(self.source.train.images, streaming.Pictures)
+        return isinstance(self.source.train.images, streaming.StreamedImages)
 
     def feed(self) -> MemoryFeed | StreamFeed:
         """Where the steps get their batches: a `MemoryFeed` or a `StreamFeed`."""
         train = self.prepared.train
-        if not isinstance(train.images, streaming.Pictures):
+        if not isinstance(train.images, streaming.StreamedImages):
             return MemoryFeed(self.data['train'], self.epoch_order, self.steps_per_epoch, self.mesh)
         batches = streaming.TrainingBatches(
             train.images,

@@ -84,13 +84,13 @@ class Generation(Experiment):
         """Saves the images of a fixed grid to `samples/<step>.npz`, and scores others."""
         variables, seed = state.eval_variables, self.config.seed
         z, labels = self.sampler.grid(GRID_SEED + seed, GRID_COLUMNS, GRID_ROWS)
-        images = self.sampler.pictures(variables, z, labels)
+        images = self.sampler.images(variables, z, labels)
         if is_leader():
             folder = os.path.join(workdir, 'samples')
             with written(folder):
                 os.makedirs(folder, exist_ok=True)
-            content = {'images': images, 'step': step}
-            write_atomically(os.path.join(folder, f'{step:08d}.npz'), lambda f: np.savez_compressed(f, **content))
+            save = functools.partial(np.savez_compressed, images=images, step=step)
+            write_atomically(os.path.join(folder, f'{step:08d}.npz'), save)
         if self.scorer is None or not self.config.gan.score_examples:
             return {}
         return self.scorer(self.sampler.draw(variables, self.config.gan.score_examples, SCORE_SEED + seed)[0])

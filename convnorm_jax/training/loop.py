@@ -208,7 +208,7 @@ class _Run:
 
     def _warn_of_input(self, ended):
         if self.feed.streamed:
-            warning = self.waiting.warning(self.progress.seconds, self.feed.training.pictures.workers, ended)
+            warning = self.waiting.warning(self.progress.seconds, self.feed.training.images.workers, ended)
             if warning:
                 self.display.line(warning)
 

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from convnorm_jax import attacks, mesh
 from convnorm_jax.attacks.auto_attack import checks, ensemble, members, saved
 from convnorm_jax.attacks.auto_attack.members import make_member
+from tests.selection import few
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -104,6 +105,7 @@ def test_minimal_perturbation_of_a_linear_classifier_to_one_percent(problem, nor
         assert (found.robust == robust).all(), (factor, found.robust)
 
 
+@pytest.mark.slow
 def test_a_staircase_in_front_of_the_net_masks_gradients_but_not_from_square(problem):
     """Rounding the pixels leaves no gradient; the true accuracy is known, for rounding is monotone."""
     images, labels, weights, _ = problem
@@ -153,6 +155,7 @@ def same(a, b):
         assert {**one, 'seconds': 0} == {**other, 'seconds': 0}
 
 
+@pytest.mark.slow
 def test_neither_packing_nor_devices_change_anything(problem, whole):
     images, labels, *_ = problem
     logits_fn, epsilon, *_ = whole
@@ -164,7 +167,7 @@ def test_neither_packing_nor_devices_change_anything(problem, whole):
     assert 0 < sum(a['broken'] for a in found.attacks) < N
 
 
-@pytest.mark.parametrize('moment', [1, 5, 9, 16])
+@pytest.mark.parametrize('moment', few([1, 5, 9, 16], 5))
 def test_an_interrupted_run_goes_on(problem, whole, tmp_path, monkeypatch, moment):
     images, labels, *_ = problem
     logits_fn, epsilon, expected, _ = whole

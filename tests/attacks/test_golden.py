@@ -15,6 +15,7 @@ from convnorm_jax.layers.method import METHODS
 from convnorm_jax.models import create_model
 from convnorm_jax.steps.classify import make_logits_fn
 from convnorm_jax.torch_import import import_state_dict
+from tests.selection import few
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 EPSILON, STEP_SIZE = 8 / 255, 2 / 255
@@ -23,7 +24,7 @@ EPSILON, STEP_SIZE = 8 / 255, 2 / 255
 AT_A_KINK = 2
 
 
-@pytest.fixture(scope='module', params=[None, *METHODS])
+@pytest.fixture(scope='module', params=few([None, *METHODS], None, 'frequency'))
 def method(request):
     return request.param
 

@@ -142,6 +142,7 @@ def test_targeted_pgd_reaches_the_optimum_of_a_linear_classifier(norm):
         np.testing.assert_allclose(attacked, best, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_target_is_reached_where_it_can_be():
     images, labels = batch(32)
     targets = (labels + 1) % CLASSES
@@ -243,6 +244,7 @@ def test_an_attack_in_a_loop_is_traced_once_for_all_platforms():
     assert len(traces) == 2  # for the number of classes, and the body of both loops
 
 
+@pytest.mark.slow
 def test_more_restarts_never_find_less():
     images, _ = batch(64)
     logits_fn = network()

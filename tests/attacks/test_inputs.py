@@ -109,6 +109,7 @@ def test_traced_pixels_outside_come_out_as_nan(batch, name):
     np.testing.assert_array_equal(found[::3], clean[::3])  # the others are not touched
 
 
+@pytest.mark.covering(1)
 @EACH
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_rounding_is_no_error(batch, name, dtype):
@@ -147,6 +148,7 @@ def test_images_within_a_jitted_function_that_are_no_arguments_of_it(batch):
 # --- classes ---------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @EACH
 @pytest.mark.parametrize('wrong', [CLASSES, -1])
 def test_labels_beyond_the_classes(batch, name, wrong):
@@ -158,6 +160,7 @@ def test_labels_beyond_the_classes(batch, name, wrong):
     np.testing.assert_array_equal(np.isnan(found).all((1, 2, 3)), [False, False, False, True])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('name', ['pgd', 'apgd', 'fab'])
 @pytest.mark.parametrize('wrong', [CLASSES, -1])
 def test_targets_beyond_the_classes(batch, name, wrong):
@@ -290,6 +293,7 @@ def test_no_key_where_one_is_needed(batch):
             ensemble(logits_fn, *batch, rng=rng)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('generator', ['rbg', 'unsafe_rbg'])
 @pytest.mark.parametrize('name', ['pgd', 'apgd', 'fab', 'square', 'simba'])
 def test_no_generator_ties_an_image_to_its_batch(batch, name, generator):
@@ -336,6 +340,7 @@ def test_what_is_not_finite_is_not_right():
     np.testing.assert_array_equal(jax.jit(losses.correct)(logits, jnp.zeros(5, int)), expected)
 
 
+@pytest.mark.covering(1)
 @EACH
 @pytest.mark.parametrize('kind', BROKEN)
 def test_images_stay_images(batch, name, kind):
@@ -394,6 +399,7 @@ def test_restarts_of_pgd_are_not_held_up_by_a_loss_that_is_nan(batch):
 # --- dtypes ----------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize(('name', 'norm'), IN_BOTH_NORMS)
 def test_narrow_dtypes(batch, name, norm, dtype):
@@ -447,6 +453,7 @@ STRICT = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.covering(1)
 @STRICT
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(('name', 'norm'), IN_BOTH_NORMS)
@@ -460,6 +467,7 @@ def test_strict_promotion(batch, name, norm, dtype, context):
     assert found.shape == batch[0].shape and found.dtype == dtype
 
 
+@pytest.mark.covering(1)
 @STRICT
 @pytest.mark.parametrize('norm', inputs.NORMS)
 def test_strict_promotion_in_the_ensemble(batch, norm, context):

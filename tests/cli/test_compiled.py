@@ -57,6 +57,7 @@ def test_the_second_command_finds_what_the_first_compiled(compile_once, tmp_path
     assert compile_once() == (str(folder), '0.0', FOUND, [])
 
 
+@pytest.mark.slow
 def test_the_settings_of_the_user_hold(compile_once, tmp_path):
     other = str(tmp_path / 'other')
     assert compile_once(JAX_COMPILATION_CACHE_DIR=other)[::2] == (other, KEPT)
@@ -67,6 +68,7 @@ def test_the_settings_of_the_user_hold(compile_once, tmp_path):
     assert compile_once(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=None)[1:3] == ('0.5', NEITHER)
 
 
+@pytest.mark.slow
 def test_a_file_in_place_of_the_folder_is_one_line(compile_once, tmp_path):
     (tmp_path / 'xla').write_text('')
     folder, _, outcome, said = compile_once()
@@ -92,6 +94,7 @@ def test_damaged_programs_are_compiled_again_and_kept(compile_once, tmp_path):
     assert compile_once()[2:] == (FOUND, [])
 
 
+@pytest.mark.slow
 def test_only_the_damaged_program_is_compiled_again(compile_once, tmp_path):
     """Two sweeps share the folder: what one finds damaged must not cost the other its programs."""
     compile_once()
@@ -121,6 +124,7 @@ def test_an_entry_that_goes_between_two_looks_is_no_trouble(monkeypatch, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ['a-cache']
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_one_line(compile_once, tmp_path):
     _, _, _, said = compile_once(largest_file=100)
     assert len(said) == 1 and 'are not kept' in said[0] and 'File too large' in said[0]

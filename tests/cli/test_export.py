@@ -125,6 +125,7 @@ def test_a_file_that_differs_is_not_written(command, classifier, tmp_path, monke
     assert any('RuntimeError: the exported net differs from the net by' in line for line in err)
 
 
+@pytest.mark.slow
 def test_a_generator(command, tmp_path_factory, tmp_path, patched_cache):
     experiment, workdir = train(GAN, tmp_path_factory.mktemp('runs') / 'gan')
     code, out, err = command(f'--workdir={workdir}', f'--out={tmp_path / "generator"}', '--platforms=cpu')

@@ -24,14 +24,13 @@ TRAIN = [
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
+def trained(quick_environment, tmp_path_factory):
     """(folder of a run, its finished process)."""
     workdir = tmp_path_factory.mktemp('runs') / 'run'
-    environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
     process = subprocess.run(
         [sys.executable, '-m', 'convnorm_jax.cli.run', *TRAIN, f'--workdir={workdir}'],
         cwd=ROOT,
-        env={**environment, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'},
+        env=quick_environment,
         capture_output=True,
         text=True,
     )

@@ -2,43 +2,27 @@
 
 import importlib
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 
+from convnorm_jax.cli import spectra
 from convnorm_jax.training import setup
+from tests.selection import few
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-CONFIGS = {'digits_separable': 'mobilenet', 'digits_sequence': 'sequence_cnn'}
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+SEPARABLE, SEQUENCE = ('digits_separable', 'mobilenet'), ('digits_sequence', 'sequence_cnn')
 SMALL = ('--config.model.width=4', '--config.model.depth=(1,1)', '--config.data.batch_size=32')
 
 
-def command(module, *arguments):
-    """A finished process of a module."""
-    environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-    process = subprocess.run(
-        [sys.executable, '-m', module, *arguments],
-        cwd=ROOT,
-        env={**environment, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    assert 'Traceback' not in process.stderr.partition('run folder')[2]
-    return process
-
-
-@pytest.mark.parametrize('config,name', CONFIGS.items())
-def test_a_run_with_its_attacks_pictures_and_operators(config, name, tmp_path):
+@pytest.mark.parametrize('net', few((SEPARABLE, SEQUENCE), SEQUENCE), ids=' '.join)
+def test_a_run_with_its_attacks_pictures_and_operators(command, net, tmp_path):
+    config, name = net
     workdirs = [tmp_path / layer for layer in ('convnorm', 'batchnorm')]
     for workdir in workdirs:
-        command(
-            'convnorm_jax.cli.run',
+        code, _, err = command(
             f'--config=configs/{config}.py',
             f'--workdir={workdir}',
             f'--config.model.layer={workdir.name}',
@@ -48,12 +32,15 @@ def test_a_run_with_its_attacks_pictures_and_operators(config, name, tmp_path):
             '--config.eval.examples=20',
             f'--{"no" if workdir.name == "batchnorm" else ""}config.plots',
         )
+        assert code == 0, err
         result = json.loads((workdir / 'result.json').read_text())
         assert (result['model'], result['layer'], result['attacked_examples']) == (name, workdir.name, 20)
         assert 0 <= result['pgd_accuracy'] <= result['test_accuracy'] + 0.2
     pictures = {path.name for path in (workdirs[0] / 'plots').iterdir()}
     assert pictures == {'learning_curves.png', 'attacks.png', 'layer_spectra.png'}
-    command('convnorm_jax.cli.spectra', f'--workdirs={",".join(map(str, workdirs))}', f'--output={tmp_path}/spectra')
+    arguments = f'--workdirs={",".join(map(str, workdirs))}', f'--output={tmp_path}/spectra'
+    code, _, err = command(*arguments, main=spectra.main)
+    assert code == 0, err
     measured = json.loads((tmp_path / 'spectra' / 'spectra.json').read_text())['runs']
     for layer in 'convnorm', 'batchnorm':
         assert measured[layer]['product_bound'] > 0
@@ -63,7 +50,11 @@ def test_a_run_with_its_attacks_pictures_and_operators(config, name, tmp_path):
 
 @pytest.mark.parametrize(
     'config,algorithm,ema',
-    [('digits_separable', 'free', 0.9), ('digits_separable', 'trades', 0.0), ('digits_sequence', 'fast', 0.9)],
+    [
+        pytest.param('digits_separable', 'free', 0.9, marks=pytest.mark.slow),
+        pytest.param('digits_separable', 'trades', 0.0, marks=pytest.mark.slow),
+        ('digits_sequence', 'fast', 0.9),
+    ],
 )
 def test_every_way_to_train(config, algorithm, ema):
     config = importlib.import_module(f'configs.{config}').get_config()

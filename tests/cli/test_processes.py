@@ -1,6 +1,5 @@
 """Runs of several processes of this machine, joined by JAX's own means, beside a run of one."""
 
-import os
 import pathlib
 import signal
 import socket
@@ -32,13 +31,11 @@ CLEAN = ('--config=configs/digits_convnorm.py', *SMALL)
 
 
 @pytest.fixture(scope='module')
-def environment(tmp_path_factory):
+def environment(quick_environment, tmp_path_factory):
     """Of the processes: one CPU device each, and one compilation cache for all."""
-    environment = {name: value for name, value in os.environ.items() if name not in ('XLA_FLAGS', 'NPROC')}
-    return environment | {
+    return quick_environment | {
         'JAX_PLATFORMS': 'cpu',
         'JAX_NUM_CPU_DEVICES': '1',
-        'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
         'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('compiled')),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     }
@@ -106,6 +103,7 @@ def stop(processes, which, workdir):
     processes[which].send_signal(signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives_and_go_on_on_another_number(together, tmp_path):
     both, one, moved = (tmp_path / name for name in ('both', 'one', 'moved'))
     (code, table, said), (other_code, other_table, other_said) = ended(together(*CLEAN, f'--workdir={both}'))
@@ -140,6 +138,7 @@ def test_one_process_given_another_config_is_said_by_all(together, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_gan_as_one_does(together, tmp_path):
     tiny = (
         '--config=configs/digits_gan.py',

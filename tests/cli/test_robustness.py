@@ -44,8 +44,20 @@ SUITE = (
 
 
 @pytest.fixture(scope='module')
-def workdir(tmp_path_factory):
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp('runs') / 'run'
+
+
+@pytest.fixture
+def workdir(command, folder):
+    """Of an evaluated run, which the first test makes; what the evaluation printed is in `printed.txt`."""
+    if not folder.exists():
+        code, _, err = command(*TRAIN, f'--workdir={folder}')
+        assert code == 0, err
+        code, out, err = command(*SUITE, f'--workdir={folder}', '--config.plots=True')
+        assert code == 0, err
+        (folder / 'printed.txt').write_text(out)
+    return folder
 
 
 def without_seconds(data):
@@ -55,11 +67,7 @@ def without_seconds(data):
     return [without_seconds(item) for item in data] if isinstance(data, list) else data
 
 
-def test_the_report(command, workdir):
-    code, out, err = command(*TRAIN, f'--workdir={workdir}')
-    assert code == 0, err
-    code, out, err = command(*SUITE, f'--workdir={workdir}', '--config.plots=True')
-    assert code == 0, err
+def test_the_report(workdir):
     report = json.loads((workdir / 'report.json').read_text())
     result = json.loads((workdir / 'result.json').read_text())
     assert (report['eps'], report['norm'], report['architecture'], report['examples']) == (
@@ -87,9 +95,10 @@ def test_the_report(command, workdir):
     for line in text.splitlines():
         if line.startswith('!['):
             assert (workdir / line.split('(')[1].rstrip(')')).read_bytes().startswith(b'\x89PNG')
-    assert text.count('![') == 4 and '| + FAB-T' in out
+    assert text.count('![') == 4 and '| + FAB-T' in (workdir / 'printed.txt').read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_ends_in_the_same_report(command, workdir, monkeypatch):
     before = json.loads((workdir / 'report.json').read_text())
     text = (workdir / 'report.md').read_text()
@@ -136,6 +145,7 @@ def test_a_finished_evaluation_is_not_repeated(command, workdir, monkeypatch):
     assert code == 0, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('devices', [4])
 def test_the_command_on_four_devices(command, tmp_path):
     """Training, attacks and AutoAttack with every batch cut over the devices."""
@@ -183,6 +193,7 @@ def broken(*_, **__):
     raise ValueError('of NumPy')
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_costs_no_other_figure(command, copy, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(suite_lib, 'run_corruptions', broken)
@@ -206,6 +217,7 @@ def test_a_part_that_fails_costs_no_other_figure(command, copy, monkeypatch):
     assert (copy / 'report-incomplete.md').exists() and 'Not complete' not in (copy / 'report.md').read_text()
 
 
+@pytest.mark.slow
 def test_a_picture_that_fails_costs_no_figure(command, copy, monkeypatch):
     monkeypatch.setattr(robustness.plots, 'epsilon_curve', broken)
     code, _, _ = command(*FAST, f'--workdir={copy}', '--config.plots=True')

@@ -34,11 +34,11 @@ TINY = (
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(monkeypatch, capsys, quick_environment):
     """Function of arguments -> (exit code, stdout, lines of stderr), in this process, in the repository's root."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
-    monkeypatch.delenv('XLA_FLAGS', raising=False)
+    for name in ('JAX_DISABLE_MOST_OPTIMIZATIONS', 'XLA_FLAGS'):
+        monkeypatch.setenv(name, quick_environment.get(name, ''))
 
     def run(*arguments):
         monkeypatch.setattr(sys, 'argv', ['sweep', *map(str, arguments)])
@@ -320,9 +320,9 @@ def wait_for(condition, process):
         time.sleep(0.05)
 
 
-def test_ctrl_c_and_the_same_command_again(command, tmp_path):
+@pytest.mark.slow
+def test_ctrl_c_and_the_same_command_again(command, quick_environment, tmp_path):
     folder = tmp_path / 'seed=0'
-    environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
     process = subprocess.Popen(
         [
             sys.executable,
@@ -333,7 +333,7 @@ def test_ctrl_c_and_the_same_command_again(command, tmp_path):
             '--config.train.steps=1000000',
         ],
         cwd=ROOT,
-        env={**environment, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'},
+        env=quick_environment,
         stderr=subprocess.PIPE,
         text=True,
     )

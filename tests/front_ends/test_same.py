@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from tests.front_ends.libraries import LAYERS, build, images
+from tests.selection import few
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -35,7 +36,7 @@ def ten_steps(layer, name):
     return losses, params, state, y
 
 
-@pytest.mark.parametrize('name', LAYERS)
+@pytest.mark.parametrize('name', few(LAYERS, 'plain', 'sequence', 'transposed'))
 def test_ten_steps_and_inference(name):
     expected = ten_steps(build('linen', name), name)
     assert expected[2]['count'] == 10

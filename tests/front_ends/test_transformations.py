@@ -40,6 +40,7 @@ def loss_of(one):
     return lambda params, state, x: jnp.sin(one.apply(params, state, x, True)[0]).sum()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('train', [True, False])
 def test_jit(library, train):
     one, x = layer(library), images('plain', 0)
@@ -47,6 +48,7 @@ def test_jit(library, train):
     close(jax.jit(call)(one.params, one.state, x), call(one.params, one.state, x))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('train', [True, False])
 def test_vmap_over_layers(library, train):
     layers, x = [layer(library, seed) for seed in range(3)], jnp.stack([images('plain', seed) for seed in range(3)])
@@ -112,14 +114,19 @@ def test_jvp_and_jacfwd(library):
     one, x = layer(library), images('plain', 0, batch=2)
     random = lambda seed, like: jnp.asarray(np.random.default_rng(seed).standard_normal(like.shape), like.dtype)
     output = lambda params, x: one.apply(params, one.state, x, True)[0]
-    y, back = jax.vjp(output, one.params, x)
     tangents = jax.tree.map(functools.partial(random, 5), (one.params, x))
-    cotangent = random(6, y)
-    moved = jax.jvp(output, (one.params, x), tangents)[1]
-    pairs = zip(jax.tree.leaves(back(cotangent)), jax.tree.leaves(tangents))
-    np.testing.assert_allclose((moved * cotangent).sum(), sum((a * b).sum() for a, b in pairs), rtol=1e-3, atol=1e-3)
+
+    @jax.jit
+    def products(params, x):
+        y, back = jax.vjp(output, params, x)
+        cotangent = random(6, y)
+        moved = jax.jvp(output, (params, x), tangents)[1]
+        pairs = zip(jax.tree.leaves(back(cotangent)), jax.tree.leaves(tangents))
+        return (moved * cotangent).sum(), sum((a * b).sum() for a, b in pairs)
+
+    np.testing.assert_allclose(*products(one.params, x), rtol=1e-3, atol=1e-3)
     of_tap = lambda tap: output({**one.params, 'affine_kernel': one.params['affine_kernel'].at[0, 0].set(tap)}, x)[:, 0]
-    forward, backward = (jacobian(of_tap)(jnp.ones((1, 4))) for jacobian in (jax.jacfwd, jax.jacrev))
+    forward, backward = jax.jit(lambda tap: (jax.jacfwd(of_tap)(tap), jax.jacrev(of_tap)(tap)))(jnp.ones((1, 4)))
     close(forward, backward, 1e-4)
 
 
@@ -136,6 +143,7 @@ def test_float64(library):
         close((y, state), exact.apply(one.params, one.state, x, True), 1e-11)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('dtype,tolerance', [(jnp.bfloat16, 0.03), (jnp.float16, 0.004)])
 def test_half_precision(library, dtype, tolerance):
     """With parameters of that dtype, too: outputs and gradients are of it, statistics stay float32."""

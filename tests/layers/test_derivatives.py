@@ -14,6 +14,7 @@ from convnorm_jax import ConvNorm, ConvNormTranspose
 from convnorm_jax.layers import derivatives, reference, spectral
 from convnorm_jax.layers.channelwise import channelwise_convolution
 from convnorm_jax.layers.method import METHODS
+from tests.selection import few
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -90,6 +91,7 @@ def modes(function, params, x):
     }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('name', LAYERS)
 @pytest.mark.parametrize('method', EVERY)
 def test_every_mode(name, method):
@@ -110,23 +112,30 @@ class Small(nn.Module):
         return ConvNorm(1, (1, 1), use_batch_norm=False, method=self.method)(x, not train).mean((1, 2, 3))
 
 
-@pytest.mark.parametrize('method', EVERY)
+@pytest.mark.parametrize('method', few(EVERY, None))
 def test_hessian_and_jacobians(method):
     net, x = Small(method), random(5, 2, 3, 3, 1)
     variables = jax.jit(lambda x: net.init(jax.random.key(0), x, False))(x)
     flat, back = ravel_pytree(variables['params'])
     function = lambda flat: net.apply({**variables, 'params': back(flat)}, x, True, mutable=['batch_stats'])[0]
     value = lambda flat: jnp.square(function(flat)).sum()
-    hessian = jax.jit(jax.hessian(value))(flat)
+
+    @jax.jit
+    def derivatives(flat):
+        hessians = jax.hessian(value)(flat), jax.jacrev(jax.grad(value))(flat)
+        return *hessians, jax.jacfwd(function)(flat), jax.jacrev(function)(flat), function(flat), jax.grad(value)(flat)
+
+    hessian, by_reverse, forward, reverse, y, gradient = derivatives(flat)
     close(hessian, hessian.T)
     assert np.abs(hessian).max() > 0.1
-    close(hessian, jax.jit(jax.jacrev(jax.grad(value)))(flat))
-    close(jax.jit(jax.jacfwd(function))(flat), jax.jit(jax.jacrev(function))(flat))
-    close(jax.jit(jax.grad(value))(flat), 2 * function(flat) @ jax.jit(jax.jacfwd(function))(flat))
+    close(hessian, by_reverse)
+    close(forward, reverse)
+    close(gradient, 2 * y @ forward)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('name', ['convolution', 'transposed'])
-@pytest.mark.parametrize('method', EVERY)
+@pytest.mark.parametrize('method', few(EVERY, None))
 def test_check_grads_in_float64(name, method):
     # Issue 13.9: numerical differences in float64 agree to 1e-6 only if nothing on the way is float32.
     with jax.enable_x64(True):
@@ -162,6 +171,7 @@ def test_the_gradient_is_the_one_written_by_hand():
 # --- other transformations --------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('name', ['convolution', 'transposed'])
 @pytest.mark.parametrize('method', EVERY)
 def test_gradients_of_each_example(name, method):
@@ -176,6 +186,7 @@ def test_gradients_of_each_example(name, method):
     close(found, jax.tree.map(lambda *g: jnp.stack(g), *(jax.jit(gradient)(variables['params'], a) for a in x)))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('name', ['convolution', 'even kernel'])
 @pytest.mark.parametrize('method', EVERY)
 def test_an_ensemble_of_parameters(name, method):
@@ -190,18 +201,19 @@ def test_an_ensemble_of_parameters(name, method):
     close(jax.jit(mapped)(x), found[1][1].sum(0))
 
 
-@pytest.mark.parametrize('method', EVERY)
+@pytest.mark.parametrize('method', few(EVERY, None))
 def test_jvp_of_what_is_mapped(method):
     function, _, params, x = case('convolution', method)
     several = jnp.stack([x, 2 + random(9, *x.shape)])
     direction = random(10, *several.shape)
     mapped = jax.vmap(functools.partial(function, params))
     found = jax.jit(lambda x: jax.jvp(mapped, (x,), (direction,)))(several)
-    parts = [jax.jvp(functools.partial(function, params), (a,), (d,)) for a, d in zip(several, direction)]
+    alone = jax.jit(lambda x, direction: jax.jvp(functools.partial(function, params), (x,), (direction,)))
+    parts = [alone(*pair) for pair in zip(several, direction)]
     close(found, jax.tree.map(lambda *a: jnp.stack(a), *parts))
 
 
-@pytest.mark.parametrize('method', EVERY)
+@pytest.mark.parametrize('method', few(EVERY, None))
 def test_jit_checkpoint_and_eager_agree(method):
     function, _, params, x = case('convolution', method)
     gradient = lambda f: jax.value_and_grad(functools.partial(loss, f), (0, 1))
@@ -233,6 +245,7 @@ class Scanned(nn.Module):
         return body(self.method, self.remat, name='block')(x, train)[0]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('remat', [False, True])
 @pytest.mark.parametrize('method', EVERY)
 def test_layers_in_a_scan(method, remat):

@@ -1,5 +1,7 @@
 """fold_for_inference: equal to the net it came from, and less to do."""
 
+import functools
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -46,6 +48,7 @@ class Layers(nn.Module):
         return ConvNormTranspose(3, **self.options)(x, not train)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('method', [None, *METHODS])
 @pytest.mark.parametrize('affine,batch_norm', [(True, True), (True, False), (False, True), (False, False)])
 def test_layers(method, affine, batch_norm):
@@ -60,7 +63,11 @@ def test_layers(method, affine, batch_norm):
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize('name,options', [('resnet18', {'depth': (1, 1, 1, 1)}), ('vgg11', {}), ('simple_cnn', {})])
+@pytest.mark.parametrize('name,options', [
+    pytest.param('resnet18', {'depth': (1, 1, 1, 1)}, marks=pytest.mark.slow),
+    pytest.param('vgg11', {}, marks=pytest.mark.slow),
+    ('simple_cnn', {}),
+])  # fmt: skip
 def test_nets_and_their_gradients(name, options):
     model = create_model(name, num_classes=10, layer='convnorm', width=8, **options)
     x = np.random.default_rng(2).random((8, 32, 32, 3), np.float32)
@@ -90,31 +97,32 @@ def test_training_goes_on_without_it():
     variables = shaken(jax.jit(model.init)(jax.random.key(0), x))
     folded = fold_for_inference(model, variables, x)
     # In training mode the folded values are not looked at, and are never written unasked.
-    y, update = model.apply(folded, x, train=True, mutable=['batch_stats'])
-    expected, _ = model.apply(variables, x, train=True, mutable=['batch_stats'])
+    train = jax.jit(lambda variables: model.apply(variables, x, train=True, mutable=['batch_stats']))
+    (y, update), (expected, _) = train(folded), train(variables)
     np.testing.assert_array_equal(y, expected)
     assert set(update) == {'batch_stats'}
-    assert set(model.apply(variables, x, train=False, mutable=True)[1]) == {'params', 'batch_stats'}
+    update = jax.eval_shape(lambda variables: model.apply(variables, x, train=False, mutable=True)[1], variables)
+    assert set(update) == {'params', 'batch_stats'}
 
 
 @pytest.mark.parametrize('mutable', [True, flax.core.DenyList('params'), ['batch_stats', 'folded']], ids=str)
 def test_nothing_is_written_unasked(mutable):
     # Issue 13.1: with a DenyList every collection is mutable, and inference would take stale values ever after.
     model, x = Layers({}), np.random.default_rng(3).random((4, 8, 8, 2), np.float32)
-    variables = model.init(jax.random.key(0), x, train=True)
+    variables = jax.jit(lambda x: model.init(jax.random.key(0), x, train=True))(x)
     assert set(variables) == {'params', 'batch_stats'}
+    apply = lambda variables, train: model.apply(variables, x, train=train, mutable=mutable)[1]
     for train in (True, False):
-        update = model.apply(variables, x, train=train, mutable=mutable)[1]
-        assert 'folded' not in update
+        assert 'folded' not in jax.eval_shape(functools.partial(apply, train=train), variables)
     # A net that was folded can be trained further; its folded values stay as they are.
     folded = fold_for_inference(model, shaken(variables), x)
-    update = model.apply(folded, x, train=True, mutable=mutable)[1]
+    update = jax.jit(functools.partial(apply, train=True))(folded)
     jax.tree.map(np.testing.assert_array_equal, update.get('folded', folded['folded']), folded['folded'])
 
 
 def test_training_with_a_deny_list_equals_training_with_the_statistics_named():
     model, x = Layers({}), np.random.default_rng(4).random((4, 8, 8, 2), np.float32)
-    variables, results = model.init(jax.random.key(0), x), []
+    variables, results = jax.jit(model.init)(jax.random.key(0), x), []
     for mutable in (['batch_stats'], flax.core.DenyList('params')):
 
         @jax.jit
@@ -132,6 +140,7 @@ def test_training_with_a_deny_list_equals_training_with_the_statistics_named():
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('method', [None, *METHODS])
 @pytest.mark.parametrize('height,width', [(33, 32), (32, 31), (34, 32)])
 def test_another_size_is_refused(method, height, width):
@@ -172,6 +181,7 @@ class Scanned(nn.Module):
         return body(self.remat, name='blocks')(x, train)[0]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('first', [True, False])
 @pytest.mark.parametrize('remat', [True, False])
 def test_layers_in_a_scan(first, remat):

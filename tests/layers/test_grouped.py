@@ -43,6 +43,7 @@ def of_group(tree, group, groups):
     return jax.tree.map(part, tree)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('features,groups', [(4, 4), (8, 4), (6, 2)], ids=['depthwise', 'multiplier', 'grouped'])
 @pytest.mark.parametrize('train', [False, True])
 @pytest.mark.parametrize('name', [name for name in LAYERS if name not in MIXED])
@@ -105,6 +106,7 @@ def test_the_norm_of_the_convolution_itself(shape, groups):
     np.testing.assert_allclose(y * sigma, columns, atol=1e-3 * np.abs(columns).max())
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('groups', [1, 4])
 @pytest.mark.parametrize('train', [False, True])
 @pytest.mark.parametrize('name', LAYERS)
@@ -190,6 +192,7 @@ def dense(kernel, groups):
     return found
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('lags', ocnn.LAGS)
 @pytest.mark.parametrize('strides', [1, 2])
 @pytest.mark.parametrize('shape,groups', [((3, 3, 1, 6), 6), ((3, 3, 2, 6), 3), ((3, 1, 6), 3), ((3, 2, 3, 2, 4), 2)])
@@ -217,6 +220,7 @@ def test_ocnn_of_one_axis(stride, lags):
     np.testing.assert_allclose(value, ocnn.deconvolution_penalty(kernel[None], (1, stride), lags), rtol=1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('name,left_out', [('mobilenet', {'conv1'}), ('sequence_cnn', set())])
 @pytest.mark.parametrize('layer', ['convnorm', 'batchnorm'])
 def test_ocnn_of_a_net(name, left_out, layer):

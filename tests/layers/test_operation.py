@@ -66,9 +66,14 @@ def case(name, dtype):
     kernel = jnp.asarray(random(1, *map(len, geometry.taps), 4, 5))
     v = spectral.preconditioner(kernel, geometry.grid, lambda k, _: reference.power_spectrum(k, geometry))
     cotangent = jnp.asarray(random(2, 3, *map(len, geometry.kept), 5), dtype)
-    exact = lambda x, kernel: operation.normalized_convolution(x, kernel, v, geometry, 'reference')
-    y, back = jax.vjp(exact, x.astype(jnp.float32), kernel)
-    return (x, kernel, v, cotangent), (y, *back(cotangent.astype(jnp.float32)))
+
+    @jax.jit
+    def exact(x, kernel, cotangent):
+        function = lambda x, kernel: operation.normalized_convolution(x, kernel, v, geometry, 'reference')
+        y, back = jax.vjp(function, x.astype(jnp.float32), kernel)
+        return y, *back(cotangent.astype(jnp.float32))
+
+    return (x, kernel, v, cotangent), exact(x, kernel, cotangent)
 
 
 def error(found, expected):
@@ -78,6 +83,7 @@ def error(found, expected):
     return np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('name', GEOMETRIES)
 # bfloat16 rounds to 2^-9 = 0.2 %: x or the cotangent (exact here), the kernel, two or three products, V weighs them.
@@ -85,24 +91,36 @@ def error(found, expected):
 def test_forms_agree_with_the_reference(name, form, dtype, tolerance):
     (x, kernel, v, cotangent), (y, by_x, by_kernel) = case(name, dtype)
     geometry, form = GEOMETRIES[name], FORMS[form]
-    found = jax.jit(lambda x, k: form.forward(x, k, v, geometry, None))(x, kernel)
+
+    @jax.jit
+    def results(x, kernel, cotangent):
+        gradients = lambda *wanted: form.gradients(x, kernel, v, cotangent, wanted, geometry, None)
+        return form.forward(x, kernel, v, geometry, None), gradients(0, 1), gradients(0), gradients(1)
+
+    found, both, *alone = results(x, kernel, cotangent)
     assert found.dtype == dtype and error(found, y) < tolerance
-    found = jax.jit(lambda *a: form.gradients(*a, (0, 1), geometry, None))(x, kernel, v, cotangent)
-    assert [g.dtype for g in found] == [x.dtype, kernel.dtype]
-    assert error(found[0], by_x) < tolerance and error(found[1], by_kernel) < tolerance
+    assert [g.dtype for g in both] == [x.dtype, kernel.dtype]
+    assert error(both[0], by_x) < tolerance and error(both[1], by_kernel) < tolerance
     for i in (0, 1):
-        (alone,) = jax.jit(lambda *a, i=i: form.gradients(*a, (i,), geometry, None))(x, kernel, v, cotangent)
-        assert error(alone, found[i]) < 1e-6 or dtype == 'bfloat16'
+        assert error(alone[i][0], both[i]) < 1e-6 or dtype == 'bfloat16'
 
 
 @pytest.mark.parametrize('name', GEOMETRIES)
 def test_power_spectra_agree(name):
     geometry = GEOMETRIES[name]
     kernel = jnp.asarray(random(3, *map(len, geometry.taps), 3, 4))
-    exact = reference.power_spectrum(kernel, geometry)
-    for power in (filters.power_spectrum, spectral.power_spectrum):
-        assert error(jax.jit(lambda k, p=power: p(k, geometry.grid))(kernel), exact) < 1e-6
-    assert error(jax.jit(lambda k: operation.frequency.power_spectrum(k, geometry))(kernel), exact) < 1e-6
+
+    @jax.jit
+    def spectra(kernel):
+        return (
+            reference.power_spectrum(kernel, geometry),
+            filters.power_spectrum(kernel, geometry.grid),
+            spectral.power_spectrum(kernel, geometry.grid),
+            operation.frequency.power_spectrum(kernel, geometry),
+        )
+
+    exact, *others = spectra(kernel)
+    assert all(error(other, exact) < 1e-6 for other in others)
 
 
 # --- the whole layer, as an accelerator computes it ----------------------------------------------------------------
@@ -165,6 +183,7 @@ def with_variables(name, method, dtype):
     return layer, {**variables, 'params': shaken}, x
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('name', LAYERS)
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])
 def test_the_layer_of_an_accelerator(name, dtype, as_on_an_accelerator):
@@ -190,25 +209,33 @@ def test_the_layer_of_an_accelerator(name, dtype, as_on_an_accelerator):
 # --- normalization after the channel-wise convolution --------------------------------------------------------------
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize('kernel_size', [(1, 1), (3, 3), (2, 4), (4, 1)], ids=str)
 @pytest.mark.parametrize('circular', [False, True])
 @pytest.mark.parametrize('dtype,tolerance', [('float32', 2e-5), ('bfloat16', 0.01)])
 def test_the_forms_of_the_normalization(kernel_size, circular, dtype, tolerance, as_on_an_accelerator):
     z = jnp.asarray(1 + random(6, 4, 6, 5, 3), dtype)
     others = [jnp.asarray(random(7, *kernel_size, 3)), *(jnp.asarray(1 + 0.3 * random(i, 3)) for i in (8, 9, 10))]
-    exact, back = jax.vjp(channelwise_norm._rule(1e-5, 'float32', circular).ordinary, z.astype(jnp.float32), *others)
-    cotangents = [jnp.asarray(random(11 + i, *y.shape)) for i, y in enumerate(exact)]
-    expected = back(tuple(cotangents))
+
+    @jax.jit
+    def ordinary(z, *others):
+        function = channelwise_norm._rule(1e-5, 'float32', circular).ordinary
+        exact, back = jax.vjp(function, z.astype(jnp.float32), *others)
+        cotangents = [jnp.asarray(random(11 + i, *y.shape)) for i, y in enumerate(exact)]
+        return exact, cotangents, back(tuple(cotangents))
+
+    exact, cotangents, expected = jax.device_get(ordinary(z, *others))
     on_the_cpu = jax.jit(channelwise_norm._rule(1e-5, dtype, circular).function)(z, *others)
     as_on_an_accelerator()
     accelerated = jax.jit(channelwise_norm._rule(1e-5, dtype, circular).function)(z, *others)
     for outputs in (on_the_cpu, accelerated):
         assert outputs[0].dtype == dtype and all(error(a, b) < tolerance for a, b in zip(outputs, exact))
-    given = (z, *others, *exact[1:], cotangents[0].astype(dtype), *cotangents[1:])
+    given = (z, *others, *exact[1:], jnp.asarray(cotangents[0], dtype), *cotangents[1:])
     largest = max(np.abs(g).max() for g in expected)
+    each = (0, 1, 2, 3, 4), (0,), (1, 3)
     for form in (channelwise_norm._gradients, channelwise_norm._gradients_cpu):
-        for wanted in ((0, 1, 2, 3, 4), (0,), (1, 3)):
-            found = jax.jit(lambda *a, f=form, w=wanted: f(w, 1e-5, circular, *a))(*given)
+        results = jax.jit(lambda *a, form=form: [form(wanted, 1e-5, circular, *a) for wanted in each])(*given)
+        for wanted, found in zip(each, results):
             for i, gradient in zip(wanted, found, strict=True):
                 scale = max(np.abs(expected[i]).max(), 0.01 * largest)
                 assert gradient.dtype == (z, *others)[i].dtype

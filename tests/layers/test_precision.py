@@ -63,14 +63,21 @@ def test_the_gradient_of_a_bias_is_summed_in_float32(name):
     x = jnp.ones((16, 16, 16, 2), jnp.bfloat16)
     how = {} if name == 'transposed' or name == 'weight norm' else {'use_running_average': True}
     layer = layer.clone(dtype=jnp.bfloat16)
-    variables = layer.init(jax.random.key(0), x, **how)
-    y, back = jax.vjp(lambda p: layer.apply({**variables, 'params': p}, x, **how), variables['params'])
-    assert y.dtype == jnp.bfloat16
-    cotangent = jnp.asarray(1 + 0.1 * random(0, *y.shape), y.dtype)
+    variables = jax.jit(lambda x: layer.init(jax.random.key(0), x, **how))(x)
+
+    @jax.jit
+    def gradient(params):
+        y, back = jax.vjp(lambda p: layer.apply({**variables, 'params': p}, x, **how), params)
+        assert y.dtype == jnp.bfloat16
+        cotangent = jnp.asarray(1 + 0.1 * random(0, *y.shape), y.dtype)
+        return cotangent, back(cotangent)[0][bias]
+
+    cotangent, found = gradient(variables['params'])
     expected = np.asarray(cotangent, np.float64).sum((0, 1, 2))
-    np.testing.assert_allclose(np.asarray(back(cotangent)[0][bias], np.float64), expected, rtol=2**-8)
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('size', [(6, 5), (11, 12)], ids=['dense', 'separable'])
 @pytest.mark.parametrize('param_dtype', ['float32', 'float64'])
 @pytest.mark.parametrize('method', EVERY)
@@ -122,6 +129,7 @@ def test_a_scan_over_steps_keeps_the_dtypes(x64):
     assert stats['count'] == 2
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('size', [(6, 5), (11, 12)], ids=['dense', 'separable'])
 @pytest.mark.parametrize('method', EVERY)
 def test_parameters_in_bfloat16_round_nothing_but_themselves(method, size):
@@ -144,6 +152,7 @@ def test_parameters_in_bfloat16_round_nothing_but_themselves(method, size):
 HALF = {'bfloat16': 0.05, 'float16': 0.006}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('dtype', HALF)
 @pytest.mark.parametrize('cls', [ConvNorm, ConvNormTranspose])
 @pytest.mark.parametrize('method', EVERY)
@@ -171,17 +180,11 @@ def test_half_precision(method, cls, dtype):
 # --- strict promotion -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=['rank', 'dtype', 'both'])
-def strict(request, monkeypatch):
+@pytest.fixture
+def strict():
     """Issue 13.11: no implicit broadcasting of ranks, no implicit conversion of dtypes."""
-    before = jax.config.jax_numpy_rank_promotion, jax.config.jax_numpy_dtype_promotion
-    if request.param != 'dtype':
-        jax.config.update('jax_numpy_rank_promotion', 'raise')
-    if request.param != 'rank':
-        jax.config.update('jax_numpy_dtype_promotion', 'strict')
-    yield
-    jax.config.update('jax_numpy_rank_promotion', before[0])
-    jax.config.update('jax_numpy_dtype_promotion', before[1])
+    with jax.numpy_rank_promotion('raise'), jax.numpy_dtype_promotion('strict'):
+        yield
 
 
 class _Layer(nn.Module):
@@ -210,6 +213,7 @@ def assert_runs(make, shape, dtype='float32'):
     jax.eval_shape(lambda v: model.apply(v, x, False), variables)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('dtype,param_dtype', [(None, 'float32'), ('bfloat16', 'float32'), ('bfloat16', 'bfloat16')])
 @pytest.mark.parametrize('method', EVERY)
 def test_the_layer_under_strict_promotion(strict, method, dtype, param_dtype):

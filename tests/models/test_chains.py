@@ -214,6 +214,7 @@ def test_a_folded_net_is_the_same(name):
     np.testing.assert_allclose(jax.jit(model.apply)(folded, images), expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('layer', LAYERS)
 @pytest.mark.parametrize('name', NETS)
 def test_every_parameter_learns(name, layer):

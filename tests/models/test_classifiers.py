@@ -113,6 +113,7 @@ def test_small_nets_parameters():
     assert parameters(create_model('simple_cnn2', num_classes=10, layer='batchnorm')) == by_hand
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('name', MODELS)
 @pytest.mark.parametrize('layer', LAYERS)
 def test_every_name_builds(name, layer):

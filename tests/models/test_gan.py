@@ -138,6 +138,7 @@ def test_the_label_changes_the_output(name):
         assert np.abs(first - second).max() > 1e-3
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('name', GANS)
 @pytest.mark.parametrize('dense', DENSE_LAYERS)
 def test_projection_term(name, dense):
@@ -169,6 +170,7 @@ def test_projection_term(name, dense):
     np.testing.assert_allclose(difference, expected, atol=2e-5 * np.abs(pooled).max())
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('layer', LAYERS)
 @pytest.mark.parametrize('name', GANS)
 def test_every_layer(name, layer):
@@ -370,7 +372,7 @@ def load(variables, state):
     return jax.tree_util.tree_map_with_path(lambda path, a: given.get(tuple(k.key for k in path), a), variables)
 
 
-@pytest.fixture(scope='module', params=['plain', 'classes'])
+@pytest.fixture(scope='module', params=[pytest.param('plain', marks=pytest.mark.slow), 'classes'])
 def golden_gan(request, load_golden, nhwc):
     """(golden values of one GAN by name, generator, discriminator, latents, pictures NHWC, labels or None)."""
     golden = load_golden('sngan32')

@@ -53,6 +53,7 @@ def convnorm(batch):
     return step, state, *step(state, batch)
 
 
+@pytest.mark.slow
 def test_jitted_equals_eager(convnorm, batch):
     _, state, after, metrics = convnorm
     eager_state, eager_metrics = make(net())[0](state, batch)
@@ -164,7 +165,7 @@ def test_statistics_of_the_average_are_estimated_with_it(layer, microbatches, ba
         np.testing.assert_allclose(found['preconditioner'], power**-0.5, rtol=1e-4)
 
 
-@pytest.mark.parametrize('layer', ['batchnorm', 'convnorm'])
+@pytest.mark.parametrize('layer', ['batchnorm', pytest.param('convnorm', marks=pytest.mark.slow)])
 def test_the_average_is_no_worse_than_the_raw_net(layer):
     """On the digits, at a decay that suits the length and at one much too long for it."""
     source = load_source('digits')
@@ -272,7 +273,7 @@ def test_the_logits_function_normalizes_and_uses_fixed_statistics(evaluation):
 
 def test_microbatches_without_batch_statistics_are_the_whole_batch(batch):
     (whole, state), (parts, _) = make(net('none')), make(net('none'), microbatches=4)
-    (want, wanted), (found, metrics) = whole(state, batch), jax.jit(parts)(state, batch)
+    (want, wanted), (found, metrics) = jax.jit(whole)(state, batch), jax.jit(parts)(state, batch)
     close(found.params, want.params)
     close(metrics, wanted)
 
@@ -280,13 +281,11 @@ def test_microbatches_without_batch_statistics_are_the_whole_batch(batch):
 def test_microbatches_have_their_own_statistics_one_after_another(batch):
     step, state = make(net(), kind='none', tx=make_optimizer('sgd', 1.0, momentum=0.0), microbatches=2)
     found, metrics = jax.jit(step)(state, batch)
-    loss_fn = classify.make_loss_fn(net(), mean=MEAN, std=STD)
+    gradient = jax.jit(jax.value_and_grad(classify.make_loss_fn(net(), mean=MEAN, std=STD), has_aux=True))
     model_state, grads, losses = state.model_state, [], []
     for part in (slice(0, None, 2), slice(1, None, 2)):
         pixels, labels = to_float(batch['images'][part]), batch['labels'][part]
-        (loss, (_, model_state)), grad = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, model_state, pixels, labels
-        )
+        (loss, (_, model_state)), grad = gradient(state.params, model_state, pixels, labels)
         grads.append(grad)
         losses.append(float(loss))
     close(found.model_state, model_state)

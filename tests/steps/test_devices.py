@@ -83,6 +83,7 @@ def test_a_free_step(mesh):
     check(instructions(step, state, mesh), state.params)
 
 
+@pytest.mark.slow
 def test_a_step_of_a_gan(mesh):
     nets = create_gan(
         'sngan', picture_shape=SHAPE, discriminator_layer='convnorm', discriminator_width=8, generator_width=8, latent=8

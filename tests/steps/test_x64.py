@@ -50,6 +50,7 @@ STEPS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('make_step', STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize('kind', ['crop', 'crop_flip'])
 def test_classifiers(make_step, kind):
@@ -60,6 +61,7 @@ def test_classifiers(make_step, kind):
     assert_takes_its_own_state(step, create_state(model, tx, SHAPE, 0, use_ema=True, carried_batch=8))
 
 
+@pytest.mark.slow
 def test_gans():
     nets = create_gan('sngan', picture_shape=SHAPE, latent=4, num_classes=10, generator_width=4, discriminator_width=4)
     tx = make_optimizer('adam', 1e-3)

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 
 from convnorm_jax.training import loop
+from tests.selection import few
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 SMALL = {'train.adversarial.steps': 2, 'train.adversarial.replays': 2, 'train.epochs': 1.0}
 
 
-@pytest.mark.parametrize('algorithm', ['free', 'fast', 'pgd', 'trades'])
+@pytest.mark.parametrize('algorithm', few(['free', 'fast', 'pgd', 'trades'], 'free', 'trades'))
 def test_an_algorithm_trains(tiny_experiment, tmp_path, algorithm):
     experiment = tiny_experiment({'train.algorithm': algorithm, **SMALL})
     progress = loop.train(experiment, tmp_path / 'run')
@@ -39,6 +40,7 @@ def test_free_counts_the_learning_rate_in_batches_not_in_replays(tiny_experiment
     np.testing.assert_allclose(rates[half:], 0.005, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_carried_perturbation_is_part_of_the_state(tiny_experiment, tmp_path):
     overrides = {'train.algorithm': 'free', 'train.adversarial.carry_over': True, **SMALL, 'train.epochs': 2.0}
     overrides['schedule.kind'] = 'constant'

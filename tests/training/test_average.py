@@ -76,6 +76,7 @@ def test_a_checkpoint_without_statistics_of_the_average_is_evaluated(formerly):
     same(loop.restore_variables(experiment, workdir, 'best')[0], variables)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_statistics_of_the_average_is_resumed(formerly):
     experiment, workdir, _ = formerly
     assert loop.train(experiment, workdir).step == STEPS

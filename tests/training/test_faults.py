@@ -19,6 +19,7 @@ from convnorm_jax.runs import disk, lock, metrics
 from convnorm_jax.runs.checkpoint import Checkpointer
 from convnorm_jax.runs.metrics import MetricWriter, read_rows
 from convnorm_jax.training import loop
+from tests.selection import few
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -117,7 +118,7 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize('what', WRITES)
+@pytest.mark.parametrize('what', few(WRITES, 'config', 'closing'))
 def test_a_full_disk_is_one_line_and_costs_nothing(experiment, whole, tmp_path, monkeypatch, what):
     name, kept = WRITES[what]
     with monkeypatch.context() as patch, pytest.raises(disk.DiskTrouble) as error:
@@ -130,6 +131,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(experiment, whole, tmp_path, 
     assert ends_as(experiment, tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_a_checkpoint(experiment, whole, tmp_path, monkeypatch):
     original, files = JsonCheckpointHandler._save_fn, []
 
@@ -233,7 +235,7 @@ def test_events_are_what_tensorboard_reads(tmp_path):
     assert (step, value.tag, value.simple_value) == (8, 'train_loss', 0.25)
 
 
-@pytest.mark.parametrize('moment', ['compilation', 'evaluation', 'writing', 'the end'])
+@pytest.mark.parametrize('moment', few(['compilation', 'evaluation', 'writing', 'the end'], 'writing'))
 def test_a_signal_at_any_moment(experiment, whole, tmp_path, monkeypatch, moment):
     """Noted, not died of; and everything done is saved."""
     place, at, saved = {

@@ -70,7 +70,7 @@ def test_a_config_gives_the_feed(tiny_config, make_picture_folder, tmp_path):
     whole = experiment.evaluator.evaluate(state.eval_variables, experiment.attacked_data)
     experiment.evaluator.batch_size = 8
     found = experiment.evaluator.evaluate(state.eval_variables, test)
-    assert isinstance(test['images'], streaming.Pictures)
+    assert isinstance(test['images'], streaming.StreamedImages)
     assert found['accuracy'] == whole['accuracy'] and found['loss'] == pytest.approx(whole['loss'], rel=1e-5)
     config.eval.examples = 5
     assert len(setup.build(config, jax.devices()[:2]).attacked.labels) == 5

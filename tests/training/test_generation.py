@@ -74,6 +74,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny_gan, tmp_path, monkey
         np.testing.assert_array_equal(*pictures)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_gan, tmp_path):
     experiment = tiny_gan({'train.steps': 4})
     loop.train(experiment, str(tmp_path))

@@ -17,6 +17,7 @@ from convnorm_jax.runs.metrics import read_rows
 from convnorm_jax.runs.workdir import load_config
 from convnorm_jax.training import loop
 from convnorm_jax.training.totals import zero_totals
+from tests.selection import few
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -279,7 +280,7 @@ def test_a_folder_that_can_not_be_written(experiment, tmp_path):
 
 def test_pictures_too_small_leave_no_folder(tiny_experiment, tmp_path):
     experiment = tiny_experiment({'model.name': 'vgg11', 'model.depth': (1, 1, 1, 1)})
-    with pytest.raises(ValueError, match='pictures of 8x8'):
+    with pytest.raises(ValueError, match='images of 8x8'):
         loop.train(experiment, str(tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()
 
@@ -292,7 +293,7 @@ def test_damaged_config(tmp_path):
         load_config(str(tmp_path / 'nowhere'))
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', few([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
 def test_a_signal_stops_between_steps_and_loses_nothing(experiment, whole, tmp_path, monkeypatch, number):
     workdir, initialize = str(tmp_path), loop._Run.__init__
 
@@ -320,6 +321,7 @@ def test_a_signal_stops_between_steps_and_loses_nothing(experiment, whole, tmp_p
     assert rows(workdir) == rows(whole[0])
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_in_mid_epoch_goes_on_as_if_it_had_not(tiny_experiment, whole, tmp_path):
     loop.train(tiny_experiment({'train.epochs': 1.4, 'schedule.kind': 'constant'}), str(tmp_path / 'run'))
     assert [row['step'] for row in rows(str(tmp_path / 'run'))] == [5, 7]
@@ -350,6 +352,7 @@ def test_other_data_under_the_same_config_are_refused(experiment, whole):
         loop.train(other, whole[0])
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_only_time(experiment, whole, tmp_path, monkeypatch, capsys):
     workdir = str(tmp_path)
     train_until(experiment, workdir, 7, monkeypatch)
