@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check: imports, sizes, docstrings, types, writers, commands."""
+"""The rules of the house that a machine can check: imports, sizes, docstrings, writers, commands."""
 
 import ast
 import importlib
@@ -132,33 +132,6 @@ def public_functions(tree):
             for method in node.body:
                 if isinstance(method, ast.FunctionDef) and not method.name.startswith('_'):
                     yield f'{node.name}.{method.name}', method
-
-
-def untyped(tree):
-    """The public functions of a module that lack the type of an argument or of the result."""
-    found = []
-    for name, node in public_functions(tree):
-        given = node.args
-        arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
-        static = any(isinstance(d, ast.Name) and d.id == 'staticmethod' for d in node.decorator_list)
-        arguments = arguments[1:] if '.' in name and not static else arguments
-        if node.returns is None or any(argument.annotation is None for argument in arguments):
-            found.append(name)
-    return found
-
-
-@pytest.mark.parametrize('path', MODULES, ids=NAMES.get)
-def test_public_functions_have_types(path):
-    assert untyped(ast.parse(path.read_text())) == []
-
-
-def test_a_missing_type_is_seen():
-    assert untyped(ast.parse('def f(a: int): ...\ndef g(a) -> int: ...\ndef _h(a): ...\ndef k() -> None: ...')) == [
-        'f',
-        'g',
-    ]
-    text = 'class A:\n def m(self, *a) -> int: ...\n @staticmethod\n def s(a) -> int: ...\n def n(self) -> int: ...'
-    assert untyped(ast.parse(text)) == ['A.m', 'A.s']
 
 
 # What changes files without `files.py`: appending, locks, renaming what is whole, and nothing (os.devnull).

@@ -228,10 +228,10 @@ def _shortest_move(points, normals, excess, norm):
     plane, point + delta is the corner of the box nearest to it. An entry where the normal is 0 does not move. Of the
     many solutions in 'linf' it is the one that moves every entry by the same amount, or up to the face of the box.
 
-    Every entry moves by min(level * rate, room): its rate is 1 in 'linf' and |normal| in 'l2' (Karush-Kuhn-Tucker), its
-    room is the distance to the face of the box that it moves to. Exact up to rounding. AutoAttack's code sorts; Newton's
-    method, which ends after finitely many steps on a concave piecewise linear function, was 30 times faster for 64
-    CIFAR images (2 cores, jax 0.10.2).
+    Every entry moves by min(level * rate, room): its rate is 1 in 'linf' and |normal| in 'l2' (Karush-Kuhn-Tucker),
+    its room is the distance to the face of the box that it moves to. Exact up to rounding. AutoAttack's code sorts;
+    Newton's method, which ends after finitely many steps on a concave piecewise linear function, was 30 times faster
+    for 64 CIFAR images (2 cores, jax 0.10.2).
 
     Args:
       points: float [..., D] in [0, 1]. normals: float [..., D]. excess: float [...], <normal, point> minus the offset.

@@ -111,7 +111,7 @@ def to_float(images_uint8: jax.Array) -> jax.Array:
     return images_uint8.astype(jnp.float32) / 255
 
 
-def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+def normalize(images: jax.Array | np.ndarray, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """Computes (images - mean) / std for each channel.
 
     >>> pixels = to_float(jnp.full((1, 2, 2, 3), 255, jnp.uint8))
@@ -137,7 +137,7 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
             f'mean={tuple(mean)}, std={tuple(std)}: expected {channels} values each, one for each channel '
             "of images; give the data set's own"
         )
-    return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
+    return jnp.subtract(images, jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
 
 
 def _check_images(images: jax.Array) -> None:

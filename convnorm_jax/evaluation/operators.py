@@ -166,7 +166,7 @@ def operator_norm(
     4.0
 
     Args:
-      module: a Linen module of one argument, float32 [B, *shape], that treats the examples of a batch
+      module: a Linen module of one argument, float32 ``[B, *shape]``, that treats the examples of a batch
         independently.
       variables: of the module.
       shape: of an example.
@@ -210,7 +210,7 @@ def _largest(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gram(module: nn.Module, variables: Any, vectors: jax.Array) -> jax.Array:
-    """Applies A^T A to each of the vectors, float32 [k, *shape]."""
+    """Applies A^T A to each of the vectors, float32 ``[k, *shape]``."""
     # Scale the entries to about 1: next to a bias, those of a unit vector would lose digits.
     size = math.sqrt(vectors[0].size)
 

@@ -180,7 +180,7 @@ def update(
 
     Args:
       state: the state before.
-      loss_fn: function (params, model_state, *inputs) -> (loss, (logits [B, K], new model_state)).
+      loss_fn: function ``(params, model_state, *inputs)`` -> (loss, (logits [B, K], new model_state)).
       tx: the optimizer.
       ema_decay: see `make_train_step`.
       *inputs: of the loss; the last are the labels, int [B].
