@@ -120,7 +120,7 @@ class TFDSRecords:
 
 
 def list_folders(root: str | Path) -> tuple[dict[str, tuple[FolderRecords, np.ndarray]], tuple[str, ...]]:
-    """Lists the images of ``DIR/train/CLASS/**`` and ``DIR/val/CLASS/**``, labelled by the alphabetical order of the classes.
+    """Lists the images of ``DIR/train/CLASS/**`` and ``DIR/val/CLASS/**``, with labels in alphabetical order.
 
     Args:
         root: DIR.
