@@ -6,10 +6,7 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / 'convnorm_jax'
-FOLDERS = ('layers', 'models', 'nnx', 'equinox', 'exported', 'data', 'data/corruptions', 'steps', 'evaluation', 'plots')
-MODULES = ('__init__', 'functional', 'conversion', 'dataflow', 'weights', 'torch_import', 'version')
-FILES = [path for folder in FOLDERS for path in sorted(PACKAGE.glob(f'{folder}/*.py'))]
-FILES += [PACKAGE / f'{module}.py' for module in MODULES]
+FILES = sorted(PACKAGE.rglob('*.py'))
 DUNDERS = ('__call__', '__init__', '__str__', '__repr__', '__getattr__', '__dir__')
 
 

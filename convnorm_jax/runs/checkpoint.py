@@ -33,7 +33,7 @@ class Damaged(UserError):
       reason: in a few words.
     """
 
-    def __init__(self, folder: str, reason: str):
+    def __init__(self, folder: str, reason: str) -> None:
         super().__init__(f'{folder}: the checkpoint cannot be read ({reason})')
         self.reason = reason
 
@@ -63,7 +63,7 @@ class Checkpointer:
     all must call it.
     """
 
-    def __init__(self, workdir: str, keep: int = 2, read_only: bool = False):
+    def __init__(self, workdir: str, keep: int = 2, read_only: bool = False) -> None:
         self.folder = os.path.abspath(os.path.join(workdir, 'checkpoints'))
         self.damaged_folder = os.path.abspath(os.path.join(workdir, 'damaged'))
         self._keep, self._read_only = keep, read_only

@@ -11,7 +11,7 @@ class StopRequest:
       signal: number of the signal that asked to stop, or None.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal: int | None = None
         self._previous: dict = {}
 
@@ -40,6 +40,6 @@ class Stopped(Exception):
       signal: number of the signal that asked.
     """
 
-    def __init__(self, number: int, words: str):
+    def __init__(self, number: int, words: str) -> None:
         super().__init__(f'{words}; rerun the same command to resume')
         self.signal = number

@@ -59,7 +59,7 @@ class MetricWriter:
       reached: values within an epoch after this step are dropped; None: after `step`.
     """
 
-    def __init__(self, workdir: str, step: int, columns: Sequence[str], reached: int | None = None):
+    def __init__(self, workdir: str, step: int, columns: Sequence[str], reached: int | None = None) -> None:
         self.path = os.path.join(workdir, 'metrics.csv')
         self._columns = columns
         self._board: _Board | None = None
@@ -116,7 +116,7 @@ class _Board:
 
     SECONDS_BETWEEN_FLUSHES = 60
 
-    def __init__(self, folder, purge_step):
+    def __init__(self, folder, purge_step) -> None:
         self._path = os.path.join(folder, 'events')
         with written(self._path):
             self._writer = EventsWriter(self._path)

@@ -20,7 +20,7 @@ class Profiler:
       steps: how many; 0 for none.
     """
 
-    def __init__(self, workdir: str, steps: int):
+    def __init__(self, workdir: str, steps: int) -> None:
         self.folder, self.steps = os.path.join(workdir, 'profile'), steps if is_leader() else 0
         self._done = 0
 

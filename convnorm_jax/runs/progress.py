@@ -42,7 +42,7 @@ class ProgressLine:
 
     SECONDS_BETWEEN_LINES = 60
 
-    def __init__(self, total_steps: int, step: int):
+    def __init__(self, total_steps: int, step: int) -> None:
         self._terminal, self._prints = sys.stderr.isatty() and is_leader(), is_leader()
         self._bar = tqdm(
             total=total_steps,

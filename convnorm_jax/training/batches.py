@@ -32,7 +32,7 @@ class MemoryFeed:
 
     def __init__(
         self, data: dict[str, jax.Array], epoch_order: Callable[[Any], jax.Array], steps_per_epoch: int, mesh: Mesh
-    ):
+    ) -> None:
         self.data, self.steps_per_epoch = data, steps_per_epoch
         self.epoch_order = jax.jit(epoch_order, out_shardings=mesh_lib.replicated(mesh))
 
@@ -63,7 +63,7 @@ class StreamFeed:
 
     streamed = True
 
-    def __init__(self, training: streaming.TrainingBatches, mesh: Mesh, total_steps: int):
+    def __init__(self, training: streaming.TrainingBatches, mesh: Mesh, total_steps: int) -> None:
         self.training, self.mesh, self.total_steps = training, mesh, total_steps
 
     def batches(self, start: int) -> Generator[tuple, None, None]:
@@ -86,7 +86,7 @@ class StreamFeed:
 class Waiting:
     """How long the devices were idle because the next batch was not there; warns once an epoch."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.begin_epoch(0.0)
 
     def next_batch(self, batches: Iterator[tuple], work: Any) -> tuple:

@@ -180,7 +180,7 @@ class _Saver:
         self.path, self.identity, self.last = path, identity, time.monotonic()
 
     def __call__(self, state, now=False):
-        if self.path and jax.process_index() == 0 and (now or time.monotonic() - self.last > _SAVE_EVERY):
+        if self.path and mesh_lib.is_leader() and (now or time.monotonic() - self.last > _SAVE_EVERY):
             save_progress(self.path, self.identity, state)
             self.last = time.monotonic()
 
