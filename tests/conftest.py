@@ -15,9 +15,12 @@ if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', '')
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FOUR_DEVICES}'.strip()
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # A compilation cache of this run alone, for both of pytest's processes: every run compiles what it tests, but once.
+# CONVNORM_TEST_CACHE=FOLDER keeps it for the next run: quicker while a test is written, and no proof of anything.
 if 'PYTEST_XDIST_WORKER' not in os.environ:
-    os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='convnorm_jax_tests_')
-    atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+    kept = os.environ.get('CONVNORM_TEST_CACHE')
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = kept or tempfile.mkdtemp(prefix='convnorm_jax_tests_')
+    if not kept:
+        atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]

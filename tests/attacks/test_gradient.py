@@ -13,6 +13,8 @@ SHAPE = (6, 5, 4, 2)
 CLASSES = 7
 EPSILON, STEP_SIZE = 0.06, 0.017
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 @pytest.fixture
 def problem():

@@ -19,6 +19,7 @@ from benchmarks.gpu import free, golden, packed_data, packed_state, plan, speed,
 from convnorm_jax.data import records
 from convnorm_jax.data.sources import load_source
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Stages that a worker can be asked for.

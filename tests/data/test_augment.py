@@ -10,6 +10,7 @@ import pytest
 from convnorm_jax.data import augment
 
 KEY = jax.random.key(3)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def make_images(n=64, size=(8, 6, 3), dtype=np.uint8):

@@ -7,6 +7,8 @@ import pytest
 
 from convnorm_jax.layers import activations
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 def random(seed, *shape):
     return 2 * np.random.default_rng(seed).standard_normal(shape).astype(np.float32)

@@ -16,6 +16,8 @@ SHAPE, CLASSES, BATCH = (4, 3, 2), 5, 6
 MEAN, STD = (0.4, 0.5), (0.2, 0.3)
 EPSILON, LEARNING_RATE, MOMENTUM, DECAY = 0.05, 0.3, 0.9, 0.01
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 class Linear(nn.Module):
     """Logits of normalized images, in float64; counts its training passes in `batch_stats`."""
@@ -214,7 +216,7 @@ def test_divergence_is_scipys():
     np.testing.assert_allclose(adversarial.divergence(a, b), (p * np.log(p / q)).sum(1), rtol=1e-5)
 
 
-def test_what_the_attack_sees(quick_compilation):
+def test_what_the_attack_sees():
     """In training mode its own batch, in evaluation mode the running statistics."""
     model = create_model('simple_cnn2', num_classes=CLASSES, layer='batchnorm', width=4)
     tx = optax.sgd(0.1)
@@ -226,8 +228,9 @@ def test_what_the_attack_sees(quick_compilation):
     }
     variables = {'params': state.params, **state.model_state}
     images = (pixels - 0.5) / 0.2
-    np.testing.assert_allclose(seen['eval'], model.apply(variables, images, train=False), atol=1e-4)
-    expected, _ = classify.train_logits(model, state.params, state.model_state, images)
+    expected = jax.jit(lambda variables, images: model.apply(variables, images, train=False))(variables, images)
+    np.testing.assert_allclose(seen['eval'], expected, atol=1e-4)
+    expected, _ = jax.jit(lambda *given: classify.train_logits(model, *given))(state.params, state.model_state, images)
     np.testing.assert_allclose(seen['train'], expected, atol=1e-4)
     assert np.abs(seen['train'] - seen['eval']).max() > 0.1
     with pytest.raises(ValueError, match='batch_statistics='):
