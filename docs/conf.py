@@ -45,7 +45,7 @@ toc_object_entries_show_parents = 'hide'
 nb_execution_mode = 'cache'
 nb_execution_cache_path = str(HERE / '_build' / 'jupyter_cache')
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_timeout = 900  # of a cell; idle, the longest takes half a minute
 nb_execution_show_tb = True
 nb_merge_streams = True
 
