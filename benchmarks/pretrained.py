@@ -17,7 +17,6 @@ import pathlib
 
 import jax
 import numpy as np
-from convnorm_jax.cli.run_config import run_config
 from flax import traverse_util
 
 import convnorm_jax
@@ -27,6 +26,7 @@ from convnorm_jax.files import write_atomically, write_json
 from convnorm_jax.reports.facts import count_parameters
 from convnorm_jax.runs.workdir import read_result
 from convnorm_jax.training import loop, setup
+from convnorm_jax.training.config import run_config
 
 FOLDER = pathlib.Path(convnorm_jax.__file__).parent / 'pretrained'
 LEVELS = (8, 32)  # of the attacks, in 1/255
