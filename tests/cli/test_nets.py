@@ -9,7 +9,6 @@ import pytest
 
 from convnorm_jax.cli import spectra
 from convnorm_jax.training import setup
-from tests.selection import few
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -17,7 +16,8 @@ SEPARABLE, SEQUENCE = ('digits_separable', 'mobilenet'), ('digits_sequence', 'se
 SMALL = ('--config.model.width=4', '--config.model.depth=(1,1)', '--config.data.batch_size=32')
 
 
-@pytest.mark.parametrize('net', few((SEPARABLE, SEQUENCE), SEQUENCE), ids=' '.join)
+@pytest.mark.slow
+@pytest.mark.parametrize('net', (SEPARABLE, SEQUENCE), ids=' '.join)
 def test_a_run_with_its_attacks_pictures_and_operators(command, net, tmp_path):
     config, name = net
     workdirs = [tmp_path / layer for layer in ('convnorm', 'batchnorm')]

@@ -260,6 +260,7 @@ def test_default_layout(keys, expected):
     assert sweep_report.layout(keys, None, None) == expected
 
 
+@pytest.mark.slow
 def test_a_sweep_that_runs_and_partly_fails(command, tmp_path):
     grid = '--grid=data.batch_size=64,128'
     tiny = *TINY, '--config.train.steps=3', f'--workdir={tmp_path}/sweep', '--jobs=2'

@@ -207,7 +207,12 @@ def small(name, layer, dtype='float32'):
     return model, variables, images, apply
 
 
-SMALL = [('resnet18', 'convnorm'), ('resnet50', 'batchnorm'), ('vgg11', 'convnorm'), ('simple_cnn2', 'convnorm')]
+SMALL = [
+    ('resnet18', 'convnorm'),
+    pytest.param('resnet50', 'batchnorm', marks=pytest.mark.slow),
+    pytest.param('vgg11', 'convnorm', marks=pytest.mark.slow),
+    pytest.param('simple_cnn2', 'convnorm', marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize('name,layer', SMALL)

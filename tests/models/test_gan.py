@@ -9,6 +9,7 @@ import pytest
 
 from convnorm_jax.layers import DENSE_LAYERS, LAYERS
 from convnorm_jax.models import GANS, create_gan
+from tests.selection import few
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -52,6 +53,7 @@ def size_of(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('num_classes', [0, 3])
 @pytest.mark.parametrize('name,size', SIZES)
 def test_shapes(name, size, num_classes):
@@ -65,7 +67,7 @@ def test_shapes(name, size, num_classes):
         assert (logits.shape, logits.dtype) == ((2,), jnp.float32)
 
 
-@pytest.mark.parametrize('name', GANS)
+@pytest.mark.parametrize('name', few(GANS, 'dcgan'))
 def test_a_forward_pass(name):
     generator, discriminator = tiny(name, 8, num_classes=3)
     labels, z = jnp.array([0, 1, 2, 0]), random(0, 4, LATENT)
@@ -180,7 +182,7 @@ def test_every_layer(name, layer):
     assert images.shape == (2, 8, 8, 3) and logits.shape == (2,)
 
 
-@pytest.mark.parametrize('name', GANS)
+@pytest.mark.parametrize('name', few(GANS, 'sngan'))
 def test_convnorm_in_both_nets_trains(name):
     generator, discriminator = tiny(name, 8, generator_layer='convnorm', discriminator_layer='convnorm')
     z = random(6, 4, LATENT)
@@ -202,7 +204,7 @@ def test_convnorm_in_both_nets_trains(name):
         assert np.all(np.isfinite(leaf))
 
 
-@pytest.mark.parametrize('name', GANS)
+@pytest.mark.parametrize('name', few(GANS, 'dcgan'))
 def test_gradient_penalty(name):
     """The gradient of a discriminator's gradient: what a gradient penalty trains on."""
     _, discriminator = tiny(name, 8)
