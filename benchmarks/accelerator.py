@@ -1,22 +1,22 @@
-"""What a GPU's and a TPU's compiler make of the project's programs, on a machine that has neither.
+"""Compiles the package's programs for a GPU and a TPU on a machine that has neither, and counts what they do.
 
     pip install -e '.[aot]'
     python -m benchmarks.accelerator [--targets=h100,v5e] [--chips=1] [--nets=resnet18] [--layers=convnorm,batchnorm]
         [--what=step,attack,gan,discriminator,inference] [--batch_size=128] [--dtypes=bfloat16] [--size=32] [--width=0]
         [--method=] [--top=0] [--save=FOLDER] [--output=FILE.json]
 
-'step' is the training loop's own: uint8 pictures, crop and flip, one update by SGD, the state donated. 'attack' is
-PGD-10 from a random start with the prediction at its end, 'inference' the logits of uint8 pictures. 'gan' is a step of
-SNGAN (or of the GANs among --nets) by configs/cifar10_gan_convnorm.py with one update of the discriminator;
-'discriminator' that update alone. Width 0 is the net's own, the batch size that of one chip; pictures above 64 take
-ResNet's stem for ImageNet and 1000 classes. --chips (1, 4, 16, 64, 256) is of v5e; an H100 is one.
+'step' is the step of the training loop: uint8 images, crop and flip, one SGD update, the state donated. 'attack' is
+PGD-10 from a random start with the final prediction, 'inference' the logits of uint8 images. 'gan' is a step of
+SNGAN (or of the GANs in --nets) by configs/cifar10_gan_convnorm.py with one update of the discriminator;
+'discriminator' is that update alone. Width 0 is the net's own width; the batch size is that of one chip. Images above
+64 pixels use ResNet's stem for ImageNet and 1000 classes. --chips (1, 4, 16, 64, 256) is for v5e; an H100 is one chip.
 
-Each program is compiled in a process of its own. One whose compiler ends the process is 'aborted', one that raises is
-'failed': the table says so, goes on, and the command exits with 1 in the end. Ratios are to 'batchnorm', convolution
-and BatchNorm, in the same run. Nothing here is a time but the seconds to trace and compile. Bytes are those of one
-chip. On the H100 they are counted here (`benchmarks.hlo`): operands and results of each instruction, a fusion's once, a
-loop's body as often as it runs. On the v5e they are its compiler's estimate, scaled for loops. --top shows the
-instructions with the most bytes, --save keeps the compiled text of each program.
+Each program is compiled in a process of its own. A program is 'aborted' if its compiler ended the process and 'failed'
+if it raised an error. The table shows this, the other programs are compiled, and the command exits with 1. Ratios are
+to 'batchnorm' (convolution and BatchNorm) in the same run. The only times here are the seconds to trace and compile.
+Bytes are those of one chip. For the H100 they are counted here (`benchmarks.hlo`): operands and results of each
+instruction, once for a fusion, and for a loop's body as often as it runs. For the v5e they are its compiler's estimate,
+scaled for loops. --top shows the instructions with the most bytes; --save keeps the compiled text of each program.
 """
 
 import argparse
@@ -37,7 +37,7 @@ _RATIOS = ('bytes', 'kernels', 'temporary_bytes')
 
 
 def main():
-    """Prints the table, and writes it where --output says."""
+    """Prints the table, and writes it to --output."""
     jax.config.update('jax_platforms', 'cpu')
     options = _options()
     if options.child:
@@ -72,7 +72,7 @@ def _options():
     parser.add_argument('--what', type=_known(aot.PROGRAMS), default='step')
     parser.add_argument('--batch_size', type=int, default=128, help='of one chip')
     parser.add_argument('--dtypes', type=timing.names, default='bfloat16')
-    parser.add_argument('--size', type=int, default=32, help='of the pictures')
+    parser.add_argument('--size', type=int, default=32, help='of the images')
     parser.add_argument('--width', type=int, default=0)
     parser.add_argument('--method', help='of ConvNorm')
     parser.add_argument('--top', type=int, default=0, help='instructions with the most bytes')
@@ -86,7 +86,7 @@ def _options():
 
 
 def _known(allowed):
-    """A type of option: names by commas, all of them allowed."""
+    """Makes an option's type: names separated by commas, all of them in `allowed`."""
 
     def parse(text):
         names = timing.names(text)
@@ -98,7 +98,7 @@ def _known(allowed):
 
 
 def _cases(options):
-    """What to compile, programs to be compared next to each other."""
+    """The programs to compile, with those that are compared next to each other."""
     of_gans = [net for net in options.nets if net in GANS] or ['sngan']
     classifiers = [net for net in options.nets if net not in GANS] or ['resnet18']
     rest = options.batch_size, options.size, options.width or None, options.method
@@ -114,19 +114,20 @@ def _cases(options):
 
 
 def compile_apart(case, folder=None):
-    """What `aot.compile_case` finds in a process of its own, with 'status' and, if it did not compile, 'message'.
+    """Compiles a case by `aot.compile_case` in a process of its own.
 
     Args:
-      folder: where the compiled text goes, or None.
+      folder: for the compiled text, or None.
 
     Returns:
-      A dict; 'status' is 'compiled', 'aborted' (the compiler ended the process) or 'failed' (an error was raised).
+      The result of `aot.compile_case` with 'status': 'compiled', 'aborted' (the compiler ended the process) or
+      'failed' (an error was raised). The last two have a 'message'.
     """
     text_file = os.path.abspath(os.path.join(folder, _file_name(case))) if folder else None
     command = [sys.executable, '-m', 'benchmarks.accelerator', f'--child={json.dumps([case, text_file])}']
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     path = os.pathsep.join(filter(None, [root, os.environ.get('PYTHONPATH')]))
-    # Without the cache: a program that is loaded from it was not compiled by this compiler now.
+    # Without the cache: a program that is loaded from it was not compiled in this run.
     environment = {**os.environ, 'PYTHONPATH': path, 'JAX_PLATFORMS': 'cpu', 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     if done.returncode == 0:
@@ -135,7 +136,7 @@ def compile_apart(case, folder=None):
 
 
 def _reason(done):
-    """The line of a process's errors that says most."""
+    """The most informative line of a process's errors."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     fatal = [line for line in lines if re.match(r'F\d{4} |.*Check failed', line)]
     if done.returncode < 0:
@@ -150,7 +151,7 @@ def _file_name(case):
 
 
 def _say(row, top):
-    """One line of a program as soon as it is there, and its largest instructions."""
+    """Prints one line of a program as soon as it is compiled, and its largest instructions."""
     head = f'{row["target"]} x{row["chips"]} {row["net"]} {row["layer"]} {row["what"]} {row["dtype"]}: {row["status"]}'
     if row['status'] != 'compiled':
         print(f'{head}: {row["message"]}', flush=True)
@@ -161,7 +162,7 @@ def _say(row, top):
 
 
 def _add_ratios(rows):
-    """Ratios to the base of the same target, net and program."""
+    """Adds ratios to the base layer of the same target, net and program."""
     same = [name for name in aot.Case._fields if name not in ('layer', 'method')]
     bases = {tuple(row[name] for name in same): row for row in rows if row['layer'] == BASE}
     for row in rows:

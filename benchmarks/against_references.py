@@ -1,22 +1,22 @@
-"""Attacks one trained net with this project's attacks and with other libraries', and compares.
+"""Compares this package's attacks with those of other libraries on one trained net.
 
     python -m benchmarks.against_references --workdir=RUN [--examples=200] [--epsilon=8] [--attacks=fgsm,...]
         [--batch_size=50] [--seeds=5] [--output=FILE.json] [--autoattack=CHECKOUT]
 
 RUN is a folder of `convnorm_jax.cli.run` with a simple_cnn whose layer is convnorm or batchnorm. Its
-weights are carried over to torch, the logits of both nets must agree to 1e-4. Every attack starts
-from the clean images, alone. The other libraries, all with the same numbers of iterations:
-torchattacks, foolbox (FGSM and PGD) and, where --autoattack gives a checkout of
+weights are copied to torch, and the logits of both nets must agree to 1e-4. Each attack runs on its own,
+from the clean images. The other libraries, all with the same numbers of iterations, are
+torchattacks, foolbox (FGSM and PGD) and, if --autoattack gives a checkout of
 https://github.com/fra31/auto-attack, the reference implementation of AutoAttack.
 
-An example counts as broken if the net that was attacked predicts another class than its label, by
-an image within [0, 1] and epsilon. A random start moves the count by one or two: figures are means
+An example counts as broken if the attacked net predicts another class than its label for
+an image within [0, 1] and epsilon. A random start changes the count by one or two, so figures are means
 over seeds (FGSM and FAB-T draw nothing). The exit code is 1 if an attack here leaves, on average,
-more than one example in 200 more robust than that of any other library.
+more than one example in 200 more robust than the best other library.
 
 Seconds are wall-clock, on all cores, one library after the other. Ours are those of later calls
-with the same shapes, in which nothing of the attack is compiled; what a first call took beyond
-them is the column "first call". Needs torch, torchattacks and foolbox.
+with the same shapes, which compile nothing of the attack; the column "first call" is the extra time of
+the first call. Needs torch, torchattacks and foolbox.
 """
 
 import argparse
@@ -31,11 +31,12 @@ from benchmarks import machine
 from benchmarks.library_attacks import PGD_STEPS, QUERIES, STEPS, TARGETS, import_libraries
 from convnorm_jax import attacks
 from convnorm_jax.configs import default
+from convnorm_jax.configs.keys import flatten
 from convnorm_jax.errors import UserError
 from convnorm_jax.files import write_json
 from convnorm_jax.runs.workdir import load_config
 from convnorm_jax.training import setup
-from convnorm_jax.training.config import check_config, flatten
+from convnorm_jax.training.config import check_config
 from convnorm_jax.training.loop import restore_variables
 
 ATTACKS = ('fgsm', 'pgd', 'apgd-ce', 'apgd-dlr', 'apgd-t', 'fab-t', 'square', 'autoattack')
@@ -66,14 +67,14 @@ def main():
                 rows[-1][library] = found
                 note(name, library, found, problem)
         add_difference(rows[-1])
-        if options.output:  # after every attack: a run may take hours
+        if options.output:  # after each attack, because a run may take hours
             write_json(options.output, report)
     print(table(report))
     return 0 if all(row['above'] <= problem.count / 200 for row in rows) else 1
 
 
 def parse_options():
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workdir', required=True)
     parser.add_argument('--examples', type=int, default=200, help='the first so many of the test set')
@@ -92,13 +93,17 @@ def parse_options():
 
 
 class Problem:
-    """The net, in both libraries, and what is to be attacked.
+    """The net in both libraries, and the images to attack.
 
     Attributes:
       logits_fn: ours, a `jax.tree_util.Partial`.
-      net: torch's. torch_images, torch_labels: what it is attacked on.
-      images: float32 [N, H, W, C]. labels: int32 [N]. epsilon: in units of [0, 1].
-      clean: bool [N], rightly classified. count: N.
+      net: torch's.
+      torch_images, torch_labels: the images and labels for torch.
+      images: float32 [N, H, W, C].
+      labels: int32 [N].
+      epsilon: in units of pixels in [0, 1].
+      clean: bool [N], whether classified correctly.
+      count: N.
     """
 
     def __init__(self, options):
@@ -123,25 +128,25 @@ class Problem:
         self.clean = self.ours_predict(self.images) == self.labels
 
     def seeds(self, name):
-        """Of the runs of an attack: those that draw nothing run once."""
+        """Seeds of the runs of an attack; one that draws nothing runs once."""
         return range(1 if name in DETERMINISTIC else self.options.seeds)
 
     def to_torch(self, images):
-        """[N, H, W, C] NumPy -> [N, C, H, W] torch."""
+        """Converts NumPy [N, H, W, C] to torch [N, C, H, W]."""
         return self.torch.tensor(np.ascontiguousarray(np.asarray(images).transpose(0, 3, 1, 2)))
 
     def ours_predict(self, images):
-        """Classes by our net."""
+        """Predicted classes of our net."""
         return np.asarray(self._predict(self.logits_fn, images)).argmax(-1)
 
     def robust(self, images, predicted):
-        """bool [N]: not broken by `images` (NHWC, NumPy)."""
+        """bool [N]: whether `images` (NHWC, NumPy) leave the prediction right."""
         distance = np.abs(images - self.images).reshape(self.count, -1).max(-1)
         inside = (distance <= self.epsilon * (1 + ROUNDING)) & ((images >= 0) & (images <= 1)).all((1, 2, 3))
         return self.clean & ~((predicted != self.labels) & inside)
 
     def torch_logits(self, images):
-        """Of torch's net, of torch images: NumPy [N, K]."""
+        """Logits of torch's net for torch images: NumPy [N, K]."""
         with self.torch.no_grad():
             return self.net(images).numpy()
 
@@ -156,12 +161,12 @@ class Problem:
 
 
 def load_run(workdir):
-    """The `Experiment` of a run.
+    """Loads the `Experiment` of a run.
 
     Raises:
-      ValueError: no run there, or one of a net that is not carried over.
+      ValueError: no run there, or a net that cannot be copied to torch.
     """
-    config = default.get_config()  # has the keys that came after the run
+    config = default.get_config()  # adds the keys that are newer than the run
     with config.ignore_type():
         config.update(ConfigDict(load_config(workdir)))
     check_config(config)
@@ -175,7 +180,7 @@ def load_run(workdir):
 
 
 def attack_ours(name, problem):
-    """One attack here; see `measured`."""
+    """Runs one attack of this package; see `measured`."""
     attack = (ours_gradient if name in ('fgsm', 'pgd') else ours_ensemble)(name, problem)
     seeds = problem.seeds(name)
     start = time.perf_counter()
@@ -186,7 +191,7 @@ def attack_ours(name, problem):
 
 
 def ours_gradient(name, problem):
-    """seed -> (adversarial images, seconds) of FGSM or PGD."""
+    """Makes seed -> (adversarial images, seconds) for FGSM or PGD."""
 
     def attack(logits_fn, images, labels, key):
         if name == 'fgsm':
@@ -205,7 +210,7 @@ def ours_gradient(name, problem):
 
 
 def ours_ensemble(name, problem):
-    """seed -> (adversarial images, seconds) of members of the ensemble."""
+    """Makes seed -> (adversarial images, seconds) for members of the ensemble."""
 
     def timed(seed):
         result = attacks.run_ensemble(
@@ -221,14 +226,14 @@ def ours_ensemble(name, problem):
             targets=TARGETS,
             log=lambda line: None,
         )
-        # Its own clock leaves out the checks before the first attack, which every call compiles anew.
+        # Its own clock leaves out the checks before the first attack, which each call compiles again.
         return result.images, sum(part['seconds'] for part in result.attacks)
 
     return timed
 
 
 def attack_theirs(attack, name, problem):
-    """One attack of another library; None if it has none of that name."""
+    """Runs one attack of another library; returns None if it has none of that name."""
     runs = []
     for seed in problem.seeds(name):
         problem.torch.manual_seed(seed)
@@ -243,7 +248,7 @@ def attack_theirs(attack, name, problem):
 
 
 def measured(runs):
-    """What is reported of an attack: means over the seeds, and how many examples each left robust.
+    """Summarizes the runs of an attack: means over the seeds, and how many examples each seed left robust.
 
     Args:
       runs: (robust bool [N], seconds) of each seed.
@@ -257,13 +262,13 @@ def measured(runs):
 
 
 def note(name, library, found, problem):
-    """One line, as soon as a number is there."""
+    """Prints one line of a result."""
     counts = ', '.join(map(str, found['robust_of_each_seed']))
     print(f'{name:<10} {library:<12} robust {counts} of {problem.count} {found["seconds"]:8.1f} s', flush=True)
 
 
 def facts(options, problem):
-    """What the figures depend on."""
+    """The settings that determine the figures."""
     config = problem.experiment.config
     return {
         'command': ' '.join(['python -m benchmarks.against_references', *sys.argv[1:]]),
@@ -281,7 +286,7 @@ def facts(options, problem):
 
 
 def gradient_seconds(problem):
-    """{'ours', 'torch'}: one gradient by all images, the least of ten: what no attack can be faster than."""
+    """{'ours', 'torch'}: least seconds of ten gradients with respect to all images, a lower bound for attacks."""
 
     def total(f, x):
         return attacks.attack_loss(f(x), problem.labels, 'cross_entropy').sum()
@@ -301,19 +306,19 @@ def gradient_seconds(problem):
 
 
 def seconds(function):
-    """Wall-clock time of a call."""
+    """Wall-clock seconds of a call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def add_difference(row):
-    """Puts 'above' into it: our robust examples minus the fewest of another library (means over seeds)."""
+    """Adds 'above': our robust examples minus the fewest of another library (means over seeds)."""
     row['above'] = row['ours']['robust'] - min(row[name]['robust'] for name in LIBRARIES if name in row)
 
 
 def table(report):
-    """Markdown, with what it was measured on above it."""
+    """The results as Markdown, below the settings."""
     columns = [name for name in LIBRARIES if any(name in row for row in report['rows'])]
     head = ['attack', 'ours %', *(f'{name} %' for name in columns), 'examples above the lowest']
     head += ['ours s', 'first call s', *(f'{name} s' for name in columns)]

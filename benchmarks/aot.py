@@ -1,8 +1,8 @@
-"""The project's programs compiled for an H100 or for TPU v5e chips on a machine that has neither.
+"""Compiles the package's programs for an H100 or for TPU v5e chips on a machine that has neither.
 
-A compiler of XLA needs no device, only its description. What must be installed is pyproject's extra `aot`. One process
-compiles for one of the two: their libraries do not share one, and a compiler that aborts takes its process with it.
-`benchmarks.accelerator` starts one for each program.
+A compiler of XLA needs a description of the device, not the device. The packages are those of pyproject's extra `aot`.
+One process compiles for one of the two, because their libraries cannot be loaded together and a compiler that aborts
+ends its process. `benchmarks.accelerator` starts one process for each program.
 """
 
 import collections
@@ -26,10 +26,10 @@ from convnorm_jax.steps import classify, gan
 from convnorm_jax.steps.state import create_state, make_optimizer
 from convnorm_jax.training.nets import build_gan
 
-# What compiles for each.
+# The package that compiles for each target.
 PACKAGES = {'h100': ('jax-cuda13-plugin', 'jax-cuda13-pjrt'), 'v5e': ('libtpu',)}
 TARGETS = tuple(PACKAGES)
-# A v5e's slices: chips, and how they lie. One chip is a part of the smallest.
+# Slices of v5e: number of chips -> topology. One chip is a part of the smallest slice.
 V5E = {1: '2x2', 4: '2x2', 16: '4x4', 64: '8x8', 256: '16x16'}
 CLASSIFIER_PROGRAMS = ('step', 'attack', 'inference')
 GAN_PROGRAMS = ('gan', 'discriminator')
@@ -38,7 +38,7 @@ ATTACK = AttackSettings('pgd', 8 / 255, 2 / 255, steps=10, restarts=1, loss='cro
 PIXELS = {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010)}
 LARGEST = 20
 
-# Facts of an H100 SXM, as XLA asks for them.
+# The properties of an H100 SXM that XLA asks for.
 _H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
 shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000
@@ -47,42 +47,42 @@ cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_p
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 8 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3" """
 
-# A program. The batch size is of one chip; width and method are None for the net's own.
+# A program. The batch size is that of one chip; width and method are None for the net's own.
 Case = collections.namedtuple('Case', 'target chips net layer what dtype batch_size size width method')
 
 
 def missing(target):
-    """The package that compiling for a target lacks here, or None."""
+    """The package for a target that is not installed, or None."""
     installed = {distribution.name for distribution in importlib.metadata.distributions()}
     return next((name for name in PACKAGES[target] if name not in installed), None)
 
 
 def devices(target, chips=1):
-    """Devices of `TARGETS` that can be compiled for, and nothing else. A process may ask for one of the targets."""
-    jax.config.update('jax_platforms', 'cpu')  # or JAX looks for devices, and the plugin of CUDA for its libraries
+    """Devices of `TARGETS` to compile for, and for nothing else. A process may ask for one target only."""
+    jax.config.update('jax_platforms', 'cpu')  # otherwise JAX looks for devices, and CUDA's plugin for its libraries
     if target == 'h100':
         return topologies.get_topology_desc('h100', 'cuda', target_config=_H100, topology='1x1x1').devices
-    # libtpu asks a TPU machine's neighbours for these, and waits.
+    # Without them libtpu waits for an answer of other TPU machines.
     os.environ.update(TPU_SKIP_MDS_QUERY='1', TPU_WORKER_HOSTNAMES='localhost', ALLOW_MULTIPLE_LIBTPU_LOAD='1')
     return topologies.get_topology_desc(platform='tpu', topology_name=f'v5e:{V5E[chips]}').devices[:chips]
 
 
 def compile_case(case, text_file=None):
-    """Compiles a `Case`'s program and counts what it does.
+    """Compiles the program of a `Case` and counts what it does.
 
     Args:
-      text_file: where the compiled program's text goes, or None.
+      text_file: for the compiled program's text, or None.
 
     Returns:
       A dict of JSON data: 'kernels', 'bytes' (of one chip), 'temporary_bytes', 'argument_bytes', 'collectives',
-      'unknown_loops', 'compile_seconds', 'largest' [[bytes, times, operation, name, type]]. On a TPU 'bytes' are its
-      compiler's estimate, which takes a loop's body once: it is scaled by our own count with the loops over that
-      without; 'main_memory_bytes' are our count of what does not stay on the chip.
+      'unknown_loops', 'compile_seconds', 'largest' [[bytes, times, operation, name, type]]. On a TPU 'bytes' is its
+      compiler's estimate, which counts a loop's body once. It is therefore multiplied by the ratio of our counts
+      with and without the loops. 'main_memory_bytes' is our count without what stays on the chip.
     """
     mesh = mesh_lib.create_mesh(devices(case.target, case.chips))
     function, donated, arguments = _gan(case, mesh) if case.what in GAN_PROGRAMS else _classifier(case, mesh)
     start = time.perf_counter()
-    # (Without `mesh.compiler_options()`: those are the CPU's.)
+    # `mesh.compiler_options()` are for the CPU only.
     compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
     seconds, text, memory = time.perf_counter() - start, compiled.as_text(), compiled.memory_analysis()
     if text_file:
@@ -106,12 +106,12 @@ def compile_case(case, text_file=None):
 
 
 def _on(sharding, tree):
-    """Abstract arrays like a tree's that lie where `sharding` says."""
+    """Abstract arrays like those of a tree, with a sharding."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
 
 def _batch(case, mesh, factor=1):
-    """An abstract batch of the data, cut over the chips."""
+    """An abstract batch of the data, divided over the chips."""
     examples = case.batch_size * case.chips * factor
     pixels = jax.ShapeDtypeStruct((examples, case.size, case.size, 3), np.uint8)
     labels = jax.ShapeDtypeStruct((examples,), np.int32)
@@ -149,7 +149,7 @@ def _classifier(case, mesh):
 
 
 def _training(step, mesh):
-    """A step as the training loop runs it."""
+    """A step with the arguments and donation of the training loop."""
 
     def train_step(state, batch):
         batch = mesh_lib.shard_batch(mesh, batch)
@@ -160,7 +160,7 @@ def _training(step, mesh):
 
 
 def _gan(case, mesh):
-    """As `_classifier`, of a GAN by configs/cifar10_gan_convnorm.py, one update of the discriminator a step."""
+    """`_classifier` for a GAN by configs/cifar10_gan_convnorm.py, with one update of the discriminator a step."""
     widths = [f'--config.{key}={case.width}' for key in ('model.width', 'gan.generator_width') if case.width]
     names = {'model.name': case.net, 'model.layer': case.layer, 'model.dtype': case.dtype}
     names.update({'model.convnorm.method': case.method} if case.method else {})
@@ -182,7 +182,7 @@ def _gan(case, mesh):
         return step, 0, (state, batch)
 
     def discriminator_update(discriminator, state, batch):
-        # The generator's update is not among the results, so XLA leaves it out.
+        # The generator's update is not returned, so XLA removes it.
         state, metrics = step(state.replace(discriminator=discriminator), batch)
         return state.discriminator, metrics['discriminator_loss']
 

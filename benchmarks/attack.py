@@ -1,12 +1,13 @@
-"""PGD on a net with ConvNorm and on one with other layers, timed in turn.
+"""Times PGD on a net with ConvNorm and on nets with other layers, in turn.
 
     python -m benchmarks.attack [--net=resnet18] [--layers=convnorm,batchnorm] [--batch_size=100] [--steps=10]
         [--repeats=3] [--dtype=float32] [--output=FILE.json]
 
-One batch of random pictures of 32x32, fresh weights, running statistics: what an attack costs depends on neither. As
-the evaluation runs it (`evaluation.classifier.Evaluator`): PGD with steps of 2/255 in the ball of 8/255 from a random
-start and the prediction at its end; beside it the prediction of the clean pictures. Medians over the repeats, the
-layers in turn within each; the seconds to compile are those that the first call took beyond them.
+One batch of random images of 32x32, random weights, running statistics: the cost depends on neither images nor
+weights. The attack is that of the evaluation (`evaluation.classifier.Evaluator`): PGD with steps of 2/255 in the ball
+of 8/255 from a random start, with the final prediction. The prediction of the clean images is timed as well. Figures
+are medians over the repeats, with the layers in turn within each. The seconds to compile are the extra time of the
+first call.
 """
 
 import argparse
@@ -28,7 +29,7 @@ PROGRAMS = ('pgd', 'forward')
 
 
 def main():
-    """Prints one table, and writes it where --output says."""
+    """Prints one table, and writes it to --output."""
     options = _options()
     programs, first = {}, {}
     for layer in options.layers:
@@ -57,7 +58,7 @@ def _options():
 
 
 def make_programs(options, layer):
-    """{name: function of nothing} of `PROGRAMS`, which wait for what they compute.
+    """{name: function without arguments} of `PROGRAMS`, which wait for their results.
 
     Args:
       options: `net`, `dtype`, `batch_size`, `steps`.
@@ -80,7 +81,7 @@ def make_programs(options, layer):
 
 
 def _row(options, layer, seconds, first):
-    """A layer's figures."""
+    """The figures of a layer."""
     row = {'layer': layer}
     for name in PROGRAMS:
         taken = seconds[layer, name]

@@ -1,13 +1,14 @@
-"""Steps of a GAN with one discriminator layer and with another, timed in turn.
+"""Times steps of a GAN with several discriminator layers, in turn.
 
     python -m benchmarks.gan_step [--layers=convnorm,spectralnorm,batchnorm,none]
         [--config=configs/cifar10_gan_convnorm.py] [--dtype=float32] [--size=32] [--batch_size=16] [--width=0]
         [--n_dis=1] [--repeats=5] [--output=FILE.json]
 
-Random pictures of `size` x `size` x 3; nets and optimizers of the config, `width` in place of both
-widths (0: the config's). A step is n_dis updates of the discriminator and one of the generator, as the
-training loop runs it. Beside it the discriminator's update alone: the difference between n_dis + 1 and
-n_dis updates. Medians over the repeats, the layers in turn within each; seconds to compile the first call.
+Random images of `size` x `size` x 3; nets and optimizers of the config, with `width` in place of both
+widths (0: the config's). A step is n_dis updates of the discriminator and one of the generator, as in the
+training loop. The time of a discriminator update alone is the difference between n_dis + 1 and
+n_dis updates. Figures are medians over the repeats, with the layers in turn within each; the seconds to compile are
+those of the first call.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from convnorm_jax.training.nets import build_gan
 
 
 def main():
-    """Prints one table, and writes it where --output says."""
+    """Prints one table, and writes it to --output."""
     options = _options()
     layers = options.layers.split(',')
     programs = {(layer, n): Program(options, layer, n) for layer in layers for n in (options.n_dis, options.n_dis + 1)}
@@ -65,7 +66,7 @@ def _options():
 
 
 class Program:
-    """A compiled step and its state; calling it takes one step and gives its seconds."""
+    """A compiled step and its state; a call takes one step and returns its seconds."""
 
     def __init__(self, options, layer, n_dis):
         widths = [f'--config.{key}={options.width}' for key in ('model.width', 'gan.generator_width') if options.width]
@@ -81,9 +82,9 @@ class Program:
         self._state = jax.jit(
             lambda: gan.create_gan_state(*nets, *tx, input_shape=shape, latent=latent, seed=0, use_ema=True)
         )()
-        pictures = np.random.default_rng(0).integers(0, 256, (n_dis * options.batch_size, *shape))
-        labels = np.zeros(len(pictures), np.int32)
-        self._batch = jax.device_put({'images': pictures.astype(np.uint8), 'labels': labels})
+        images = np.random.default_rng(0).integers(0, 256, (n_dis * options.batch_size, *shape))
+        labels = np.zeros(len(images), np.int32)
+        self._batch = jax.device_put({'images': images.astype(np.uint8), 'labels': labels})
         start = time.perf_counter()
         lowered = jax.jit(step, donate_argnums=0).lower(self._state, self._batch)
         self._step = lowered.compile(mesh.compiler_options())

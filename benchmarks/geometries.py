@@ -1,4 +1,4 @@
-"""ConvNorm of random geometries against dense matrices in float64.
+"""Compares ConvNorm of random geometries with dense matrices in float64.
 
     python -m benchmarks.geometries [--count=5000] [--seed=0]
 
@@ -6,9 +6,9 @@ Each draw is a layer without BatchNorm: 1 to 3 dimensions, kernel, stride, dilat
 transposed or not, sizes, dtype and method. Its output and its gradients with respect to image, kernel, channel-wise
 kernel and bias are compared with those of `Dense`, which is written from the definitions in NumPy and shares no code
 with the layer. Errors are relative to the largest entry of each array, or to a thousandth of its terms' absolute sum if
-that is more: some geometries cancel to zero exactly, which no rounded sum does. Kernels have no frequency with less
-power than 1 % of their taps' energy: there the division multiplies whatever rounding there is. The tests take a few of
-the draws.
+that is larger, because some geometries cancel to exactly zero, and a rounded sum does not. In each kernel every
+frequency has at least 1 % of the taps' energy, because the division by less would magnify rounding errors. The tests
+use a few of the draws.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import numpy as np
 
 from convnorm_jax.functional import Settings, apply, initial_state
 
-# By dtype; float32 and float64 results are compared with float64, bfloat16 ones with its rounding in mind.
+# By dtype; all results are compared with float64.
 TOLERANCES = {'float32': 1e-4, 'bfloat16': 6e-2}
 
 
@@ -47,10 +47,10 @@ class Draw:
 
 
 def draw(choose: Callable[[int], int]) -> Draw | None:
-    """A random geometry; None if it leaves nothing of the image.
+    """Draws a random geometry; None if its output would be empty.
 
     Args:
-      choose: count -> an int from 0 to count - 1, random.
+      choose: count -> a random int from 0 to count - 1.
     """
     one_of = lambda *values: values[choose(len(values))]
     rank = one_of(1, 2, 2, 2, 3)
@@ -81,7 +81,7 @@ def draw(choose: Callable[[int], int]) -> Draw | None:
 
 
 def kept_places(d: Draw) -> list[range | list[int]]:
-    """For each axis the places of the full convolution that are kept, by the definition of a padded convolution."""
+    """The indices of the full convolution that are kept on each axis, by the definition of a padded convolution."""
     found = []
     for axis, (n, k, s, dilation) in enumerate(zip(d.size, d.kernel, d.strides, d.dilation)):
         span = (k - 1) * dilation + 1
@@ -106,7 +106,7 @@ def _pads(padding, axis, n, span, stride):
 
 
 class Dense:
-    """The layer as matrices of a draw, in float64: `output`, and `gradients` for a cotangent."""
+    """The layer of a draw as matrices, in float64: `output`, and `gradients` for a cotangent."""
 
     def __init__(self, d: Draw, x, kernel, affine, bias):
         rank, self.groups = len(d.size), d.groups
@@ -117,7 +117,8 @@ class Dense:
         pixels, taps, places = (list(itertools.product(*map(range, size))) for size in (d.size, d.kernel, grid))
         number = {place: i for i, place in enumerate(places)}
         where = lambda t: [u * g if d.transposed else (k - 1 - u) * g for u, k, g in zip(t, d.kernel, d.dilation)]
-        self.full = np.zeros((len(places), len(pixels), len(taps)))  # full[n, p, t]: whether p and t meet at n
+        # full[n, p, t]: whether input p and tap t contribute to output n
+        self.full = np.zeros((len(places), len(pixels), len(taps)))
         for p, t in itertools.product(range(len(pixels)), range(len(taps))):
             place = tuple(i * s + o for i, s, o in zip(pixels[p], spread, where(taps[t])))
             self.full[number[tuple(a % n for a, n in zip(place, grid)) if circular else place], p, t] = 1
@@ -146,14 +147,14 @@ class Dense:
         self.given = [a.shape for a in (x, kernel, affine, bias)]
 
     def terms(self):
-        """The same sums of absolute terms."""
+        """The same sums, of absolute values."""
         found = copy.copy(self)
         found.x, found.kernel, found.affine, found.bias = map(np.abs, (self.x, self.kernel, self.affine, self.bias))
         found.filter = self.filter_terms
         return found
 
     def filtered(self):
-        """[batch, pixels, features]: the convolution, divided by its spectrum."""
+        """[batch, pixels, features]: the convolution, divided by the root of its power spectrum."""
         y = np.einsum('npt,bpgi,tigo->bngo', self.full, self.x, self.kernel, optimize=True)
         return np.einsum('qno,bno->bqo', self.filter, y.reshape(*y.shape[:2], -1))
 
@@ -184,7 +185,7 @@ def power_spectrum(kernel, grid, dilation):
 
 
 def _without_nulls(kernel, d):
-    """The kernel, with a first tap so large that no frequency has less than 1 % of the taps' energy."""
+    """The kernel with a larger first tap, so that every frequency has at least 1 % of the taps' energy."""
     spread = d.strides if d.transposed else (1,) * len(d.size)
     spans = [(k - 1) * g + 1 for k, g in zip(d.kernel, d.dilation)]
     circular = d.padding == 'CIRCULAR'
@@ -249,13 +250,13 @@ def _error(found, expected, terms):
 
 
 def main():
-    """Says the largest errors, and each draw that is beyond its tolerance."""
+    """Prints the largest errors, and each draw beyond its tolerance."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--count', type=int, default=5000)
     parser.add_argument('--seed', type=int, default=0)
     options = parser.parse_args()
     rng, largest, bad = np.random.default_rng(options.seed), {}, 0
-    jax.config.update('jax_disable_most_optimizations', True)  # a program for each draw, run once
+    jax.config.update('jax_disable_most_optimizations', True)  # each draw compiles a program that runs once
     draws = filter(None, (draw(lambda count: int(rng.integers(count))) for _ in itertools.count()))
     for number, one in enumerate(itertools.islice(draws, options.count), 1):
         for name, error in errors(one).items():

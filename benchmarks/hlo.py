@@ -1,4 +1,4 @@
-"""What a compiled program does, counted in its text: instructions, bytes, collectives."""
+"""Counts instructions, bytes and collectives in the text of a compiled program."""
 
 import collections
 import functools
@@ -8,7 +8,7 @@ import numpy as np
 
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'collective-permute', 'all-to-all')
 
-# Instructions that move nothing: names for what is there, or control flow, whose bodies are counted instead.
+# Instructions that move no data: views, and control flow, whose bodies are counted instead.
 _FREE = ('parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'iota')
 _FREE += ('after-all', 'partition-id', 'replica-id', 'opt-barrier')
 _PARTIAL_READS = ('copy-start', 'slice-start', 'dynamic-slice-start')
@@ -25,7 +25,7 @@ Moved = collections.namedtuple('Moved', 'bytes times operation name type')
 
 
 def size(text, on_chip=True):
-    """Bytes of the arrays in a type; without `on_chip` those in a TPU's on-chip memory (`S(1)`) are left out."""
+    """Bytes of the arrays in a type; without `on_chip` those in a TPU's on-chip memory (`S(1)`) do not count."""
     total = 0
     for name, shape, layout in _ARRAY.findall(text):
         bits = _BITS.get(name) or int((re.match(r'[a-z]+(\d+)', name) or [0, 0])[1])
@@ -35,24 +35,24 @@ def size(text, on_chip=True):
 
 
 class Program:
-    """A compiled program's text, counted.
+    """Counts of a compiled program's text.
+
+    An instruction moves its operands and its result once; a fusion moves those of the whole fusion, and what a kernel
+    keeps on the chip does not count. The body of a loop counts as often as it runs: by the compiler's
+    `known_trip_count`, else by the constant in the loop's condition, because JAX's loops count from 0 by 1. A loop with
+    neither, such as `jax.lax.while_loop` with data in its condition, counts once and is one of `unknown_loops`. For a
+    conditional, the branch with the most bytes counts.
 
     Args:
       text: of HLO after compilation.
-      on_chip: count bytes in a TPU's on-chip memory, too.
-
-    An instruction moves its operands and its result once, a fusion those of the whole; what a kernel keeps on the chip
-    is not seen. The body of a loop counts as often as it runs: what the compiler says (`known_trip_count`), else the
-    constant that the loop's condition compares with, for JAX's loops count from 0 by 1. A loop that says neither, as
-    `jax.lax.while_loop` with data in its condition, counts once and is one of `unknown_loops`. Of a conditional's
-    branches the one with the most bytes counts.
+      on_chip: count bytes in a TPU's on-chip memory too.
 
     Attributes:
-      moved: [Moved], an entry an instruction: bytes of all its `times`.
-      kernels: instructions that do work, a loop's as often as it runs.
+      moved: [Moved], one for each instruction, with the bytes of all its `times`.
+      kernels: number of instructions that compute, in a loop as often as it runs.
       bytes: read and written, in all.
-      bytes_once: the same with every loop's body counted once.
-      collectives: {kind: number}, a loop's as often as it runs.
+      bytes_once: the same with each loop's body counted once.
+      collectives: {kind: number}, in a loop as often as it runs.
       unknown_loops: int.
     """
 
@@ -75,7 +75,7 @@ class Program:
         return sorted(self.moved, key=lambda m: -m.bytes)[:count]
 
     def _walk(self, name, times, moved, loops_once=False):
-        """Adds what a computation moves when it runs so many times."""
+        """Adds what a computation moves when it runs `times` times."""
         self._times[name] += times
         types = {i.name: i.type for i in self._computations[name]}
         ends = {i.operands[0]: i.type for i in self._computations[name] if i.operation.endswith('-done')}
@@ -97,9 +97,9 @@ class Program:
                 moved.append(self._moved(i, types, ends, times))
 
     def _moved(self, i, types, ends, times):
-        # Of an asynchronous pair the first reads and the second writes: the first's type names its operands again.
+        # The start of an asynchronous pair reads, its end writes; the start's type repeats its operands.
         read = sum(self._size(types.get(operand, '')) for operand in i.operands)
-        if i.operation in _PARTIAL_READS:  # of a large array no more than what arrives
+        if i.operation in _PARTIAL_READS:  # of a large array, only the slice that is read
             read = min(read, size(ends.get(i.name, '')))
         total = 0 if i.operation.endswith('-done') else read
         total += 0 if i.operation.endswith('-start') else self._size(i.type)
@@ -125,7 +125,7 @@ class Program:
             for i in instructions:
                 kind = i.operation.removesuffix('-start')
                 if kind in COLLECTIVES:
-                    # Computations that nothing walks to are inside of one instruction, which wraps a collective.
+                    # Computations that are not reached are inside one instruction that wraps a collective.
                     found[kind] += self._times.get(name, 1)
         return dict(found)
 

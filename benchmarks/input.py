@@ -1,14 +1,14 @@
-"""Pictures a second that the host can read, decode and crop, by the number of workers.
+"""Measures how many images a second the host can read, decode and crop, by the number of workers.
 
     python -m benchmarks.input [--workers=0,1,2,4] [--data_dir=DIR] [--name=folder] [--image_size=224]
-        [--batch_size=64] [--pictures=512] [--seconds=10] [--needed=0] [--config=configs/imagenet_convnorm.py]
+        [--batch_size=64] [--images=512] [--seconds=10] [--needed=0] [--config=configs/imagenet_convnorm.py]
         [--output=FILE.json]
 
-The training batches of `data.streaming`, as the loop gets them, from DIR (a folder with train/ and val/, or a
-TFDS directory with --name=imagenet); without it from JPEGs made for this: 500x375, quality 90. 0 workers are threads
-of the main process. Time starts with the second batch of each worker, when all of them run. Beside it what
-training needs: --needed=N pictures a second, or, where that is 0, measured: steps of the config's net
-on one batch that stays on the device. With --needed=-1 that is left out.
+The batches are those of `data.streaming`, as in the training loop, from DIR (a folder with train/ and val/, or a
+TFDS directory with --name=imagenet). Without DIR they are from JPEGs made for this: 500x375, quality 90. 0 workers
+means threads of the main process. Time starts with the second batch of each worker, when all of them run. The table
+also shows what training needs: --needed=N images a second, or, if that is 0, the measured rate of steps of the
+config's net on one batch that stays on the device. --needed=-1 leaves it out.
 """
 
 import argparse
@@ -29,19 +29,19 @@ from convnorm_jax.steps import classify
 from convnorm_jax.steps.state import create_state, make_optimizer
 from convnorm_jax.training.nets import build_model
 
-SHAPE, QUALITY = (375, 500), 90  # of most of ImageNet
+SHAPE, QUALITY = (375, 500), 90  # the size of most images of ImageNet
 CLASSES = 4
 
 
 def main():
-    """Prints one table, and writes it where --output says."""
+    """Prints one table, and writes it to --output."""
     options = _options()
     with tempfile.TemporaryDirectory() as folder:
         if not options.data_dir:
-            make_pictures(folder, options.pictures)
+            make_images(folder, options.images)
         source = sources.load_source(options.name, options.data_dir or folder, image_size=options.image_size, workers=0)
         rows = [
-            {'workers': int(workers), 'pictures_per_second': reading_speed(source, int(workers), options)}
+            {'workers': int(workers), 'images_per_second': reading_speed(source, int(workers), options)}
             for workers in options.workers.split(',')
         ]
     needed = options.needed or training_speed(options)
@@ -51,14 +51,14 @@ def main():
         write_json(options.output, found)
 
 
-def make_pictures(folder, count):
-    """Writes train/ and val/ with `count` and a few JPEGs that are as hard to decode as photographs."""
+def make_images(folder, count):
+    """Writes train/ and val/ with `count` and a few JPEGs that take as long to decode as photographs."""
     rng = np.random.default_rng(0)
     for part, number in (('train', count), ('val', CLASSES)):
         for i in range(number):
             path = Path(folder) / part / f'class{i % CLASSES}' / f'{i:05d}.jpg'
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Noise of several sizes, the larger the stronger: about 100 kB, as ImageNet's.
+            # Noise of several scales, stronger at larger ones: about 100 kB, as in ImageNet.
             image = np.full((*SHAPE, 3), 128.0)
             for cell in (64, 16, 4, 1):
                 noise = rng.normal(0, 4 * cell**0.6, (SHAPE[0] // cell + 1, SHAPE[1] // cell + 1, 3))
@@ -67,7 +67,7 @@ def make_pictures(folder, count):
 
 
 def reading_speed(source, workers, options):
-    """Pictures a second over --seconds of the training batches."""
+    """Images a second of the training batches, over --seconds."""
     train = source.train
     load = streaming.TrainingBatches(train.images, train.labels, options.batch_size, 'resized_crop_flip', seed=0)
     batches = streaming.read(load, 10**6, workers=workers)
@@ -82,7 +82,7 @@ def reading_speed(source, workers, options):
 
 
 def training_speed(options, steps=5):
-    """Pictures a second that steps of the config's net consume on the first device."""
+    """Images a second of training steps of the config's net on the first device."""
     config = read_config([f'--config={options.config}'])
     model = build_model(config, num_classes=1000)
     tx = make_optimizer('sgd', 0.1, momentum=0.9)
@@ -108,7 +108,7 @@ def _options():
     parser.add_argument('--data_dir', default='')
     parser.add_argument('--name', default='folder', choices=sources.STREAMED)
     parser.add_argument('--config', default=os.path.join('configs', 'imagenet_convnorm.py'))
-    for name, value in (('image_size', 224), ('batch_size', 64), ('pictures', 512)):
+    for name, value in (('image_size', 224), ('batch_size', 64), ('images', 512)):
         parser.add_argument(f'--{name}', type=int, default=value)
     for name, value in (('seconds', 10.0), ('needed', 0.0)):
         parser.add_argument(f'--{name}', type=float, default=value)
@@ -119,11 +119,11 @@ def _options():
 def _print(rows, needed, options, source):
     print(f'{source.description}, batch {options.batch_size}; {machine.description()}')
     if needed > 0:
-        print(f'training needs {needed:,.1f} pictures/s')
-    print('| workers | pictures/s | of what training needs |')
+        print(f'training needs {needed:,.1f} images/s')
+    print('| workers | images/s | of what training needs |')
     print('|---:|---:|---:|')
     for row in rows:
-        speed = row['pictures_per_second']
+        speed = row['images_per_second']
         share = f'{speed / needed:.1f} times' if needed > 0 else ''
         print(f'| {row["workers"]} | {speed:,.0f} | {share} |')
 

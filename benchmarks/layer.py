@@ -1,25 +1,25 @@
-"""ConvNorm beside convolution and BatchNorm, layer by layer: every convolution shape of ResNet-18 on 32x32.
+"""Compares ConvNorm with convolution and BatchNorm, layer by layer: every convolution shape of ResNet-18 on 32x32.
 
     python -m benchmarks.layer [--batch_sizes=32,128] [--dtypes=float32] [--repeats=7]
         [--methods=frequency,spatial] [--shapes=CIN-COUT-SIZE-STRIDE-KERNEL,...] [--output=FILE.json]
         [--torch=CHECKOUT]
 
-Milliseconds, medians over the repeats, all layers in turn within each. Training is forward and backward with batch
-statistics and their update: the gradients by the picture and by all parameters, from a given cotangent. Inference is
-with running statistics. "conv" is the convolution alone, the others end in a ReLU, as in the net. A 1x1 kernel
-leaves no method to choose. What ConvNorm chooses is found by comparing its program with each method's. The last row
-sums the net's layers, each as often as it is there. --torch times the published layers of a checkout of
-https://github.com/shengliu66/ConvNorm beside them (float32).
+Milliseconds, medians over the repeats, with all layers in turn within each. Training is forward and backward with
+batch statistics and their update: the gradients with respect to the image and all parameters, from a given cotangent.
+Inference uses running statistics. "conv" is the convolution alone; the others end in a ReLU, as in the net. A 1x1
+kernel leaves no choice of method. The method that ConvNorm chooses is found by comparing its program with that of each
+method. The last row sums the net's layers, each as often as it occurs. --torch also times the published layers of a
+checkout of https://github.com/shengliu66/ConvNorm (float32).
 
-The floor of training is the longer of two times: operations over the rate of a large dense product, bytes over the
-rate of a copy, both measured here. Operations are 2 for each tap that meets a pixel and each pair of channels, three
-times over: forward, and both gradients. For ConvNorm they are those of the chosen method: of the full convolution, or
-of 1.5 products a grid point and pair of channels; with it the transforms of pictures, 2.5 N log2 N for N points as a
-fast transform needs, and those of the kernel, as a product. Bytes are what must go through memory when all is fused
-that can be: the picture is read twice and its gradient written (3), the convolution's output is written once and read
-three times, the layer's output written once, its cotangent read twice (7), the kernel read twice and its gradient
-written. ConvNorm adds the full convolution, or its spectrum, written and read in both directions (4); in the
-frequency domain so the spectrum of the picture and of its gradient (4), and the kernel's (5).
+The lower bound of training is the longer of two times: operations divided by the rate of a large dense product, and
+bytes divided by the rate of a copy, both measured here. Operations are 2 for each tap that meets a pixel and each pair
+of channels, three times: forward and both gradients. For ConvNorm they are those of the chosen method: of the full
+convolution, or of 1.5 products for each grid point and pair of channels; then the transforms of images, 2.5 N log2 N
+for N points as in a fast transform, and those of the kernel, as a product. Bytes are what must go through memory if
+everything possible is fused. The image is read twice and its gradient written (3). The convolution's output is written
+once and read three times, the layer's output written once, its cotangent read twice (7). The kernel is read twice and
+its gradient written. ConvNorm adds the full convolution, or its spectrum, written and read in both directions (4); in
+the frequency domain also the spectrum of the image and of its gradient (4), and that of the kernel (5).
 """
 
 import argparse
@@ -36,7 +36,7 @@ from convnorm_jax import ConvNorm, mesh
 from convnorm_jax.layers.factory import make_layer
 
 Shape = collections.namedtuple('Shape', 'features_in features size stride kernel')
-# {shape: how often ResNet-18 has it}
+# {shape: how often it occurs in ResNet-18}
 RESNET18 = {
     Shape(3, 64, 32, 1, 3): 1,
     Shape(64, 64, 32, 1, 3): 4,
@@ -53,7 +53,7 @@ RESNET18 = {
 
 
 def main():
-    """Prints a table for each batch size and dtype, and writes all of them where --output says."""
+    """Prints a table for each batch size and dtype, and writes all of them to --output."""
     options = _options()
     published = None
     if options.torch:
@@ -66,8 +66,8 @@ def main():
     rows = []
     for dtype in options.dtypes:
         for batch_size in options.batch_sizes:
-            beside = published if dtype == 'float32' else None
-            found = [_measure(options, shape, batch_size, dtype, rates[dtype], beside) for shape in options.shapes]
+            reference = published if dtype == 'float32' else None
+            found = [_measure(options, shape, batch_size, dtype, rates[dtype], reference) for shape in options.shapes]
             _print(found, options)
             rows += found
     timing.save(options, rates, rows, *(['torch'] if published else []))
@@ -115,7 +115,7 @@ def _measure(options, shape, batch_size, dtype, rates, published):
 
 
 def build_layers(methods, shape, batch_size, dtype):
-    """({name: a layer, functions of nothing `training` and `inference`}, the name of the chosen ConvNorm)."""
+    """({name: a layer, whose `training` and `inference` take no arguments}, the name of the chosen ConvNorm)."""
     build = functools.partial(_Layer, shape, batch_size, dtype)
     settings = {'strides': (shape.stride,) * 2, 'padding': (shape.kernel - 1) // 2}
     dtype = jnp.dtype(dtype)
@@ -139,10 +139,10 @@ def _size(shape):
 
 
 class _Layer:
-    """A layer with its arguments on the device; its programs are functions of nothing.
+    """A layer with its arguments on the device; its programs are functions without arguments.
 
     Attributes:
-      text: what is compiled for training.
+      text: the compiled program of training.
     """
 
     def __init__(self, shape, batch_size, dtype, make, activation=nn.relu):
@@ -170,7 +170,7 @@ class _Layer:
 
 
 def _cost(shape, batch_size, dtype, method=None):
-    """(operations, bytes) of training, see the top: of ConvNorm by one of its methods, else of conv and BatchNorm."""
+    """(operations, bytes) of training: of ConvNorm by a method, else of conv and BatchNorm; see the module."""
     pairs, k = shape.features_in * shape.features, shape.kernel
     out = -(-shape.size // shape.stride)
     meeting = sum(0 <= i * shape.stride + t - (k - 1) // 2 < shape.size for i in range(out) for t in range(k))
@@ -218,7 +218,7 @@ def _cells(row, count, methods):
 
 
 def _total(cells, counts):
-    """Sums over the net; a method's with the 1x1 kernels, which leave no method to choose."""
+    """Sums over the net; those of a method include the 1x1 kernels, which leave no choice of method."""
     total = dict.fromkeys(cells[0])
     for column, first in cells[0].items():
         if not isinstance(first, str):

@@ -1,4 +1,4 @@
-"""Attacks of other libraries on a torch net, each with the numbers of ours in `against_references`."""
+"""Attacks of other libraries on a torch net, each with the settings of ours in `against_references`."""
 
 import os
 import sys
@@ -11,18 +11,18 @@ BATCH = 250  # AutoAttack's default
 
 
 def import_libraries(checkout, threads):
-    """What there is to compare with.
+    """Imports the libraries to compare with.
 
     Args:
       checkout: folder of https://github.com/fra31/auto-attack, or None.
       threads: of torch.
 
     Returns:
-      {library: (name, problem, seed) -> adversarial torch images [N, C, H, W], None where it has no such
+      {library: function (name, problem, seed) -> adversarial torch images [N, C, H, W], or None if it has no such
       attack}; `problem` is an `against_references.Problem`.
 
     Raises:
-      ValueError: a library that is not there.
+      ValueError: a library that is not installed.
     """
     try:
         import foolbox
@@ -48,7 +48,7 @@ def import_libraries(checkout, threads):
 
 
 def _in_batches(attack, problem):
-    """A library's attack, (images, labels) -> images, on all examples."""
+    """Runs a library's attack, (images, labels) -> images, on all examples."""
     if attack is None:
         return None
     batches = zip(problem.torch_images.split(BATCH), problem.torch_labels.split(BATCH))
@@ -68,7 +68,7 @@ def _torchattacks(library, name, problem, seed):
         'square': lambda: library.Square(net, n_queries=QUERIES, **seeded),
     }
     if name == 'autoattack':
-        # Its own AutoAttack takes 10 steps of APGD and FAB: the same parts, with 100.
+        # Its own AutoAttack takes 10 steps of APGD and FAB; here the same attacks take 100.
         return library.MultiAttack([make[part]() for part in STANDARD])
     return make[name]()
 

@@ -1,4 +1,4 @@
-"""What a benchmark ran on."""
+"""Describes the machine of a benchmark."""
 
 import importlib.metadata
 import os
@@ -8,7 +8,7 @@ import jax
 
 
 def cores():
-    """Processor cores that this process may use."""
+    """Number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 

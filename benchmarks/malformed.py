@@ -1,10 +1,10 @@
-"""Gives commands with a mistake in them, and checks that each ends in one line of error and changes nothing.
+"""Runs commands with a mistake in them, and checks that each prints one line of error and changes no file.
 
     python -m benchmarks.malformed [--count=100] [--seed=0] [--jobs=2] [--kinds=KIND,...]
 
 The mistakes are in the command line, in a config file, in the data, or in the run folder; see `KINDS` in
-benchmarks/malformed_cases.py. Each command must say one `error: ` line and no traceback, exit with another code than
-0, and leave every file of its data and of its run folder as it was (but for the lock, which belongs to no run).
+benchmarks/malformed_cases.py. Each command must print one `error: ` line and no traceback, exit with a nonzero code,
+and leave every file of its data and of its run folder unchanged (except the lock, which belongs to no run).
 Prints a table by kind, and every failure in full.
 """
 
@@ -27,7 +27,7 @@ UNWATCHED = ('lock',)
 
 
 def fingerprint(folder):
-    """{path: what it is} of all in a folder; of a file, a digest of its content."""
+    """{path: its kind} of everything in a folder; for a file, a digest of its content."""
     found = {}
     for path in sorted(pathlib.Path(folder).rglob('*')):
         if path.name in UNWATCHED:
@@ -38,11 +38,14 @@ def fingerprint(folder):
 
 
 def verdict(code, out, err, before, after):
-    """What is wrong with how a command with a mistake ended; '' for nothing.
+    """The problem with how a command with a mistake ended; '' for none.
 
     Args:
-      code, out, err: its exit code, standard output and standard error.
-      before, after: `fingerprint` of its folder.
+      code: its exit code.
+      out: its standard output.
+      err: its standard error.
+      before: `fingerprint` of its folder before the command.
+      after: `fingerprint` of its folder after the command.
     """
     errors = [line for line in err.splitlines() if line.startswith('error: ')]
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
@@ -61,17 +64,17 @@ def verdict(code, out, err, before, after):
 
 
 def train_run(context, folder):
-    """A finished run for the cases to spoil copies of; returns its folder."""
+    """Trains the run that the cases damage copies of; returns its folder."""
     workdir, log = os.path.join(folder, 'trained'), os.path.join(folder, 'trained.log')
     process = warm.start(context, [*malformed_cases.TINY, f'--workdir={workdir}'], log)
     process.join()
     if process.exitcode:
-        raise SystemExit(f'the run to spoil could not be trained:\n{pathlib.Path(log).read_text()[-2000:]}')
+        raise SystemExit(f'the run to damage could not be trained:\n{pathlib.Path(log).read_text()[-2000:]}')
     return workdir
 
 
 def run_case(context, name, seed, trained, folder):
-    """One case; returns (its command, what is wrong or '', what it said)."""
+    """Runs one case; returns (its command, the problem or '', its output)."""
     place = pathlib.Path(folder)
     case = place / 'case'
     case.mkdir(parents=True)
@@ -90,7 +93,7 @@ def run_case(context, name, seed, trained, folder):
 
 
 def working_tree():
-    """What git sees in the working tree; '' outside a repository."""
+    """The state of the working tree by git; '' outside a repository."""
     return subprocess.run(['git', 'status', '--porcelain'], capture_output=True, text=True).stdout
 
 
@@ -129,7 +132,7 @@ def main():
         print(f'\n{name}: {wrong}\n  {" ".join(arguments)}\n  ' + said.strip().replace('\n', '\n  '))
     if working_tree() != at_work:
         failures.append(None)
-        print('\nthe working tree is not as it was')
+        print('\nthe working tree has changed')
     sys.exit(bool(failures))
 
 

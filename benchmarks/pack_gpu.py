@@ -1,12 +1,12 @@
-"""Packs what `python -m benchmarks.gpu` needs on a bare machine that nothing can be fetched to.
+"""Packs everything that `python -m benchmarks.gpu` needs on a machine without a network.
 
     python -m benchmarks.pack_gpu [--data=../shared/data/tfds] [--folder=.gpu] [--resume=DIR] [--minutes=9]
 
-Makes a folder that git must ignore (echo /.gpu/ >>.git/info/exclude): the wheels of packages that the machine lacks,
-and CIFAR-10, as JPEG without the head that all its images share, a third of their bytes. It is unpacked there as the
-official archive's folder, so that neither TFDS nor array_record travels. --resume adds the checkpoint that an earlier
-run of the plan left in DIR. Prints the sizes and the command, for a machine whose working tree may have 64 MiB and a
-command 2000 characters.
+Makes a folder that git must ignore (echo /.gpu/ >>.git/info/exclude). It holds the wheels of packages that the machine
+lacks, and CIFAR-10 as JPEG without the header that all its images share, a third of their bytes. On the machine the
+data is unpacked as the official archive's folder, so that TFDS and array_record are not needed. --resume adds the
+checkpoint that an earlier run of the plan left in DIR. Prints the sizes and the command, for a machine with limits of
+64 MiB for the working tree and 2000 characters for the command.
 """
 
 import argparse
@@ -17,14 +17,14 @@ import sys
 
 from benchmarks.gpu import packed_data, packed_state
 
-# Of requirements.txt, what the lent machine's image lacks and the plan imports.
+# Packages of requirements.txt that the plan imports and the machine's image lacks.
 WHEELS = ('ml_collections', 'tensorboardX')
 PYTHON, PLATFORMS = '3.12', tuple(f'manylinux{p}_x86_64' for p in ('_2_28', '_2_27', '_2_17', '2014', '1'))
 MOST_BYTES, MOST_CHARACTERS = 64 << 20, 2000
 
 
 def main():
-    """Packs, and prints what to do with it."""
+    """Packs, and prints how to use it."""
     options = _options()
     folder = options.folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -65,7 +65,7 @@ def _download(folder):
 
 
 def _print_sizes(folder):
-    """Prints what travels; returns the bytes of all of it."""
+    """Prints the sizes of what is sent; returns their sum in bytes."""
     listed = subprocess.run(
         ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], check=True, stdout=subprocess.PIPE
     )
@@ -81,7 +81,7 @@ def _print_sizes(folder):
 
 
 def make_command(options):
-    """The command line: what the machine runs in the root of the working tree; its results come back from $OUT."""
+    """The command that the machine runs in the root of the working tree; its results come back from $OUT."""
     resume = f' --resume={options.folder}/resume' if options.resume else ''
     stages = f' --stages={options.stages}' if options.stages else ''
     return (
@@ -93,7 +93,7 @@ def make_command(options):
 
 
 def timeout(minutes):
-    """Seconds for the command: the plan's, and a minute for what comes before and after it, of at most 10 minutes."""
+    """Seconds for the command: those of the plan, plus a minute before and after it, at most 10 minutes."""
     return min(600, round(60 * minutes + 50))
 
 

@@ -1,12 +1,12 @@
-"""The published PyTorch code of ConvNorm, to be timed beside ours.
+"""Runs the published PyTorch code of ConvNorm, to be timed next to ours.
 
-Nothing of it is here: the user gives a checkout of https://github.com/shengliu66/ConvNorm. It calls torch.rfft and
-torch.irfft, which PyTorch removed in 1.8: they are put back, in terms of torch.fft, over the last two axes and at the
-picture's own size.
+None of that code is here: the user gives a checkout of https://github.com/shengliu66/ConvNorm. It calls torch.rfft and
+torch.irfft, which PyTorch removed in 1.8. They are restored here with torch.fft, over the last two axes and at the
+image's own size.
 
     python -m benchmarks.published CHECKOUT NET LAYER BATCH_SIZE
 
-makes a step for each line on its standard input, and then says so: `StepInProcess` is its other end. So a step is timed
+makes a step for each line on its standard input, and reports it; `StepInProcess` is the other side. So a step is timed
 in a process of its own, as its users run it, in turn with ours.
 """
 
@@ -21,12 +21,12 @@ from benchmarks import machine
 
 NAMES = {'convnorm': 'published convnorm', 'batchnorm': 'published batchnorm'}
 NETS = ('resnet18', 'simple_cnn')
-# What its own config calls the layers: of the convolution, of the normalization behind it.
+# The names in its own config: of the convolution, and of the normalization after it.
 _LAYER_TYPES = {'convnorm': ('prec_conv', 'no'), 'batchnorm': ('conv', 'bn')}
 
 
 def check(checkout):
-    """Raises SystemExit if torch is not there, or the checkout is not one; loads neither."""
+    """Raises SystemExit if torch is not installed, or the checkout is not one; imports neither."""
     if not os.path.isfile(os.path.join(checkout, 'models', 'prec_conv.py')):
         raise SystemExit(f'error: --torch={checkout}: not a checkout of https://github.com/shengliu66/ConvNorm')
     if importlib.util.find_spec('torch') is None:
@@ -34,7 +34,7 @@ def check(checkout):
 
 
 class Published:
-    """A checkout, loaded.
+    """A checkout, imported.
 
     Raises:
       SystemExit: see `check`.
@@ -51,14 +51,14 @@ class Published:
         self._convnorm, self._nets = modules['models.prec_conv'].Preconditioned_Conv2d, modules['models.model']
 
     def convolution_and_norm(self, layer, features_in, features, **settings):
-        """The module for one of `NAMES`' layers; settings as of torch.nn.Conv2d."""
+        """The module of one of the layers of `NAMES`; settings as for torch.nn.Conv2d."""
         if layer == 'convnorm':
             return self._convnorm(features_in, features, **settings).to(self._device)
         conv = self.torch.nn.Conv2d(features_in, features, bias=False, **settings)
         return self.torch.nn.Sequential(conv, self.torch.nn.BatchNorm2d(features)).to(self._device)
 
     def layer_programs(self, layer, shape, batch_size):
-        """(training, inference): functions of nothing, with the ReLU behind it; shape as of `benchmarks.layer`."""
+        """(training, inference): functions without arguments, ending in a ReLU; shape as in `benchmarks.layer`."""
         torch = self.torch
         settings = {'kernel_size': shape.kernel, 'stride': shape.stride, 'padding': (shape.kernel - 1) // 2}
         module = self.convolution_and_norm(layer, shape.features_in, shape.features, **settings)
@@ -78,7 +78,7 @@ class Published:
         return training, inference
 
     def step_program(self, net, layer, batch_size):
-        """A function of nothing that makes one update of a net on 32x32 pictures, already augmented and normalized."""
+        """A function without arguments that makes one update of a net on 32x32 images, augmented beforehand."""
         torch = self.torch
         conv, norm = _LAYER_TYPES[layer]
         make = {'resnet18': self._nets.resnet18, 'simple_cnn': self._nets.simpleCNN}[net]
@@ -106,13 +106,13 @@ class StepInProcess:
     """A step of a published net in a process of its own; a call makes a step and returns when it is done.
 
     Raises:
-      SystemExit: the process ended; it has said why.
+      SystemExit: the process ended; it has printed the reason.
     """
 
     def __init__(self, checkout, net, layer, batch_size):
         command = [sys.executable, '-m', 'benchmarks.published', checkout, net, layer, str(batch_size)]
         pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
-        # As its users run it: without what our commands set for themselves (`experiments.huge_pages`).
+        # As its users run it: without the variable that our commands set for themselves.
         environment = {name: value for name, value in os.environ.items() if name != 'GLIBC_TUNABLES'}
         self._process = subprocess.Popen(command, env=environment, **pipes)
         self._answer()
@@ -143,7 +143,7 @@ def main():
 
 
 def _restore_transforms(torch):
-    """torch.rfft and torch.irfft as they were before 1.8: real and imaginary parts on a last axis."""
+    """Restores torch.rfft and torch.irfft of before 1.8, with real and imaginary parts on a last axis."""
 
     def rfft(x, signal_ndim, normalized=False, onesided=True):
         assert onesided
@@ -152,7 +152,7 @@ def _restore_transforms(torch):
 
     def irfft(x, signal_ndim, normalized=False, onesided=True, signal_sizes=None):
         assert onesided
-        # The size must be given: 33 and 32 columns have equally many frequencies.
+        # The size must be given, because 33 and 32 columns have the same number of frequencies.
         axes, norm = tuple(range(-signal_ndim, 0)), 'ortho' if normalized else 'backward'
         return torch.fft.irfftn(torch.view_as_complex(x), s=signal_sizes, dim=axes, norm=norm)
 
@@ -162,8 +162,8 @@ def _restore_transforms(torch):
 
 
 def _import_from(checkout):
-    """{name: module} of its nets; its packages have common names, which are taken out of sys.modules again."""
-    # Of its package `base` only the nets' part: the rest is its training loop, with what that needs installed.
+    """Imports its nets: {name: module}. Its packages have common names, so they are removed from sys.modules again."""
+    # Only the nets of its package `base`: the rest is its training loop, which needs more packages.
     base = types.ModuleType('base')
     base.__path__ = [os.path.join(checkout, 'base')]
     before = {name: module for name, module in sys.modules.items() if name.split('.')[0] in ('base', 'models')}

@@ -1,12 +1,12 @@
-"""What a training step costs as devices are added: time, memory, and what the devices tell each other.
+"""Measures time, memory and communication of a training step as devices are added.
 
     python -m benchmarks.scaling [--devices=1,2,4,8] [--config=configs/cifar10_convnorm.py] [--size=32]
         [--batch_size=16] [--microbatches=1] [--repeats=5] [--output=FILE.json]
 
-`batch_size` examples a device, random pictures of `size` x `size` x 3. Every number of devices is a process of its own
-(on a CPU with so many fake devices, which share the cores: there the time says what all of them compute together,
-not how fast a pod is). Collectives are read from the compiled program: how many, and the bytes of their results on
-one device in one step. Memory is the compiler's: arguments, and what it needs beside them, on one device.
+`batch_size` examples a device, random images of `size` x `size` x 3. Each number of devices runs in a process of its
+own. On a CPU these are fake devices, which share the cores: the time is then that of their work together, not the
+speed of a pod. Collectives are read from the compiled program: their number, and the bytes of their results on
+one device in one step. Memory is the compiler's estimate for one device: arguments and temporaries.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def collectives(program):
 
 
 def main():
-    """Prints one table, and writes it where --output says."""
+    """Prints one table, and writes it to --output."""
     options = _options()
     if options.child:
         print(json.dumps(_measure(options)))

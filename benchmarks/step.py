@@ -1,25 +1,26 @@
-"""Training steps with ConvNorm and with other layers: time, memory, compilation, and what was compiled.
+"""Measures time, memory, compilation and the compiled program of training steps with ConvNorm and with other layers.
 
     python -m benchmarks.step [--nets=resnet18,simple_cnn] [--layers=convnorm,batchnorm,spectralnorm,oni,own]
         [--batch_sizes=32,128] [--dtypes=float32] [--repeats=5] [--algorithm=clean|free] [--output=FILE.json]
         [--torch=CHECKOUT]
 
-A step is the training loop's: uint8 pictures of 32x32 on the device, crop and flip, one update by SGD (Free: four, each
-by one gradient for weights and perturbation), the state donated. Medians over the repeats, the layers of a net, batch
-size and dtype in turn within each. Ratios are to 'batchnorm', convolution and BatchNorm, in the same run.
+A step is that of the training loop: uint8 images of 32x32 on the device, crop and flip, one SGD update (Free: four,
+each with one gradient for weights and perturbation), the state donated. Figures are medians over the repeats, with the
+layers of a net, batch size and dtype in turn within each. Ratios are to 'batchnorm' (convolution and BatchNorm) in the
+same run.
 
-Compilation is tracing and compiling, in a process of its own, with an empty persistent cache and then, the median of
-three other processes, with what the first one left there. Memory is the compiler's: arguments, temporaries and output,
-less what of the output lies in donated arguments. On a GPU beside it the peak that the device reports, of that process
-alone, which has made the state and taken one step.
+Compilation is tracing and compiling in a process of its own, first with an empty persistent cache and then, as the
+median of three other processes, with the cache that the first one filled. Memory is the compiler's: arguments,
+temporaries and output, less the output that reuses donated arguments. On a GPU the table also shows the peak that the
+device reports for that process, which has made the state and taken one step.
 
-Of the compiled program: its instructions wherever they are, in fusions too, a loop's counted once; products
-are those left to a library too. The floor is the longer of two times: operations, which XLA counts in the
-program as written, over the rate of a large dense product; bytes, which it counts in what it compiled, over the rate
-of a copy; both rates measured here. It is the floor of this program, not of the layer.
+Instructions of the compiled program are counted everywhere, in fusions too, and once in a loop; products
+include those left to a library. The lower bound is the longer of two times: operations, which XLA counts in the
+program as written, divided by the rate of a large dense product, and bytes, which it counts in the compiled program,
+divided by the rate of a copy. Both rates are measured here. It is the lower bound of this program, not of the layer.
 
 --torch times the published nets of a checkout of https://github.com/shengliu66/ConvNorm in turn with ours (float32,
-clean, pictures augmented beforehand), each in a process of its own.
+clean, images augmented beforehand), each in a process of its own.
 """
 
 import argparse
@@ -46,7 +47,7 @@ from convnorm_jax.steps.state import create_state, make_optimizer
 
 PICTURE = (32, 32, 3)
 ALGORITHMS = ('clean', 'free')
-# Of CIFAR: pictures trained on, and {protocol: (algorithm, epochs)}.
+# For CIFAR: number of training images, and {protocol: (algorithm, epochs)}.
 EXAMPLES = 45_000
 PROTOCOLS = {
     'CIFAR-10, clean, 120 epochs': ('clean', 120),
@@ -62,12 +63,12 @@ Case = collections.namedtuple('Case', 'net layer batch_size dtype algorithm')
 
 
 def main():
-    """Prints the tables, and writes what they hold where --output says."""
+    """Prints the tables, and writes their content to --output."""
     options = _options()
     if options.child:
         print(json.dumps(_compile(Case(*json.loads(options.child)))))
         return
-    if options.torch:  # now, not after all that comes first
+    if options.torch:  # now, not after the measurements
         published.check(options.torch)
     groups = [
         [Case(net, layer, batch_size, dtype, options.algorithm) for layer in options.layers]
@@ -76,7 +77,7 @@ def main():
         for batch_size in options.batch_sizes
     ]
     with tempfile.TemporaryDirectory() as cache:
-        # Before this process touches the device: on a GPU it would take the memory that the others need.
+        # Before this process uses the device: on a GPU it would take the memory that the others need.
         programs = {case: _in_processes(case, cache) for group in groups for case in group}
         jax.config.update('jax_compilation_cache_dir', cache)
         rates = {dtype: timing.machine_rates(dtype) for dtype in options.dtypes}
@@ -106,7 +107,8 @@ class Step:
 
     Attributes:
       model: the net.
-      lowered, compiled: the program, traced and (see `compile`) compiled.
+      lowered: the program, traced.
+      compiled: the program, compiled (see `compile`).
       compile_seconds: of both.
     """
 
@@ -142,20 +144,20 @@ class Step:
         return self
 
     def start(self):
-        """Makes the state; returns the step. Without it the first call does."""
+        """Makes the state and returns the step; without it the first call does."""
         self._state = jax.block_until_ready(jax.jit(self._create)())
         return self
 
     @property
     def memory_bytes(self):
-        """By the compiler: arguments, temporaries and output, less what of the output lies in donated arguments."""
+        """The compiler's estimate: arguments, temporaries and output, less the output that reuses donated arguments."""
         memory = self.compiled.memory_analysis()
         size = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
         return size - memory.alias_size_in_bytes
 
     @property
     def eval_variables(self):
-        """A copy of the variables that the net is evaluated with: the next call leaves it alone."""
+        """A copy of the variables to evaluate the net with; the next call does not change it."""
         return jax.tree.map(jnp.copy, self._state.eval_variables)
 
     @property
@@ -171,7 +173,7 @@ class Step:
 
 
 def _in_processes(case, cache):
-    """What `_compile` says of a case, and in 'compile_again_seconds' what it takes once the cache is full."""
+    """The result of `_compile` for a case, with 'compile_again_seconds', the time with a filled cache."""
     environment = {
         **os.environ,
         'JAX_COMPILATION_CACHE_DIR': cache,
@@ -184,13 +186,13 @@ def _in_processes(case, cache):
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         found.append(json.loads(done.stdout.splitlines()[-1]))
         stored.append({name for name in os.listdir(cache) if 'train_step' in name and name.endswith('-cache')})
-    if not stored[0] or stored[0] != stored[-1]:  # as when a file of the program was edited in between
+    if not stored[0] or stored[0] != stored[-1]:  # e.g. because a file of the program was edited in between
         print(f'{case}: the other processes did not find the program of the first one', file=sys.stderr)
     return {**found[0], 'compile_again_seconds': np.median([f['compile_seconds'] for f in found[1:]])}
 
 
 def _compile(case):
-    """Of a case's program: seconds, bytes, instructions, operations."""
+    """Compiles a case's program: seconds, bytes, instructions, operations."""
     step = Step(case).compile()
     memory, text = step.compiled.memory_analysis(), step.compiled.as_text()
     found = {
@@ -198,7 +200,7 @@ def _compile(case):
         'memory_bytes': step.memory_bytes,
         'argument_bytes': memory.argument_size_in_bytes,
         'temporary_bytes': memory.temp_size_in_bytes,
-        # Of the program as written: a GPU's compiled one holds calls of libraries, whose operations XLA may not know.
+        # Of the program as written: a GPU's compiled program calls libraries, whose operations XLA may not count.
         'operations': _cost(step.lowered, 'flops'),
         'compiled_operations': _cost(step.compiled, 'flops'),
         'compiled_bytes': _cost(step.compiled, 'bytes accessed'),
@@ -212,7 +214,7 @@ def _compile(case):
 
 
 def _cost(program, name):
-    """What XLA counts; 0 where a backend does not tell."""
+    """XLA's cost analysis; 0 for what a backend does not report."""
     return (program.cost_analysis() or {}).get(name, 0.0)
 
 
@@ -304,7 +306,7 @@ def _program(row):
 
 
 def _hours(row):
-    """{protocol: hours}; a clean step stands for each of Free's updates."""
+    """{protocol: hours}; a clean step is used for each of Free's updates."""
     found = {}
     for protocol, (algorithm, epochs) in PROTOCOLS.items():
         if row['algorithm'] in (algorithm, 'clean'):
@@ -314,7 +316,7 @@ def _hours(row):
 
 
 def _caution(options):
-    return '; of Free as so many clean steps, which take no gradient by the picture' * (options.algorithm == 'clean')
+    return '; Free as clean steps, without the gradient with respect to the image' * (options.algorithm == 'clean')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""What the benchmarks of layers, steps and attacks share: times taken in turn, the machine's rates, tables."""
+"""Times programs in turn, measures the machine's rates, and prints tables, for the other benchmarks."""
 
 import functools
 import math
@@ -12,19 +12,19 @@ import jax.numpy as jnp
 from benchmarks import machine
 from convnorm_jax.files import write_json
 
-# On a GPU a layer takes less than the clock and the dispatch can tell: as many calls as fill this are timed at once.
+# On a GPU a layer is shorter than the dispatch of a call: time as many calls at once as fill these seconds.
 _SECONDS_AT_ONCE = 0.02
 
 
 def interleaved(programs, repeats):
-    """Seconds of a call, the programs in turn within each repeat: a machine that slows down slows all of them.
+    """Times programs in turn within each repeat, so that a machine that slows down slows all of them.
 
     Args:
-      programs: {name: function of nothing -> arrays of JAX, or what is there when it returns}.
+      programs: {name: function without arguments that returns JAX arrays, or anything that is ready when it returns}.
       repeats: int.
 
     Returns:
-      {name: [seconds of each repeat]}. The first calls, which compile, are not among them.
+      {name: [seconds of a call, for each repeat]}, without the first calls, which compile.
     """
     calls = {name: _calls_at_once(run) for name, run in programs.items()}
     seconds = {name: [] for name in programs}
@@ -35,13 +35,13 @@ def interleaved(programs, repeats):
 
 
 def medians_ms(seconds):
-    """{name: median in milliseconds} of what `interleaved` returns."""
+    """{name: median in milliseconds} of a result of `interleaved`."""
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 
 def _calls_at_once(run):
     jax.block_until_ready(run())
-    if jax.default_backend() == 'cpu':  # there, calls that wait for nothing could run beside each other
+    if jax.default_backend() == 'cpu':  # on the CPU, calls that do not wait could run at the same time
         return 1
     return max(1, math.ceil(_SECONDS_AT_ONCE / _seconds(run, 1)))
 
@@ -55,14 +55,14 @@ def _seconds(run, calls):
 
 
 def machine_rates(dtype, repeats=5):
-    """What the device does at best: the least time of a few, and the better of two sizes of a product.
+    """Measures the device's peak rates: the least time of a few calls, and the better of two sizes of a product.
 
     Args:
-      dtype: of the factors of the product, which is of JAX's default precision.
+      dtype: of the factors of the product, which uses JAX's default precision.
 
     Returns:
-      {'product': operations a second of one large dense matrix product, 'copy': bytes a second, those read and
-      those written together, of one pass over an array that no cache holds, in place}.
+      {'product': operations a second of one large dense matrix product, 'copy': bytes a second, read and
+      written together, of one pass in place over an array that fits in no cache}.
     """
     sizes, entries = ((1024, 2048), 2**26) if jax.default_backend() == 'cpu' else ((4096, 8192), 2**28)
     product = jax.jit(jnp.matmul)
@@ -81,12 +81,12 @@ def machine_rates(dtype, repeats=5):
 
 
 def floor_ms(operations, size, rates):
-    """Milliseconds that so many operations, or so many bytes, take at the machine's rates: the longer of both."""
+    """Milliseconds of these operations or bytes at the machine's rates, whichever is longer."""
     return 1e3 * max(operations / rates['product'], size / rates['copy'])
 
 
 def say_rates(rates):
-    """One line a dtype, of {dtype: `machine_rates`}."""
+    """Prints one line for each dtype of {dtype: `machine_rates`}."""
     for dtype, rate in rates.items():
         print(f'{dtype}: dense product {rate["product"] / 1e9:.0f} GFLOP/s, copy {rate["copy"] / 1e9:.1f} GB/s')
 
@@ -97,7 +97,7 @@ def print_table(rows):
 
 
 def table(rows):
-    """Lines of Markdown, of rows {column: text, number or None} of the same columns; precision by a number's size."""
+    """Formats rows {column: text, number or None} of the same columns as Markdown; digits by a number's size."""
     head = ['| ' + ' | '.join(rows[0]) + ' |', '|---' + '|---:' * (len(rows[0]) - 1) + '|']
     return head + ['| ' + ' | '.join(map(_cell, row.values())) + ' |' for row in rows]
 
@@ -111,17 +111,18 @@ def _cell(value):
 
 
 def ratio(value, base):
-    """value / base, or None where one of them is not there."""
+    """value / base, or None if one of them is None."""
     return value / base if value is not None and base else None
 
 
 def save(options, rates, rows, *packages):
-    """Writes what was found and on what, where --output says.
+    """Writes the results and the machine to --output.
 
     Args:
-      options: the command line's; `output` is a path or None.
-      rates: see `say_rates`. rows: a list of dicts.
-      *packages: whose versions count, beside JAX's and Flax's.
+      options: of the command line; `output` is a path or None.
+      rates: see `say_rates`.
+      rows: a list of dicts.
+      *packages: whose versions to write, in addition to JAX and Flax.
     """
     if not options.output:
         return
@@ -131,10 +132,10 @@ def save(options, rates, rows, *packages):
 
 
 def names(text):
-    """A list of an option's names by commas."""
+    """Splits a list of an option's names at its commas."""
     return [name for name in text.split(',') if name]
 
 
 def numbers(text):
-    """A list of an option's numbers by commas."""
+    """Splits a list of an option's numbers at its commas."""
     return [int(number) for number in names(text)]

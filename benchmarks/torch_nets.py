@@ -1,4 +1,4 @@
-"""A trained SimpleCNN in torch, with the same weights: other libraries' attacks take torch nets."""
+"""Converts a trained SimpleCNN to torch, for other libraries' attacks, which take torch nets."""
 
 import numpy as np
 import torch
@@ -8,16 +8,17 @@ _BATCH_NORM_EPSILON = 1e-5  # the default of both layers
 
 
 def carry_over(model, variables, mean, std):
-    """The torch net that computes what `model` does at evaluation.
+    """Makes the torch net that computes what `model` does at evaluation.
 
     Args:
       model: a `PlainNet` with layer 'convnorm' (running spectrum) or 'batchnorm', ReLU, float32.
-      variables: its variables, {'params': ..., 'batch_stats': ...}.
-      mean, std: per channel, of pixels in [0, 1]; the torch net normalizes inside.
+      variables: of the net, {'params': ..., 'batch_stats': ...}.
+      mean: of each channel, of pixels in [0, 1]; the torch net normalizes inside.
+      std: of each channel, of pixels in [0, 1].
 
     Returns:
-      A `torch.nn.Module`: float32 pixels [B, C, H, W] in [0, 1] -> logits [B, K]. No parameter asks
-      for a gradient, as an attack needs those of the pixels only.
+      A `torch.nn.Module`: float32 pixels [B, C, H, W] in [0, 1] -> logits [B, K]. No parameter requires
+      a gradient, because an attack needs that of the pixels only.
     """
     params, statistics = variables['params'], variables['batch_stats']
     blocks = []
@@ -33,7 +34,7 @@ def carry_over(model, variables, mean, std):
 
 
 class Normalize(torch.nn.Module):
-    """(pixels - mean) / std, per channel."""
+    """(pixels - mean) / std for each channel."""
 
     def __init__(self, mean, std):
         super().__init__()
@@ -44,9 +45,9 @@ class Normalize(torch.nn.Module):
 
 
 class ConvNorm(torch.nn.Module):
-    """3x3 ConvNorm with padding 1 at evaluation, by the Fourier transforms of its definition.
+    """3x3 ConvNorm with padding 1 at evaluation, with the Fourier transforms of its definition.
 
-    Full convolution, each channel times its running V in the frequency domain, crop, channel-wise
+    Full convolution, each channel multiplied by its running V in the frequency domain, crop, channel-wise
     convolution, BatchNorm (arXiv 2103.00673, section 3).
     """
 
@@ -81,7 +82,7 @@ class ConvBatchNorm(torch.nn.Module):
 
 
 class BatchNorm(torch.nn.Module):
-    """By running statistics; scale and bias where there are any."""
+    """BatchNorm with running statistics; scale and bias if there are any."""
 
     def __init__(self, params, statistics):
         super().__init__()
@@ -94,7 +95,7 @@ class BatchNorm(torch.nn.Module):
 
 
 class Linear(torch.nn.Module):
-    """Of all features, channels first, as the nets here flatten them too."""
+    """Linear layer of all features, flattened with channels first, as the nets here do."""
 
     def __init__(self, kernel, bias):
         super().__init__()

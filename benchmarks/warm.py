@@ -1,4 +1,4 @@
-"""Commands of convnorm_jax.cli.run, forked from one process that has imported everything: starts cost no imports."""
+"""Forks commands of convnorm_jax.cli.run from one process that has imported everything, so that starts are short."""
 
 import multiprocessing
 import os
@@ -16,20 +16,20 @@ IMPORTED = [
 
 
 def prepare(compiled):
-    """Sets this process's environment for those to come; call it before anything imports JAX.
+    """Sets this process's environment for the commands to come; call it before anything imports JAX.
 
     Args:
       compiled: folder of the compilation cache that they share.
 
     Returns:
-      What makes them, a multiprocessing context.
+      A multiprocessing context, which starts them.
     """
     os.environ |= {
         'JAX_PLATFORMS': 'cpu',
         'JAX_NUM_CPU_DEVICES': '1',
         'JAX_COMPILATION_CACHE_DIR': compiled,
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-        'PYTHONWARNINGS': 'ignore::UserWarning',  # of what killed processes leave to the operating system
+        'PYTHONWARNINGS': 'ignore::UserWarning',  # of what killed processes leave behind
     }
     os.environ.pop('XLA_FLAGS', None)
     context = multiprocessing.get_context('forkserver')
@@ -41,10 +41,10 @@ def start(context, arguments, log, errors=None):
     """Starts convnorm_jax.cli.run with these arguments; returns the process.
 
     Args:
-      context: from `prepare`.
+      context: of `prepare`.
       arguments: list of str.
-      log: file that what it says is appended to.
-      errors: file for what it says on the standard error; None for `log`, too.
+      log: file that its output is appended to.
+      errors: file for its standard error; None for `log`.
     """
     process = context.Process(target=_run, args=(arguments, log, errors))
     process.start()

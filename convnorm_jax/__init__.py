@@ -1,7 +1,7 @@
 """convnorm_jax: Convolutional Normalization (NeurIPS 2021, arXiv 2103.00673) in JAX and Flax."""
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convnorm_jax.version import __version__
 
@@ -25,7 +25,7 @@ __all__ = [
     'save_weights',
 ]
 
-# Imported where they are first used: a command that only has to say what is wrong with it does without JAX.
+# Imported on first use, so that a command that only reports a mistake in its arguments does not import JAX.
 _PLACES = {
     'ConvNorm': 'convnorm_jax.layers.convnorm',
     'ConvNormTranspose': 'convnorm_jax.layers.transposed',
@@ -39,7 +39,7 @@ _PLACES = {
 _MODULES = ('equinox', 'functional', 'layers', 'nnx')
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f'convnorm_jax.{name}')
     if name not in _PLACES:
@@ -47,5 +47,5 @@ def __getattr__(name):
     return getattr(importlib.import_module(_PLACES[name]), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return [*globals(), *_PLACES, *_MODULES]

@@ -1,17 +1,18 @@
-"""What `convnormalize` of every library shares: which layers go into a ConvNorm, and the report."""
+"""The library-independent part of `convnormalize`: which layers become a ConvNorm, and the report."""
 
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 
-from convnorm_jax.dataflow import Flow
+from convnorm_jax.dataflow import Call, Flow
 from convnorm_jax.errors import UserError
-from convnorm_jax.layers.core import Settings
 from convnorm_jax.layers.geometry import by_x
+from convnorm_jax.layers.settings import Settings, ints
 
-# Of a ConvNorm; what says where the pixels and the taps lie is the convolution's.
+# The options of a ConvNorm that a caller may choose; the geometry is that of the convolution.
 OPTIONS = (
     'use_affine',
     'momentum',
@@ -30,10 +31,10 @@ class Replaced:
 
     Attributes:
       path: of the convolution.
-      norm: path of the normalization that went into it, None without.
-      place: path of the new layer: that of the normalization, whose calls say whether the model trains, or without
-        one that of the convolution.
-      layer: its class, ConvNorm or ConvNormTranspose.
+      norm: path of the normalization that became part of the ConvNorm, or None.
+      place: path of the new layer. It is that of the normalization, whose calls tell whether the model trains, or
+        without a normalization that of the convolution.
+      layer: class of the new layer, 'ConvNorm' or 'ConvNormTranspose'.
       details: its kernel size, channels and the like.
     """
 
@@ -46,10 +47,12 @@ class Replaced:
 
 @dataclasses.dataclass(frozen=True)
 class Left:
-    """A convolution, or a normalization that could have gone into a ConvNorm, that stays as it is.
+    """A convolution or normalization that stays as it is.
 
     Attributes:
-      path: of the layer. kind: its class. reason: why it stays.
+      path: of the layer.
+      kind: its class.
+      reason: why it stays.
     """
 
     path: str
@@ -59,16 +62,17 @@ class Left:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `convnormalize` did. `str(report)` is a table to read.
+    """The report of what `convnormalize` did; `print(report)` shows a table.
 
     Attributes:
-      replaced, left: in the order of the model.
+      replaced: the convolutions that became a ConvNorm, in the order of the model.
+      left: the layers that stay, in the order of the model.
     """
 
     replaced: tuple[Replaced, ...]
     left: tuple[Left, ...]
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [(r.path + (f' + {r.norm}' if r.norm else ''), f'{r.layer} {r.details}') for r in self.replaced]
         rows_left = [(entry.path, f'{entry.kind}: {entry.reason}') for entry in self.left]
         width = max((len(name) for name, _ in rows + rows_left), default=0)
@@ -86,8 +90,9 @@ class Found:
     Attributes:
       path: such as 'layers/0/conv1'.
       kind: its class.
-      refusal: why it cannot become a ConvNorm, or go into one, whatever is done with it; '' if it can.
-      movable: of a normalization: a ConvNorm can take its place. Else the ConvNorm takes the convolution's.
+      refusal: why it can never become a ConvNorm or part of one; '' if it can.
+      movable: for a normalization, whether a ConvNorm can take its place; otherwise the ConvNorm takes the place of the
+        convolution.
     """
 
     path: str
@@ -100,19 +105,29 @@ class Refused(Exception):
     """A layer cannot become a ConvNorm; the message says why."""
 
 
-def check_options(options: Mapping, known: Sequence[str] = OPTIONS):
-    """Raises UserError for what is no option of a ConvNorm, or not the caller's to choose, and for a wrong value."""
+class NewLayer(Protocol):
+    """A layer of any library that `convnormalize` puts into a model."""
+
+    settings: Settings
+
+
+def check_options(options: Mapping[str, Any], known: Sequence[str] = OPTIONS) -> None:
+    """Raises UserError for an option that the caller may not choose, and for a value that it cannot have."""
     unknown = [name for name in options if name not in known]
     if unknown:
         raise UserError(f'convnormalize({unknown[0]}=...): expected options of ConvNorm: {", ".join(known)}')
-    Settings(features=1, **options)  # raises what a value is wrong with, before a layer is left for it
+    Settings(features=1, **options)  # raises for a wrong value now, instead of leaving every layer because of it
 
 
-def selection(where: Callable[[str], bool] | str | None, convolutions: Mapping[int, Found]) -> set[int]:
-    """The numbers of the convolutions that `where` chooses: a function of the path, or a regular expression in it.
+def selection(where: Callable[[str], Any] | str | None, convolutions: Mapping[int, Found]) -> set[int]:
+    """Returns the numbers of the convolutions that `where` chooses.
+
+    Args:
+      where: a function of a convolution's path, or a regular expression that is searched in the path; None chooses all.
+      convolutions: by their numbers.
 
     Raises:
-      UserError: there are none, or it chooses none.
+      UserError: there are no convolutions, or `where` chooses none.
     """
     if not convolutions:
         raise UserError('convnormalize: the model has no convolution that could become a ConvNorm')
@@ -133,21 +148,25 @@ def convert(
     norms: Mapping[int, Found],
     flow: Flow,
     chosen: set[int],
-    build: Callable,
-) -> tuple[Report, dict[int, object]]:
-    """Builds a layer for each convolution that can have one.
+    build: Callable[[int, int | None, list[Call]], tuple[NewLayer, str]],
+) -> tuple[Report, dict[int, Any]]:
+    """Builds a ConvNorm for each convolution that can become one.
 
     Args:
-      convolutions, norms: by their numbers in the flow.
-      build: (convolution, normalization or None, the convolution's calls) -> (the layer, details for the report);
-        numbers of layers. Raises Refused or UserError where the layer cannot be. What cannot be with its normalization
-        is built without.
+      convolutions, norms: the layers, by their numbers in the flow.
+      flow: of the model's call.
+      chosen: numbers of the convolutions to replace.
+      build: `(convolution, normalization or None, calls of the convolution)` -> `(new layer, details for the report)`,
+        where both layers are given by number. It raises Refused or UserError if there can be no such layer. A
+        convolution that cannot be replaced together with its normalization is tried alone.
 
     Returns:
-      The report; {number: what takes its place, None for nothing}.
+      The report, and by the number of each replaced layer what takes its place, None for nothing.
     """
     followers = _followers(convolutions, norms, flow)
-    replaced, left, new = [], [], {}
+    replaced: list[Replaced] = []
+    left: list[Left] = []
+    new: dict[int, Any] = {}
     reasons = {number: _why_alone(number, convolutions, norms, flow) for number in norms}
     for number, layer in convolutions.items():
         norm, calls = followers.get(number), flow.calls.get(number, [])
@@ -189,7 +208,7 @@ def _check(layer, chosen, calls):
 
 
 def _followers(convolutions, norms, flow):
-    """{convolution: the normalization that takes its output, and nothing else does}."""
+    """The normalization that takes the output of each convolution, where nothing else does, by number."""
     found = {}
     for number in norms:
         if not _why_alone(number, convolutions, norms, flow):
@@ -198,7 +217,7 @@ def _followers(convolutions, norms, flow):
 
 
 def _why_alone(number, convolutions, norms, flow):
-    """Why a normalization does not go into a ConvNorm; '' if it does."""
+    """Why a normalization cannot become part of a ConvNorm; '' if it can."""
     if not flow.calls.get(number):
         return 'the call of the model does not reach it'
     if not flow.once(number):
@@ -218,10 +237,15 @@ def _why_alone(number, convolutions, norms, flow):
 
 
 def details_of(settings: Settings, features_in: int, had_bias: bool) -> str:
-    """'3x3, 16 -> 32, strides 2x2', from the settings of a layer; `had_bias`: the convolution had one."""
-    parts = [by_x(settings.kernel_size), f'{features_in} -> {settings.features}']
-    for name, text in (('strides', 'strides'), ('kernel_dilation', 'dilation')):
-        value = getattr(settings, name)
+    """Returns the details of a layer for the report, such as '3x3, 16 -> 32, strides 2x2'.
+
+    Args:
+      settings: of the layer.
+      features_in: its input channels.
+      had_bias: whether the convolution had a bias.
+    """
+    parts = [by_x(ints(settings.kernel_size)), f'{features_in} -> {settings.features}']
+    for value, text in ((ints(settings.strides), 'strides'), (ints(settings.kernel_dilation), 'dilation')):
         if set(value) != {1}:
             parts.append(f'{text} {by_x(value)}')
     if settings.feature_group_count > 1:
@@ -236,13 +260,14 @@ def details_of(settings: Settings, features_in: int, had_bias: bool) -> str:
 
 
 def transposed_crop(spans: Sequence[int], padding: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What a ConvNormTranspose crops from the full transposed convolution, where `jax.lax` pads its dilated input.
+    """Returns the crop of a ConvNormTranspose for a `jax.lax` padding of the dilated input, as a pair for each axis.
 
     Args:
-      spans: the kernel's size, dilated. padding: pairs for each axis.
+      spans: size of the dilated kernel.
+      padding: a pair for each axis.
 
     Raises:
-      Refused: more padding than the kernel has taps for, or less than none.
+      Refused: more padding than the full transposed convolution has.
     """
     crop = [(k - 1 - before, k - 1 - after) for k, (before, after) in zip(spans, padding)]
     if any(c < 0 for pair in crop for c in pair):
@@ -253,25 +278,31 @@ def transposed_crop(spans: Sequence[int], padding: Sequence[tuple[int, int]]) ->
     return crop
 
 
-def named_padding(name: str, sizes: Sequence[Sequence[int]], spans: Sequence[int], strides: Sequence[int]) -> list:
-    """'SAME_LOWER' and the like as pairs for each axis, where they are the same for images of all these sizes."""
+def named_padding(
+    name: str, sizes: Sequence[Sequence[int]], spans: Sequence[int], strides: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Returns a padding such as 'SAME_LOWER' as a pair for each axis.
+
+    Raises:
+      Refused: the pairs are not the same for images of all `sizes`.
+    """
     found = {tuple(jax.lax.padtype_to_pads(size, spans, strides, name)) for size in sizes}
     if len(found) > 1:
         raise Refused(f'padding={name!r} of images of several sizes')
-    return [tuple(map(int, pair)) for pair in found.pop()]
+    return [(int(before), int(after)) for before, after in found.pop()]
 
 
 CAUSAL = 'causal padding: the filter of a ConvNorm sees the whole sequence'
 
 
-def check_padding(padding: Sequence[tuple[int, int]], spans: Sequence[int]):
-    """Raises Refused for the padding of a causal convolution of a sequence."""
+def check_padding(padding: Sequence[Sequence[int]], spans: Sequence[int]) -> None:
+    """Raises Refused for the padding of a causal convolution of sequences."""
     if len(spans) == 1 and spans[0] > 1 and tuple(padding[0]) == (spans[0] - 1, 0):
         raise Refused(CAUSAL)
 
 
-def check_shapes(before: list[tuple[int, ...]], after: Callable[[], list[tuple[int, ...]]]):
-    """Raises UserError unless the new model's outputs have the shapes of the old one's."""
+def check_shapes(before: list[tuple[int, ...]], after: Callable[[], list[tuple[int, ...]]]) -> None:
+    """Raises UserError unless the outputs of the new model, which `after` traces, have the same shapes as `before`."""
     advice = (
         "the model's code depends on the shape of an array between a convolution and its normalization; leave that "
         'convolution by `where`'

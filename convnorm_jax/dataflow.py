@@ -1,26 +1,28 @@
-"""Which layer's output is which other layer's input: read off the jaxpr of a model's call, not off names.
+"""Finds which layer's output is which layer's input, from the jaxpr of a model's call.
 
-Every layer of interest marks an array on its way: a convolution its output, a normalization its input. The mark is a
-primitive that does nothing; it stays in the jaxpr under `jit`, `vmap` and `remat`. The model is traced, never computed.
+A convolution marks its output, and a normalization marks its input. The mark is a primitive that does nothing and stays
+in the jaxpr under `jit`, `vmap` and `remat`. The model is traced, never computed.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
+from jax.extend.core import Jaxpr, Primitive
 from jax.interpreters import ad, batching, mlir
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of a layer, as the layer sees it: without the axes of a `vmap` around it.
+    """One call of a layer, with shapes as the layer sees them: without the axes of a `vmap` around it.
 
     Attributes:
-      layer: its number.
-      input, output: shapes; None for what is not known yet.
-      refusal: why this call is none of a ConvNorm's, '' if it is.
+      layer: number of the layer.
+      input: shape of its input.
+      output: shape of its output, or None for a normalization.
+      refusal: why a ConvNorm cannot be called in this way; '' if it can.
     """
 
     layer: int
@@ -33,7 +35,7 @@ _mark = Primitive('convnorm_mark')
 
 
 def mark(x: jax.Array, call: Call) -> jax.Array:
-    """x, and a note in the jaxpr that it is the output of a convolution, or the input of a normalization."""
+    """Returns x, marked in the jaxpr as the output of a convolution or the input of a normalization."""
     return _mark.bind(jnp.asarray(x), call=call)
 
 
@@ -44,9 +46,9 @@ ad.primitive_jvps[_mark] = lambda primals, tangents, call: (_mark.bind(*primals,
 batching.primitive_batchers[_mark] = lambda arrays, axes, call: (_mark.bind(*arrays, call=call), axes[0])
 mlir.register_lowering(_mark, mlir.lower_fun(lambda x, call: x, multiple_results=False))
 
-# An array that went through these only is still the layer's output.
+# After these primitives an array still counts as the layer's output.
 _TRANSPARENT = {'convert_element_type', 'copy', 'copy_p', 'name', 'optimization_barrier', 'sharding_constraint'}
-# Their arguments and results are those of the jaxpr inside, one by one.
+# The arguments and results of these primitives are those of the jaxpr inside, one by one.
 _CALLS = {
     'jit',
     'pjit',
@@ -66,20 +68,23 @@ _LOOPS = {'scan', 'while'}
 
 
 class _Value:
-    """An array in the program, under all the names that it has in the jaxprs it is handed through."""
+    """An array of the program, whatever its names in the nested jaxprs, with the layer that made it and its readers."""
 
     def __init__(self, layer=None):
         self.layer, self.uses = layer, 0
 
 
 class Flow:
-    """What the trace of a model says about the layers that marked it.
+    """The flow of arrays between the layers that marked a trace.
+
+    Args:
+      jaxpr: of the model's call.
 
     Attributes:
-      calls: {layer: its calls}; one inside a loop is there twice.
+      calls: the calls of each layer, by its number; a call inside a loop is there twice.
     """
 
-    def __init__(self, jaxpr):
+    def __init__(self, jaxpr: Jaxpr) -> None:
         self.calls: dict[int, list[Call]] = {}
         self._outputs: dict[int, list[_Value]] = {}
         self._inputs: dict[int, list[_Value]] = {}
@@ -87,19 +92,19 @@ class Flow:
             value.uses += 1
 
     def once(self, layer: int) -> bool:
-        """Whether the layer is called exactly once."""
+        """Returns whether the layer is called exactly once."""
         return len(self.calls.get(layer, ())) == 1
 
     def source(self, norm: int) -> int | None:
-        """The convolution whose output is this normalization's input, if it is one's."""
+        """Returns the convolution whose output is the input of a normalization, or None if there is none."""
         return self._inputs[norm][0].layer if self.once(norm) else None
 
     def uses(self, convolution: int) -> int:
-        """How many operations and layers take the output of a convolution that is called once."""
+        """Returns how many operations and layers read the output of a convolution that is called once."""
         return self._outputs[convolution][0].uses
 
     def _walk(self, jaxpr, given, looped):
-        """The values of a jaxpr's results, from those of its arguments."""
+        """Returns the values of a jaxpr's results, from those of its arguments."""
         values = dict(zip(jaxpr.invars, given))
 
         def value_of(variable):
@@ -145,7 +150,7 @@ def _jaxprs(parameter):
     return [p for p in opened if hasattr(p, 'eqns') and hasattr(p, 'invars')]
 
 
-def trace(function: Callable, *arguments) -> Flow:
-    """The flow through `function(*arguments)`, any function of pytrees of arrays or `jax.ShapeDtypeStruct`."""
+def trace(function: Callable, *arguments: Any) -> Flow:
+    """Returns the flow through `function(*arguments)`; arguments are pytrees of arrays or `jax.ShapeDtypeStruct`."""
     arrays = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
     return Flow(jax.make_jaxpr(lambda *given: arrays(function(*given)))(*arguments).jaxpr)

@@ -1,50 +1,65 @@
-"""Writing files: whole or not at all, whoever else writes them; and which errors came from writing."""
+"""Writing files atomically, also by several processes; and which errors came from writing."""
 
 import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from convnorm_jax.errors import UserError
 
 
-def write_atomically(path, write):
+def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> None:
     """Calls `write(file)` with a temporary binary file next to `path`, then renames it to `path`.
 
-    A reader sees the old file or the whole new one. The temporary file has a name of its own, so that several
-    processes may write the same path: the last one wins.
+    A reader sees the old file or the whole new one. Every call has its own temporary file, so that several processes
+    may write the same path: the last one wins.
 
     Args:
       path: of the file; its folder must exist.
       write: function of a file open for writing bytes.
     """
     path = Path(path)
-    with written(path), _temporary(path, write) as temporary:
+    with _temporary(path, write) as temporary, written(path):
         os.replace(temporary, path)
 
 
-def write_text(path, text):
-    """Writes a text file by `write_atomically`; of many processes of a run, one writes."""
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[str]:
+    """Within `with`, a temporary path next to `path`; renamed to `path` at the end, deleted after an error.
+
+    For what writes a file by its name. Nothing is at `path` before the block has ended.
+    """
+    path = Path(path)
+    with _temporary(path, lambda file: None) as temporary:
+        yield temporary
+        with written(path):
+            os.replace(temporary, path)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file by `write_atomically`; in a run of several processes, only the leader writes."""
     from convnorm_jax.mesh import is_leader
 
     if is_leader():
         write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def write_json(path, content):
+def write_json(path: str | os.PathLike, content: Any) -> None:
     """Writes a JSON file as `write_text` does."""
     write_text(path, json.dumps(content, indent=2) + '\n')
 
 
-def write_new(path, write):
-    """As `write_atomically`, but never over a file that is there.
+def write_new(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> None:
+    """As `write_atomically`, but never replaces a file.
 
     Raises:
-      FileExistsError: there is a file of that name, which stays as it is.
+      FileExistsError: there is a file of that name; it is not changed.
     """
     path = Path(path)
-    with written(path), _temporary(path, write) as temporary:
+    with _temporary(path, write) as temporary, written(path):
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -54,20 +69,20 @@ def write_new(path, write):
             os.replace(temporary, path)
 
 
-def read_whole(path) -> bytes:
-    """The content of a file; raises UserError where it cannot be read."""
+def read_whole(path: str | os.PathLike) -> bytes:
+    """The content of a file; raises UserError if it cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror})') from error
 
 
-def check_place(path, name):
-    """Raises UserError unless a file can be written at `path`: before the work whose result goes there.
+def check_place(path: str | os.PathLike, name: str) -> None:
+    """Raises UserError unless a file can be written at `path`; for use before the work whose result goes there.
 
     Args:
-      path: of a file, there or not.
-      name: of the argument that gives it.
+      path: of a file, which may exist.
+      name: of the argument that it was given as.
     """
     path = Path(path)
     problem = 'it is a folder' if path.is_dir() else None
@@ -84,12 +99,14 @@ def check_place(path, name):
 
 @contextlib.contextmanager
 def _temporary(path, write):
-    """The path of a temporary file that holds what `write` wrote; gone afterwards."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name[:200]}-')
+    """The path of a temporary file that holds what `write` wrote; deleted afterwards."""
+    with written(path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name[:200]}-')
     try:
-        with os.fdopen(handle, 'wb') as file:
-            write(file)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock out others who share the folder
+        with written(path):
+            with os.fdopen(handle, 'wb') as file:
+                write(file)
+            os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock out others who share the folder
         yield temporary
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -97,19 +114,19 @@ def _temporary(path, write):
 
 
 @contextlib.contextmanager
-def written(path):
-    """Within `with`, a file or folder is written: an error keeps its path, see `unwritten`."""
+def written(path: str | os.PathLike) -> Iterator[None]:
+    """Marks errors of a block that writes a file or folder with its path; `unwritten` reads the mark."""
     try:
         yield
     except Exception as error:
         if not hasattr(error, '_convnorm_path'):
-            error._convnorm_path = str(path)
+            error._convnorm_path = str(path)  # type: ignore[attr-defined]  # an attribute of our own
         raise
 
 
-def unwritten(error):
-    """The path that an error, or one that caused it, kept from being written; None if it did not come from writing."""
-    seen = set()
+def unwritten(error: BaseException | None) -> str | None:
+    """The path that could not be written because of an error or its cause; None if it did not come from writing."""
+    seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if hasattr(error, '_convnorm_path'):

@@ -1,11 +1,11 @@
-"""ConvNorm as functions of arrays, for any JAX library or none.
+"""ConvNorm as pure functions of arrays, for any JAX library or none.
 
-The operation, for a kernel of one's own:
+The normalized convolution, for a given kernel::
 
     v = preconditioner(kernel, (32, 32))
-    y = conv_norm(x, kernel, v)          # or conv_norm(x, kernel): of the kernel as it is now
+    y = conv_norm(x, kernel, v)          # or conv_norm(x, kernel), which computes V from the kernel
 
-The whole layer, as the Linen, NNX and Equinox ones call it:
+The whole layer, as the layers for Linen, NNX and Equinox call it::
 
     settings = Settings(features=64, kernel_size=(3, 3))
     params = initial_params(settings, jax.random.key(0), features_in=3)
@@ -13,16 +13,16 @@ The whole layer, as the Linen, NNX and Equinox ones call it:
     y, state = apply(settings, params, state, x, use_running_average=False)
 """
 
-from collections.abc import Sequence
-
 import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers import core, operation
-from convnorm_jax.layers.core import Settings, apply, initial_params, initial_state, running_average, update_weight
+from convnorm_jax.layers.core import apply, initial_params, initial_state, running_average, update_weight
 from convnorm_jax.layers.dtypes import widened
-from convnorm_jax.layers.geometry import by_x, channels_in_a_group, ints_for_axes
+from convnorm_jax.layers.geometry import Ints, Padding, by_x, channels_in_a_group, ints_for_axes
+from convnorm_jax.layers.method import Method
+from convnorm_jax.layers.settings import Settings
 from convnorm_jax.layers.spectral import is_pointwise
 
 __all__ = [
@@ -42,42 +42,47 @@ def conv_norm(
     kernel: jax.Array,
     preconditioner: jax.Array | None = None,
     *,
-    strides: int | Sequence[int] = 1,
-    padding: str | int | Sequence = 'SAME',
-    dilation: int | Sequence[int] = 1,
+    strides: Ints = 1,
+    padding: Padding = 'SAME',
+    dilation: Ints = 1,
     groups: int = 1,
     transposed: bool = False,
-    method: str | None = None,
-    dtype: jnp.dtype | None = None,
+    method: Method | None = None,
+    dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
-    r"""Convolution with each output channel divided by the square root of its power spectrum.
+    r"""Returns a convolution with each output channel divided by the square root of its power spectrum.
 
     .. math::
-        z_o = S\,F^{-1}\bigl(V_o\, F(x * k_o)\bigr), \qquad
+        z_o = S\,F^{-1}\Bigl(V_o\, F\bigl(\textstyle\sum_i x_i * k_{io}\bigr)\Bigr), \qquad
         V_o(\omega) = \Bigl(\sum_i |F k_{io}(\omega)|^2\Bigr)^{-1/2}
 
-    with :math:`x * k` the full convolution and :math:`S` the crop and the stride (arXiv 2103.00673, section 3). The
-    gradient takes V as a constant, as the paper does.
+    where :math:`x * k` is the full convolution and S crops and strides. The gradient treats V as a constant, as the
+    paper does.
+
+    Source: Liu et al., `arXiv 2103.00673 <https://arxiv.org/abs/2103.00673>`__, section 3.
 
     Args:
-      x: [B, \*spatial, cin], float, with 1, 2 or 3 spatial axes.
-      kernel: [\*kernel, cin / groups, cout], float.
-      preconditioner: V on the grid of the full convolution, [\*grid, cout], real and even; None is the kernel's own.
-      strides, dilation: int, or an int for each axis.
-      padding: 'SAME', 'VALID', 'CIRCULAR', int, or an int or a pair for each axis. Of a transposed convolution what is
-        cropped, an int, or an int or a pair for each axis.
-      groups: of channels, each with filters of its own.
-      transposed: a transposed convolution, as `torch.nn.functional.conv_transpose2d`.
+      x: `[B, *spatial, cin]`, float, with 1, 2 or 3 spatial axes.
+      kernel: `[*kernel, cin / groups, cout]`, float.
+      preconditioner: V on the grid of the full convolution, `[*grid, cout]`, real and even. None computes it from the
+        kernel.
+      strides, dilation: an int, or an int for each axis.
+      padding: 'SAME', 'VALID', 'CIRCULAR', an int, or an int or a pair for each axis. For a transposed convolution it
+        is what is cropped: an int, or an int or a pair for each axis.
+      groups: groups of channels, each with filters of its own.
+      transposed: whether it is a transposed convolution, as `torch.nn.functional.conv_transpose2d`.
       method, dtype, precision: see `convnorm_jax.ConvNorm`.
 
     Returns:
-      [B, \*spatial', cout], of `dtype`, or of x and kernel promoted.
+      `[B, *spatial', cout]`, in `dtype` or in the wider dtype of x and the kernel.
 
     Raises:
-      ValueError: shapes or arguments that do not belong together.
+      ValueError: shapes or arguments that do not fit each other.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from convnorm_jax.functional import conv_norm
       >>> x, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 16))
       >>> conv_norm(x, kernel, strides=2).shape
       (2, 4, 4, 16)
@@ -104,32 +109,42 @@ def conv_norm(
 
 def preconditioner(
     kernel: jax.Array,
-    image_size: int | Sequence[int],
+    image_size: Ints,
     *,
-    strides: int | Sequence[int] = 1,
-    padding: str | int | Sequence = 'SAME',
-    dilation: int | Sequence[int] = 1,
+    strides: Ints = 1,
+    padding: Padding = 'SAME',
+    dilation: Ints = 1,
     groups: int = 1,
     transposed: bool = False,
 ) -> jax.Array:
-    r"""V of a kernel, for images of one size: :math:`V_o(\omega) = (\sum_i |F k_{io}(\omega)|^2)^{-1/2}`.
+    r"""Returns the preconditioner V of a kernel, for images of one size.
+
+    .. math::
+        V_o(\omega) = \Bigl(\sum_i |F k_{io}(\omega)|^2\Bigr)^{-1/2}
+
+    The power spectrum is at least 1e-10 of its mean over the grid.
 
     Args:
-      kernel: [\*kernel, cin / groups, cout], float.
-      image_size: int, or an int for each spatial axis.
-      The others: see `conv_norm`.
+      kernel: `[*kernel, cin / groups, cout]`, float.
+      image_size: an int, or an int for each spatial axis.
+      strides, padding, dilation, groups, transposed: see `conv_norm`.
 
     Returns:
-      [\*grid, cout], float32 at least, without gradient; the grid is that of the full convolution, or of the image if
-      it is circular, and 1 where the kernel has one tap. The spectrum is at least 1e-10 of its mean.
+      `[*grid, cout]`, float32 at least, a constant to differentiation. The grid is that of the full convolution, or of
+      the image with circular padding. It has one point if the kernel has one tap.
+
+    Raises:
+      ValueError: shapes or arguments that do not fit each other.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from convnorm_jax.functional import preconditioner
       >>> preconditioner(jnp.ones((3, 3, 3, 16)), (8, 8)).shape
       (10, 10, 16)
     """
     settings = _settings(kernel, strides, padding, dilation, groups, transposed, None, None, None)
-    image_size = ints_for_axes(image_size, 'image_size', settings.rank)
-    return operation.preconditioner(kernel, settings.geometry(image_size), None, 1)
+    size = ints_for_axes(image_size, 'image_size', settings.rank)
+    return operation.preconditioner(kernel, settings.geometry(size), None, 1)
 
 
 def _settings(kernel, strides, padding, dilation, groups, transposed, method, dtype, precision):
@@ -145,5 +160,5 @@ def _settings(kernel, strides, padding, dilation, groups, transposed, method, dt
         dtype=dtype,
         precision=precision,
     )
-    channels_in_a_group(groups, kernel.shape[-2] * groups, kernel.shape[-1])  # refuses others
+    channels_in_a_group(groups, kernel.shape[-2] * groups, kernel.shape[-1])  # raises for groups that do not fit
     return settings

@@ -1,24 +1,27 @@
-"""The published PyTorch weights, as variables of these nets. NumPy in, variables out."""
+"""Imports the weights of the published PyTorch implementation as variables of these nets."""
 
 import argparse
 import collections
 import contextlib
+import os
 import pathlib
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import traverse_util
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.models.plain import PlainNet, SimpleCNN2
 from convnorm_jax.models.resnet import ResNet
 
-# (our name within a convolution block, its published names, of which a state dict has
-# one at most). {norm} is the published name of the normalization after the convolution.
+# The published names of each of our names within a convolution block; a state dict has at most one of them. {norm} is
+# the published name of the normalization after the convolution.
 _BLOCK_NAMES = {
     ('kernel',): '{conv}.weight',
     ('affine_kernel',): '{conv}.bpconv.weight',
@@ -42,30 +45,50 @@ _BLOCK_NAMES = {
 _OPTIONAL = re.compile(r'running_mean$|running_var$|running_V$|\.conv\.weight_[uv]$')
 _IGNORED = re.compile(r'num_batches_tracked$')
 
-# Where checkpoints keep the state dict, next to epochs and arguments.
+# The keys under which checkpoints keep the state dict, next to epochs and arguments.
 _CONTAINERS = ('state_dict', 'model_state_dict', 'model', 'net')
-# What DataParallel and torch.compile put before every name.
+# The prefixes that DataParallel and torch.compile add to every name.
 _WRAPPERS = re.compile(r'(module\.|_orig_mod\.)+')
 
 
-def import_state_dict(model, state_dict, input_shape):
-    """Variables of a net from the published implementation's state dict.
+def import_state_dict(model: nn.Module, state_dict: Mapping[str, Any], input_shape: Sequence[int]) -> dict[str, Any]:
+    """Returns the variables of a net from a state dict of the published PyTorch implementation.
+
+    Running statistics may be missing: those of BatchNorm then start at 0 and 1, and the spectrum of ConvNorm is that of
+    the given kernel. The counters of BatchNorm are ignored. The update count of ConvNorm starts at 0, as the published
+    code does when it restarts.
 
     Args:
-      model: a net made by `create_model` with the layer the weights were trained with.
-      state_dict: mapping of published names to arrays in PyTorch's layout: NumPy's, torch tensors or parameters. Or a
-        checkpoint that holds one under 'state_dict', 'model_state_dict', 'model' or 'net'; what is no array is passed
-        over. The prefixes of DataParallel and torch.compile are dropped. Running statistics may be absent: BatchNorm's
-        then start at 0 and 1, ConvNorm's spectrum is that of the given kernel. BatchNorm's counters are ignored;
-        ConvNorm's update count starts at 0, which is what the published code does at a restart.
-      input_shape: NHWC shape of a batch of images, or HWC of one: the running spectra
-        belong to that picture size.
+      model: a net made by `create_model` with the layer that the weights were trained with.
+      state_dict: a mapping of published names to arrays in PyTorch's layout, which may be NumPy arrays, torch tensors
+        or torch parameters; or a checkpoint that holds such a mapping under 'state_dict', 'model_state_dict', 'model'
+        or 'net'. Values that are no arrays are ignored, and the prefixes of DataParallel and torch.compile are removed.
+      input_shape: shape of a batch of images, [B, H, W, C], or of one image, [H, W, C]. The running spectra are for
+        this image size.
 
     Returns:
       {'params': ..., 'batch_stats': ...}, float32.
 
     Raises:
-      ValueError: no arrays; names left over or missing, listed; an array of another shape.
+      ValueError: a state dict without arrays; names left over or missing, which are listed; an array of another shape.
+
+    Example:
+      >>> import numpy as np
+      >>> from convnorm_jax.models import create_model
+      >>> from convnorm_jax.torch_import import import_state_dict
+      >>> model = create_model('simple_cnn', num_classes=10, layer='convnorm', depth=(1,))
+      >>> state_dict = {
+      ...     'features.0.weight': np.ones((8, 3, 3, 3)),
+      ...     'features.0.bpconv.weight': np.ones((8, 1, 3, 3)),
+      ...     'features.0.bpconv.bias': np.ones(8),
+      ...     'features.0.batch_norm.weight': np.ones(8),
+      ...     'features.0.batch_norm.bias': np.ones(8),
+      ...     'classifier.weight': np.ones((10, 2048)),
+      ...     'classifier.bias': np.ones(10),
+      ... }
+      >>> variables = import_state_dict(model, state_dict, (32, 32, 3))
+      >>> variables['params']['conv1_1']['kernel'].shape
+      (3, 3, 3, 8)
     """
     found = find_state_dict(state_dict)
     if found is None:
@@ -93,7 +116,7 @@ def import_state_dict(model, state_dict, input_shape):
 
 
 def _fresh_statistics(model, params, shape):
-    """{'batch_stats': ...} initialized from the given parameters."""
+    """Returns {'batch_stats': ...}, initialized from the given parameters."""
 
     def initialize(params):
         _, state = model.apply({'params': params}, jnp.zeros(shape), train=False, mutable=['batch_stats'])
@@ -102,14 +125,13 @@ def _fresh_statistics(model, params, shape):
     return jax.jit(initialize)(params)
 
 
-def published_name(model, path, given=()):
-    """Published name of a parameter or statistic, from its path of module names.
+def published_name(model: nn.Module, path: Sequence[str], given: Container[str] = ()) -> str:
+    """Returns the published name of a parameter or statistic.
 
     Args:
       model: see `import_state_dict`.
-      path: names of modules, and of the leaf.
-      given: the names in a state dict: of several published names that one counts which
-        is among them.
+      path: names of the modules around it, and its own name.
+      given: the names in a state dict. If there are several published names, the one among these is returned.
 
     Raises:
       ValueError: the net or its layer has no published counterpart.
@@ -119,25 +141,24 @@ def published_name(model, path, given=()):
             f'a {type(model).__name__} was not published: there are weights of ResNets, VGGs and the SimpleCNNs'
         )
     *modules, block, leaf = path if len(path) > 1 else ('', *path)
+    name: tuple[str, ...] = (leaf,)
     if (block, leaf) in _BLOCK_NAMES:
-        block, leaf = modules.pop(), (block, leaf)
-    else:
-        leaf = (leaf,)
+        block, name = modules.pop(), (block, leaf)
     if block == 'linear':
         prefix = 'linear' if isinstance(model, ResNet) else 'fc' if isinstance(model, SimpleCNN2) else 'classifier'
-        return f'{prefix}.{"weight" if leaf == ("kernel",) else "bias"}'
-    if leaf not in _BLOCK_NAMES:
+        return f'{prefix}.{"weight" if name == ("kernel",) else "bias"}'
+    if name not in _BLOCK_NAMES:
         raise UserError(
             f'{"/".join(path)}: a {type(model).__name__} with this layer was not published; '
             'import into one of convnorm, batchnorm, none'
         )
     conv, norm = _published_modules(model, modules, block)
-    names = _BLOCK_NAMES[leaf].format(conv=conv, norm=norm).split()
-    return next((name for name in names if name in given), names[0])
+    names = _BLOCK_NAMES[name].format(conv=conv, norm=norm).split()
+    return next((each for each in names if each in given), names[0])
 
 
 def _published_modules(model, modules, block):
-    """Published names of a block's convolution (or activation) and of its normalization."""
+    """Returns the published names of a block's convolution (or activation) and of its normalization."""
     if isinstance(model, PlainNet):
         return _feature_names(model, block)
     prefix = ''.join(m.replace('_', '.') + '.' for m in modules)
@@ -147,8 +168,8 @@ def _published_modules(model, modules, block):
 
 
 def _feature_names(model, block):
-    """`features.N` of the published sequence for the block named conv{stage}_{number}."""
-    # VGG puts an average pool of size one after everything.
+    """Returns the names features.N of a block named conv{stage}_{number} and of its normalization."""
+    # The published VGG has an average pool of size one after every convolution with its ReLU, and after every max pool.
     per_conv, per_pool = (4, 2) if model.family == 'vgg' else (3, 1)
     kind, stage, number = re.fullmatch(r'(conv|relu)(\d+)_(\d+)', block).groups()
     before = sum(model.depth[: int(stage) - 1]) + int(number) - 1
@@ -169,9 +190,9 @@ def _check_names(wanted, state_dict):
 
 
 def _convert(name, array, leaf):
-    """One array in this library's layout."""
+    """Returns one array in the layout of this library."""
     if name.endswith('running_V') and array.ndim == 3:
-        # The half spectrum does not tell an even width from an odd one: the leaf does.
+        # Whether the width is even or odd is known from the leaf, not from half of the spectrum.
         array = _full_spectrum(array.transpose(1, 2, 0), leaf.shape[1])
     elif name.endswith(('srelu_bias', 'WNScale', 'weight_g')):
         array = array.reshape(-1)
@@ -189,21 +210,26 @@ def _check_shapes(wanted, leaves, input_shape):
         if array.shape != wanted[path][1].shape
     ]
     if wrong:
-        raise UserError(
-            f'state_dict does not fit the model for pictures of {tuple(input_shape[1:])}: {"; ".join(wrong)}'
-        )
+        raise UserError(f'state_dict does not fit the model for images of {tuple(input_shape[1:])}: {"; ".join(wrong)}')
 
 
 def _full_spectrum(half, width):
-    """[Hf, Wf//2+1, C] -> [Hf, Wf, C], by V(w) = V(-w)."""
+    """Returns the full spectrum [Hf, Wf, C] from its half [Hf, Wf//2+1, C], by V(w) = V(-w)."""
     if half.shape[1] != width // 2 + 1:
-        return half  # of another picture size: the shape check says so
+        return half  # for another image size, which the check of shapes reports
     mirrored = np.roll(np.flip(half, 0), 1, 0)[:, 1 : (width + 1) // 2][:, ::-1]
     return np.concatenate([half, mirrored], axis=1)
 
 
-def find_state_dict(content):
-    """{name: array} in a checkpoint: under one of `_CONTAINERS`, or by itself; None if there is none."""
+def find_state_dict(content: Any) -> dict[str, Any] | None:
+    """Returns the arrays of a checkpoint by name.
+
+    Args:
+      content: a state dict, or a checkpoint that holds one under 'state_dict', 'model_state_dict', 'model' or 'net'.
+
+    Returns:
+      {name: array}, or None if there are no arrays.
+    """
     if not isinstance(content, Mapping):
         return None
     nested = (find_state_dict(content.get(key)) for key in _CONTAINERS)
@@ -212,19 +238,19 @@ def find_state_dict(content):
 
 
 def _is_array(value):
-    """Whether a value is an array or a tensor of numbers; NumPy's scalars are not."""
+    """Returns whether a value is an array or a tensor of numbers; a NumPy scalar does not count."""
     if isinstance(value, np.generic) or not hasattr(value, 'shape'):
         return False
     return not isinstance(value, np.ndarray) or value.dtype.kind in 'biufc'
 
 
 def _to_numpy(value):
-    # A torch tensor may need a gradient, lie on a GPU, or have a dtype that NumPy lacks.
+    # A torch tensor may require a gradient, be on a GPU, or have a dtype that NumPy lacks.
     return value.detach().cpu().float().numpy() if hasattr(value, 'detach') else np.asarray(value)
 
 
 def _unwrapped(state_dict):
-    """The names without the prefixes of wrappers."""
+    """Returns the state dict without the prefixes of wrappers in its names."""
     names = {name: _WRAPPERS.sub('', name, count=1) if _WRAPPERS.match(name) else name for name in state_dict}
     for plain, count in collections.Counter(names.values()).items():
         if count > 1:
@@ -239,17 +265,24 @@ def _no_state_dict(content):
     return f'expected a state dict of tensors, by itself or under one of {where}, got {held}'
 
 
-def load_pth(path):
-    """The state dict in a `.pth` file, as NumPy arrays: one by itself, or in a checkpoint, see `import_state_dict`.
+def load_pth(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Returns the state dict in a `.pth` file as NumPy arrays, for `import_state_dict`.
 
-    Nothing in the file is executed: beside tensors only plain values, NumPy's and `argparse.Namespace` are read. Other
+    Nothing in the file is executed: next to tensors only plain values, NumPy's and `argparse.Namespace` are read. Other
     classes must be allowed around the call, with `torch.serialization.safe_globals([...])`.
 
+    Args:
+      path: of a file that `torch.save` has written: a state dict, or a checkpoint that holds one, see
+        `import_state_dict`.
+
+    Returns:
+      {published name: array}.
+
     Raises:
-      ValueError: torch is not installed, or the file cannot be read so, or holds no state dict.
+      ValueError: torch is not installed; the file cannot be read in this way; it holds no state dict.
     """
     try:
-        import torch  # only here: nothing else needs it
+        import torch  # imported here, because nothing else needs it
     except ImportError as error:
         raise UserError(f'{path}: reading a .pth file needs torch (pip install torch), or save it as .npz') from error
     with _harmless_allowed(torch):
@@ -266,8 +299,8 @@ def load_pth(path):
 
 
 def _harmless_allowed(torch):
-    """Context in which torch reads what often lies next to weights and cannot do anything."""
-    # Before torch 2.6 a name of NumPy 1, which moved since, cannot be allowed.
+    """Returns a context in which torch reads harmless values that checkpoints often hold next to weights."""
+    # Before torch 2.6 the names of NumPy 1, which have moved since, cannot be allowed.
     if not hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint'):
         return contextlib.nullcontext()
     multiarray = getattr(np, '_core', None) or np.core
@@ -278,17 +311,17 @@ def _harmless_allowed(torch):
     ]
     plain = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in np.typecodes['All'] if kind != 'O'}]
     classes = [argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, collections.defaultdict, list, dict]
-    # Not those that the user has allowed: they would be forgotten at the end of the context.
+    # Without those that the user has allowed, because the end of the context would disallow them.
     allowed = torch.serialization.get_safe_globals()
     return torch.serialization.safe_globals([each for each in (*moved, *plain, *classes) if each not in allowed])
 
 
 def _why_refused(torch, path, error):
-    """Why `torch.load` does not read a file, in one sentence without colours."""
+    """Returns why `torch.load` does not read a file, in one sentence without colour codes."""
     said = ' '.join(re.sub(r'\x1b\[[0-9;]*m', '', str(error)).split())
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # torch before 2.6, or a file in its format of before 1.6
+    except Exception:  # torch before 2.6, or a file in the format of torch before 1.6
         names = re.findall(r'Unsupported (?:global: GLOBAL|class) (\S+)', said)
     if names:
         named = ', '.join(sorted(names))

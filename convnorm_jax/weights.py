@@ -1,8 +1,11 @@
-"""A net's variables as safetensors: flat names such as 'params/conv1/kernel', with the config next to them."""
+"""Saves and loads the variables of a net as safetensors, under flat names such as 'params/conv1/kernel'."""
 
 import hashlib
 import importlib
 import json
+import os
+from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -16,7 +19,7 @@ from convnorm_jax.mesh import fetch
 
 SEPARATOR = '/'
 
-# Of the arrays, by the format's names.
+# The dtypes of arrays, by their names in the format.
 _DTYPES = {'BOOL': 'bool', 'BF16': 'bfloat16'}
 _DTYPES |= {f'F{bits}': f'float{bits}' for bits in (16, 32, 64)}
 _DTYPES |= {
@@ -24,20 +27,34 @@ _DTYPES |= {
 }
 
 
-def save_weights(path, variables, config: dict | None = None):
-    """Writes variables as a safetensors file; the config goes into its metadata, and into `path`.json to be read.
+def save_weights(
+    path: str | os.PathLike[str], variables: Mapping[str, Any], config: dict[str, Any] | None = None
+) -> None:
+    """Writes variables as a safetensors file.
+
+    The config goes into the metadata of the file and, for people to read, into `path`.json.
 
     Args:
       path: of the file; its folder must exist.
-      variables: nested dicts of arrays: parameters and every other collection.
-      config: nested dicts that JSON can say, or None.
+      variables: nested dicts of arrays, parameters and every other collection.
+      config: nested dicts of JSON values, or None.
 
     Raises:
-      ValueError: safetensors is missing; a tree that is not made of dicts, or a dtype that the format does not have.
+      ValueError: safetensors is not installed; a tree that is not made of dicts; a dtype that the format does not have.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> from convnorm_jax import load_weights, save_weights
+      >>> path = tempfile.mkdtemp() + '/net.safetensors'
+      >>> save_weights(path, {'params': {'conv1': {'kernel': jnp.ones((3, 3, 3, 8))}}}, {'seed': 0})
+      >>> variables, config = load_weights(path)
+      >>> variables['params']['conv1']['kernel'].shape, config
+      ((3, 3, 3, 8), {'seed': 0})
     """
     library, arrays = check_installed(), _flat(variables)
     check_place(path, 'path')
-    # Its values are texts.
+    # Metadata values must be strings.
     metadata = {'format': 'flax', 'convnorm_jax_config': json.dumps(config), 'convnorm_jax_digest': _digest(arrays)}
     content = library.numpy.save(arrays, metadata)
     write_atomically(path, lambda file: file.write(content))
@@ -46,17 +63,18 @@ def save_weights(path, variables, config: dict | None = None):
         write_atomically(f'{path}.json', lambda file: file.write(text.encode()))
 
 
-def load_weights(path) -> tuple[dict[str, Any], dict | None]:
-    """(variables, config) of a file of `save_weights`; of another safetensors file the config is None.
+def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Returns the variables and the config in a safetensors file; `save_weights` has an example.
 
     Args:
-      path: of the file.
+      path: of a file that `save_weights` or another program has written.
 
     Returns:
-      Nested dicts of NumPy arrays with the dtypes that were saved; the config, from the file itself.
+      Nested dicts of NumPy arrays with the dtypes that were saved, and the config from the metadata of the file, None
+      if there is none.
 
     Raises:
-      ValueError: safetensors is missing; no such file, or a damaged one.
+      ValueError: safetensors is not installed; the file does not exist or is damaged.
     """
     library = check_installed()
     content = read_whole(path)
@@ -72,8 +90,8 @@ def load_weights(path) -> tuple[dict[str, Any], dict | None]:
     return traverse_util.unflatten_dict(arrays, sep=SEPARATOR), json.loads(metadata.get('convnorm_jax_config', 'null'))
 
 
-def check_installed():
-    """The package safetensors; raises UserError where it is missing."""
+def check_installed() -> ModuleType:
+    """Returns the package safetensors; raises UserError if it is not installed."""
     try:
         importlib.import_module('safetensors.numpy')
         return importlib.import_module('safetensors')
@@ -84,7 +102,7 @@ def check_installed():
 
 
 def _flat(variables):
-    """{name: array}, each contiguous."""
+    """The arrays by their flat names, each contiguous."""
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     if not leaves:
         raise UserError('variables: there is no array in it, nothing to save')

@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can read: imports, sizes, docstrings, commands."""
+"""The rules of the house that a machine can check: imports, sizes, docstrings, writers, commands."""
 
 import ast
 import importlib
@@ -9,24 +9,27 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'convnorm_jax'
 MODULES = sorted(PACKAGE.rglob('*.py'))
-CONFIGS = sorted(p for p in (PACKAGE / 'configs').glob('*.py') if p.name != '__init__.py')
+CONFIGS = sorted(p for p in (PACKAGE / 'configs').glob('*.py') if p.name not in ('__init__.py', 'keys.py'))
 NAMES = {path: str(path.relative_to(PACKAGE)) for path in MODULES}
 
-# What every part may import, and what each may beside that and itself. Leaves: nothing else.
+# What every part may import, and what each may import besides that and itself. Leaves: nothing else.
 COMMON = {'errors', 'files'}
 ALLOWED = {
     'layers': set(),
     'models': {'layers'},
     'data': set(),
-    'attacks': set(),
+    'attacks': {'mesh'},
     'mesh': set(),
     'steps': {'models', 'layers', 'data', 'attacks'},
     'evaluation': {'attacks', 'layers', 'steps', 'data', 'mesh', 'models'},
-    'runs': {'data', 'mesh'},
-    'training': {'steps', 'models', 'layers', 'data', 'attacks', 'mesh', 'evaluation', 'runs'},
+    'runs': {'configs', 'data', 'mesh'},
+    'training': {'steps', 'models', 'layers', 'data', 'attacks', 'mesh', 'evaluation', 'runs', 'configs'},
     'configs': set(),
     'reports': {'attacks', 'configs', 'data', 'evaluation', 'layers', 'mesh', 'models', 'plots', 'runs', 'training'},
-    'cli': {'weights', 'configs', 'data', 'evaluation', 'exported', 'mesh', 'plots', 'reports', 'runs', 'training', 'version'},
+    'cli': {
+        *('configs', 'data', 'evaluation', 'exported', 'mesh', 'plots', 'reports', 'runs', 'training'),
+        *('version', 'weights'),
+    },
     'functional': {'layers'},
     'nnx': {'conversion', 'dataflow', 'layers'},
     'equinox': {'conversion', 'dataflow', 'layers'},
@@ -36,6 +39,7 @@ ALLOWED = {
     'plots': {'evaluation'},
     'exported': {'steps', 'layers', 'data', 'mesh', 'version'},
     'weights': {'mesh'},
+    'pretrained': {'models', 'steps'},
     'version': set(),
     'errors': set(),
     'files': {'mesh'},
@@ -91,7 +95,7 @@ def test_docstrings(path):
             assert ast.get_docstring(node), f'{path}: {node.name} has none'
         if isinstance(node, ast.ClassDef) and not node.name.startswith('_'):
             for method in node.body:
-                # Linen's __call__ and setup, and whatever overrides nothing of ours, are told in the class.
+                # The docstring of the class covers Linen's __call__ and setup.
                 if isinstance(method, ast.FunctionDef) and not method.name.startswith('_') and method.name != 'setup':
                     assert ast.get_docstring(method), f'{path}: {node.name}.{method.name} has none'
 
@@ -108,7 +112,8 @@ def test_a_clone_has_a_file_for_each_config():
     shims = sorted(p for p in (ROOT / 'configs').glob('*.py') if p.name != '__init__.py')
     assert [p.name for p in shims] == [p.name for p in CONFIGS]
     for path in shims:
-        ours, packaged = (importlib.import_module(f'{name}.{path.stem}') for name in ('configs', 'convnorm_jax.configs'))
+        ours = importlib.import_module(f'configs.{path.stem}')
+        packaged = importlib.import_module(f'convnorm_jax.configs.{path.stem}')
         assert ours.get_config is packaged.get_config
 
 
@@ -116,6 +121,106 @@ def test_nothing_in_the_tests_reads_the_shared_folder():
     outside = '/'.join(('..', 'shared')), '/'.join(('', 'work', ''))
     found = [p for p in (ROOT / 'tests').rglob('*.py') if any(word in p.read_text() for word in outside)]
     assert found == []
+
+
+def public_functions(tree):
+    """(name, node) of the functions of a module and of the methods of its public classes that users may call."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith('_'):
+            yield node.name, node
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith('_'):
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and not method.name.startswith('_'):
+                    yield f'{node.name}.{method.name}', method
+
+
+# What changes files without `files.py`: appending, locks, renaming what is whole, and nothing (os.devnull).
+WRITERS = {
+    'files.py': {'replace', 'link', 'unlink'},
+    'cli/run.py': {'open'},
+    'runs/checkpoint.py': {'replace'},
+    'runs/lock.py': {'open'},
+    'runs/metrics.py': {'open'},
+    'runs/sweep.py': {'open'},
+    'runs/workdir.py': {'replace', 'unlink'},
+}
+BY_NAME = {'write_text', 'write_bytes', 'savez', 'savez_compressed', 'savefig', 'tofile', 'NamedTemporaryFile'}
+OF_OS = {'replace', 'rename', 'link', 'unlink'}
+
+
+def called(call):
+    """(owner, name) of a call: ('os', 'replace'), ('', 'open')."""
+    owner = getattr(getattr(call.func, 'value', None), 'id', '?' if isinstance(call.func, ast.Attribute) else '')
+    return owner, getattr(call.func, 'id', getattr(call.func, 'attr', ''))
+
+
+def opens_to_write(call):
+    modes = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == 'mode')]
+    return any(set(getattr(mode, 'value', '')) & set('wax+') for mode in modes)
+
+
+def writers(tree):
+    """Calls by which a module writes files by their names: open, os.replace, Path.write_text, ..."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    atomic = [call for call in calls if called(call)[1] in ('write_atomically', 'write_new')]
+    within = {id(node) for call in atomic for node in ast.walk(call)}
+    found = set()
+    for call in calls:
+        owner, name = called(call)
+        opened = (owner, name) == ('', 'open') and opens_to_write(call)
+        # files.write_text is a function of its own; Path.write_text is a method.
+        by_name = name in BY_NAME and owner not in ('', 'files')
+        if id(call) not in within and (opened or by_name or (owner == 'os' and name in OF_OS)):
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize('path', MODULES, ids=NAMES.get)
+def test_files_are_written_in_one_place(path):
+    expected = WRITERS.get(NAMES[path], set())
+    assert writers(ast.parse(path.read_text())) == expected
+
+
+def test_a_writer_is_seen():
+    assert writers(ast.parse("open(p, 'w')")) == writers(ast.parse("open(p, mode='ab')")) == {'open'}
+    assert writers(ast.parse('p.write_text(t)\nos.replace(a, b)\nt.replace(a, b)')) == {'write_text', 'replace'}
+    assert writers(ast.parse("open(p)\nopen(p, 'rb')\nfiles.write_atomically(p, lambda f: np.savez(f, a=1))")) == set()
+
+
+@pytest.mark.parametrize('path', MODULES, ids=NAMES.get)
+def test_processes_talk_in_one_place(path):
+    if NAMES[path] != 'mesh.py':
+        assert not [name for name in imports(path) if 'multihost_utils' in name]
+
+
+# Parts whose functions serve the commands alone: whatever is in them, the package calls.
+SERVING = ('cli', 'configs', 'files', 'mesh', 'reports', 'runs', 'training', 'attacks')
+
+
+def test_what_only_tests_call_is_deleted():
+    used, public = set(), set()
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                used.add(node.id)
+            elif isinstance(node, ast.Attribute):
+                used.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and path.name == '__init__.py':
+                used.add(node.value)  # what `__all__` names
+        if part(path) in SERVING:
+            public |= {name for name, _ in public_functions(tree)}
+    overriding = {'_LatestAndBest.should_preserve'}
+    assert sorted(name for name in public - overriding if name.split('.')[-1] not in used) == []
+
+
+@pytest.mark.parametrize('path', [p for p in MODULES if part(p) in SERVING], ids=NAMES.get)
+def test_private_functions_have_few_arguments(path):
+    """What passes more settings on passes them as one small dataclass."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith('_'):
+            arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            assert len([a for a in arguments if a not in ('self', 'cls')]) <= 8, f'{NAMES[path]}: {node.name}'
 
 
 CATCH = {'ValueError', 'Exception', 'BaseException'}

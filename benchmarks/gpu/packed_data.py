@@ -21,14 +21,14 @@ def pack(data_dir, path):
     Raises:
       ValueError: it is not there, or its images do not share their head (as PNG does not).
     """
-    from convnorm_jax.data.records import RecordStore
+    from convnorm_jax.data.records import TFDSRecords
 
     folders = sorted(pathlib.Path(data_dir).glob('cifar10/*/dataset_info.json'))
     if not folders:
         raise ValueError(f'--data={data_dir}: expected a folder with cifar10 in it, prepared by TFDS')
     folder, arrays = folders[-1].parent, {}
     for part in PARTS:
-        records = RecordStore(str(folder), part).records
+        records = TFDSRecords(str(folder), part).records
         rows = [records[i] for i in range(len(records))]
         heads, scans = zip(*(_split(row['image']) for row in rows))
         arrays.setdefault('head', np.frombuffer(heads[0], np.uint8))

@@ -1,8 +1,8 @@
-"""Attacks on a classifier that is known only as `logits_fn`: pixels in [0, 1] -> logits.
+"""Attacks on a classifier, given as `logits_fn`: pixels in [0, 1] -> logits.
 
-An attack is a start, a step, a projection and a loss; `losses.py` holds these pieces, each other
-file a family of attacks. All are pure functions that can be jitted, but for `autoattack`
-(`run_ensemble`), which jits them and sends only the examples still robust on to the next one.
+An attack is a start, a step, a projection and a loss; `projections.py` and `losses.py` hold these pieces, the other
+files the attacks. All are pure functions that can be jitted, except `autoattack` (`run_ensemble`), which jits its
+attacks and runs each on the examples that are still robust.
 """
 
 from convnorm_jax.attacks.apgd import apgd

@@ -1,10 +1,11 @@
-"""Auto-PGD: PGD that chooses its own step size (Croce and Hein 2020, arXiv 2003.01690, algorithm 1).
+"""Auto-PGD: PGD that adapts its step size (Croce and Hein 2020, arXiv 2003.01690, algorithm 1).
 
-Where the authors' code (AutoAttack) and their text part, the numbers are the code's: lengths between
-checks are rounded down one by one; the first loss counts as risen if it is above 0, whatever that of
-the start was; and the first check does not ask whether the best loss stood still. Unlike in both, an
-example that is fooled is left alone from then on, since nothing more is to be won from it.
+Where the authors' code (AutoAttack) and their paper differ, this follows the code: each interval between checks is
+rounded down; the first loss counts as an increase if it is above 0, whatever the loss of the start was; the first check
+does not test whether the best loss has stalled. Unlike in both, an example is not changed any more once it is fooled.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,8 @@ _RHO = 0.75  # the step is kept if the loss rose in more than this share of the 
 class ApgdState:
     """A run between two iterations; a frozen pytree.
 
-    Every leaf but `iteration` has the batch as its first axis, so that examples can be picked out
-    of a state and packed together: `jax.tree.map(lambda leaf: leaf[kept] if leaf.ndim else leaf, state)`.
+    Every leaf but `iteration` has the batch as its first axis, so that a subset of the examples can be selected:
+    `jax.tree.map(lambda leaf: leaf[kept] if leaf.ndim else leaf, state)`.
 
     Attributes:
       iteration: int32 scalar, iterations done.
@@ -37,7 +38,7 @@ class ApgdState:
       increases: int32 [B], iterations since the last check in which the loss rose.
       reduced: bool [B], whether the last check halved the step; true before the first.
       step_size: [B], in units of the pixels, float32 or wider.
-      fooled: bool [B], whether `perturbed` is predicted wrong; such an example no longer moves.
+      fooled: bool [B], whether `perturbed` is misclassified; such an example no longer moves.
     """
 
     iteration: jax.Array
@@ -56,7 +57,7 @@ class ApgdState:
 
     @property
     def adversarial(self) -> jax.Array:
-        """Images [B, H, W, C]: what fooled the model, or else the point of highest loss."""
+        """Images [B, H, W, C]: the iterate that fooled the model, else the point of highest loss."""
         return projections.choose(self.fooled, self.perturbed, self.best_images)
 
 
@@ -74,34 +75,33 @@ def apgd(
 ) -> jax.Array:
     """A whole run from one random start on the surface of the ball.
 
-    Pure and jittable; `steps` + 2 passes forward, `steps` + 1 back. It is one program, in which a
-    fooled example still takes its place: to attack many, `ensemble.autoattack` advances chunks of
-    iterations and sends only the examples that are still robust on, packed into full batches.
+    Pure and jittable; `steps` + 2 forward and `steps` + 1 backward passes. It is one program, in which a fooled example
+    still costs its passes. For many examples use `autoattack`: it runs chunks of iterations and packs the examples that
+    are still robust into full batches.
 
     Args:
       logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K].
       images: float [B, H, W, C] in [0, 1].
       labels: int [B], the true classes.
       epsilon: radius of the ball, in pixel units of [0, 1] (l2: Euclidean length over all pixels
-        and channels); a number, or one an image, [B]; may be traced.
+        and channels); a number, or one per image, [B]; may be traced.
       norm: 'linf' or 'l2' (static).
       steps: number of iterations, at least 1 (static).
-      rng: a PRNG key for the start, or one key an image.
-      loss: what goes up, one of `inputs.LOSSES` (static).
-      targets: int [B], the classes that `losses.targeted_loss` leads to. Any wrong prediction
-        counts as fooled, with targets too.
+      rng: a PRNG key for the start, or one key per image.
+      loss: is maximized, one of `inputs.LOSSES` (static).
+      targets: int [B], target classes of `losses.targeted_loss`. Any wrong prediction counts as fooled, with targets
+        too.
 
     Returns:
-      Images of the shape and dtype of `images`, a constant to differentiation. An example that is
-      predicted wrong as it is stays as it is; another is its first iterate that is predicted
-      wrong, or, if none is, its point of highest loss.
+      Images of the shape and dtype of `images`, a constant to differentiation. A misclassified example is returned
+      unchanged; any other as its first misclassified iterate, else as its point of highest loss.
 
     Raises:
       UserError: an argument of the wrong shape, dtype, range or name.
     """
     inputs.check_count(steps, 'steps')
     images, labels = _checked_problem(logits_fn, images, labels, targets, epsilon, norm, loss)
-    goal = {'epsilon': epsilon, 'norm': norm, 'loss': loss, 'targets': targets}
+    goal: dict[str, Any] = {'epsilon': epsilon, 'norm': norm, 'loss': loss, 'targets': targets}
     state = _start(logits_fn, images, labels, rng=rng, **goal)
     state = apgd_advance(logits_fn, images, labels, state, steps=steps, count=steps, **goal)
     clean = losses.correct(logits_fn(images), labels)
@@ -119,7 +119,7 @@ def apgd_start(
     loss: str,
     targets: jax.Array | None = None,
 ) -> ApgdState:
-    """The state before the first iteration; one pass forward and back. Arguments: see `apgd`."""
+    """The state before the first iteration; one forward and one backward pass. Arguments: see `apgd`."""
     images, labels = _checked_problem(logits_fn, images, labels, targets, epsilon, norm, loss)
     return _start(logits_fn, images, labels, epsilon=epsilon, norm=norm, rng=rng, loss=loss, targets=targets)
 
@@ -161,14 +161,13 @@ def apgd_advance(
 ) -> ApgdState:
     """The state `count` iterations later, in a run of `steps` in all.
 
-    Several short calls give what one long call gives. `state.iteration` may be traced: one program
-    serves all chunks of a run. Iterations past `steps` change nothing, so the last chunk may be as
-    long as the others.
+    Several short calls equal one long call. `state.iteration` may be traced: one program serves all chunks of a run.
+    Iterations past `steps` change nothing, so that the last chunk can be as long as the others.
 
     Args:
       state: as `apgd_start` or this function returned it for the same arguments.
-      steps: iterations of the whole run, which set when the step size is checked (static).
-      count: iterations to do now, at least 1 (static).
+      steps: iterations of the whole run; they determine when the step size is checked (static).
+      count: iterations of this call, at least 1 (static).
       Others: see `apgd`.
 
     Raises:
@@ -213,7 +212,7 @@ def _goal(labels, targets, loss):
 
 
 def _surface(rng, images, norm):
-    """Noise of norm 1: uniform in a cube or normal, divided by its norm."""
+    """Noise of norm 1: uniform in a cube, or normal, divided by its norm."""
     keys, shape, dtype = inputs.example_keys(rng, images.shape[0]), images.shape[1:], projections.wide_dtype(images)
     if norm == 'linf':
         noise = jax.vmap(lambda key: jax.random.uniform(key, shape, dtype, -1, 1))(keys)
@@ -223,7 +222,7 @@ def _surface(rng, images, norm):
 
 
 def _windows(steps):
-    """int32 [steps]: for an iteration that ends in a check, the iterations since the last; else 0."""
+    """int32 [steps]: for an iteration that ends with a check, the iterations since the last check; else 0."""
     window, shorter, smallest = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
     table = np.zeros(steps, np.int32)
     done = window
@@ -235,7 +234,7 @@ def _windows(steps):
 
 
 def _moved(state, images, epsilon, norm):
-    """The next iterate: a projected step up, then `_MOMENTUM` of it and the rest of the last move."""
+    """The next iterate: a projected ascent step, mixed with the last move by `_MOMENTUM`."""
     ascent = projections.expand(state.step_size).astype(images.dtype) * projections.steepest(state.gradient, norm)
     target = projections.project(state.perturbed + ascent, images, epsilon, norm)
     share = jnp.where(state.iteration == 0, 1, _MOMENTUM).astype(images.dtype)
@@ -244,7 +243,7 @@ def _moved(state, images, epsilon, norm):
 
 
 def _judged(state, moved, loss, logits, gradient, labels):
-    """The state at the new iterate, before its step size is looked at."""
+    """The state at the new iterate, before the check of its step size."""
     better = loss > state.best_loss
     return state.replace(
         perturbed=moved,
@@ -260,7 +259,7 @@ def _judged(state, moved, loss, logits, gradient, labels):
 
 
 def _checked_step(state, window):
-    """Halves the step and goes back to the best point where progress was poor (section 3.2 of the paper).
+    """Halves the step and restarts from the best point where progress was poor (section 3.2 of the paper).
 
     Args:
       window: int scalar, see `_windows`.
@@ -269,7 +268,7 @@ def _checked_step(state, window):
     oscillates = state.increases.astype(jnp.float32) <= _RHO * window.astype(jnp.float32)
     stands_still = ~state.reduced & (state.best_at_check >= state.best_loss)
     halve = due & (oscillates | stands_still)
-    # What has just been fooled must be handed out as it is.
+    # An example that has just been fooled keeps its iterate.
     back = halve & ~state.fooled
     return state.replace(
         perturbed=projections.choose(back, state.best_images, state.perturbed),

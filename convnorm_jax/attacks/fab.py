@@ -1,15 +1,15 @@
-"""FAB-T, the fast adaptive boundary attack towards given classes: the smallest perturbation that fools.
+"""FAB-T, the targeted fast adaptive boundary attack: the smallest perturbation that fools the model.
 
-Croce and Hein 2020 (arXiv 1907.02044), algorithm 1, as AutoAttack runs it: one target class at a
-time, no final search. Every iteration linearises the boundary between the label and the target at
-the current point, moves a little past the exact projections of the current point and of the clean
-image on it (within [0, 1]), and steps back towards the clean image where the model is fooled.
+Croce and Hein 2020 (arXiv 1907.02044), algorithm 1, as in AutoAttack: one target class at a time, no final search. Each
+iteration linearizes the boundary between the label and the target at the current point, projects the current point and
+the clean image onto it (exactly, within [0, 1]), moves slightly past these projections, and steps back towards the
+clean image if the model is fooled.
 
-The radius epsilon is no part of it: it sets the random start only. To ask whether an example is
-broken within epsilon, compare `FabState.distance` with it.
+The radius epsilon only scales the random start. To know whether an example is broken within epsilon, compare
+`FabState.distance` with it.
 
-The state has B as its leading axis everywhere, so that a long attack can run in pieces, and
-examples can be packed into other batches between them.
+Every array of the state has the batch as its first axis, so that an attack can run in chunks, between which examples
+can be packed into other batches.
 """
 
 import functools
@@ -28,16 +28,16 @@ ALPHA_MAX = 0.1  # largest weight of the clean image's projection
 ETA = 1.05  # how far a step goes past the boundary
 BETA = 0.9  # what a step back towards the clean image leaves of the perturbation
 
-# An iteration is a gradient and a prediction elsewhere.
+# An iteration is a gradient and a prediction at another point.
 _PASSES = 2
 _SHORTEST_MOVE = 1e-8
 
 
 class FabState(NamedTuple):
-    """Where the attack is, and the best it has found.
+    """The current point of the attack, and the best it has found.
 
     Attributes:
-      current: float [B, H, W, C], the point of the next linearisation, in [0, 1].
+      current: float [B, H, W, C], the point of the next linearization, in [0, 1].
       nearest: float [B, H, W, C], the image nearest to the clean one that fools the model; the
         clean image where there is none yet.
       distance: float32 [B] or wider, norm of `nearest` minus the clean image, inf where there is none yet
@@ -62,18 +62,18 @@ def fab(
 ) -> jax.Array:
     """The smallest perturbation found that makes the model predict another class than the label.
 
-    Fooled means any wrong class, reached on the way to the target or not, and logits that are not finite.
+    Fooled means any wrong class, the target or not, and logits that are not finite.
 
     Args:
       logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K].
       images: float [B, H, W, C] in [0, 1].
       labels: int [B], the true classes.
-      targets: int [B], or [T, B]: T attacks one after another, each from its own start, of which
-        an example keeps the best. FAB-T takes the likeliest wrong classes (`nth_wrong_class`).
-      norm: what is made small, 'linf' or 'l2' (static).
+      targets: int [B], or [T, B]: T attacks one after another, each from its own start; an example
+        keeps the best. FAB-T takes the most likely wrong classes (`nth_wrong_class`).
+      norm: is minimized, 'linf' or 'l2' (static).
       steps: number of iterations, at least 1 (static).
       epsilon: needed with `rng`, see `fab_start`.
-      rng: None starts at the clean image, as AutoAttack does. A PRNG key, or one key an image,
+      rng: None starts at the clean image, as AutoAttack does. A PRNG key, or one key per image,
         draws a random start.
 
     Returns:
@@ -113,11 +113,11 @@ def fab_start(
     rng: jax.Array | None,
     targets: jax.Array,
 ) -> FabState:
-    """The state before the first iteration; one pass of the network, for what is misclassified anyway.
+    """The state before the first iteration; one forward pass, which finds the misclassified examples.
 
     Args:
       logits_fn, images, labels, norm: as for `fab`.
-      epsilon: radius in pixel units of [0, 1], one or one an image, [B]. The random start lies at half of
+      epsilon: radius in pixel units of [0, 1], one, or one per image, [B]. The random start lies at half of
         it from the clean image (before clipping to [0, 1]), in a random direction; not used, and may be
         None, without `rng`.
       rng: as for `fab`.
@@ -142,14 +142,13 @@ def fab_advance(
     count: int,
     limit: int | jax.Array | None = None,
 ) -> FabState:
-    """The state `count` iterations (static) later; pieces add up to the whole.
+    """The state `count` iterations (static) later; several short calls equal one long call.
 
-    An iteration costs a gradient and a forward pass of the network. Arguments and errors are those
-    of `fab_start`.
+    An iteration costs a gradient and a forward pass. Arguments and errors are those of `fab_start`.
 
     Args:
-      limit: of the `count` iterations, those past so many change nothing (may be traced): the last
-        piece can be the program of the others. None: all count.
+      limit: iterations of this call past so many change nothing (may be traced), so that the last chunk can use the
+        program of the others. None: no limit.
     """
     images, labels = inputs.checked_batch(images, labels)
     inputs.check_ball(None, norm)
@@ -162,38 +161,6 @@ def fab_advance(
         return new if limit is None else jax.tree.map(lambda a, b: jnp.where(turn < limit, a, b), new, state)
 
     return loops.repeat(count, body, state, _PASSES * count)
-
-
-def project_on_hyperplane(points: jax.Array, normals: jax.Array, offsets: jax.Array, norm: str) -> jax.Array:
-    """The shortest way, in `norm`, from a point to a hyperplane, without leaving [0, 1].
-
-    Example by example: the delta of smallest norm with <normal, point + delta> = offset and
-    0 <= point + delta <= 1. Where the box does not reach the plane, point + delta is the corner of
-    the box nearest to it. An entry where the normal is 0 does not move. Among the many answers in
-    'linf' it is the one that moves every entry by the same amount or up to the face of the box.
-
-    Exact but for rounding. Not by sorting, as AutoAttack's code: Newton's method ends after finitely
-    many steps on a concave piecewise linear function, and was 30 times faster than a sort of 64
-    CIFAR images (2 cores, jax 0.10.2).
-
-    Args:
-      points: float [B, D] in [0, 1]. normals: float [B, D]. offsets: float [B].
-      norm: 'linf' or 'l2' (static).
-
-    Returns:
-      delta, float [B, D].
-
-    Raises:
-      UserError: shapes that do not belong together, or an unknown norm.
-    """
-    inputs.check_ball(None, norm)
-    points, normals, offsets = jnp.asarray(points), jnp.asarray(normals), jnp.asarray(offsets)
-    if points.ndim != 2 or normals.shape != points.shape or offsets.shape != points.shape[:1]:
-        shapes = f'points.shape={points.shape}, normals.shape={normals.shape}, offsets.shape={offsets.shape}'
-        raise UserError(f'{shapes}: expected [B, D], [B, D] and [B]')
-    dtype = points.dtype
-    points, normals, offsets = projections.wide(points), projections.wide(normals), projections.wide(offsets)
-    return _shortest_move(points, normals, jnp.sum(normals * points, axis=-1) - offsets, norm).astype(dtype)
 
 
 def _check_goal(epsilon, norm, rng):
@@ -209,7 +176,7 @@ def _first_state(logits_fn, images, labels, epsilon, norm, rng):
 
 
 def _iterate(logits_fn, images, labels, targets, state, norm):
-    """One turn of the paper's algorithm 1, in float32 or wider."""
+    """One iteration of the paper's algorithm 1, in float32 or wider."""
 
     def lead(logits):
         logits = projections.wide(logits)
@@ -236,7 +203,7 @@ def _iterate(logits_fn, images, labels, targets, state, norm):
 
 
 def _record(images, moved, fooled, state, norm):
-    """The state after a move: the nearest kept, a step back where the model is fooled."""
+    """The state after a move: keeps the nearest, steps back where the model is fooled."""
     delta = moved - images
     distance = projections.norm_of(delta, norm)
     better = fooled & (distance < state.distance)
@@ -255,10 +222,23 @@ def _start(images, epsilon, norm, rng):
 
 
 def _shortest_move(points, normals, excess, norm):
-    """Delta [..., D] by which <normal, point> falls by `excess` [...]; see `project_on_hyperplane`.
+    """The shortest move, in `norm`, from points to hyperplanes, without leaving [0, 1].
 
-    Every entry moves by min(level * rate, room): its rate is 1 in 'linf' and |normal| in 'l2'
-    (Karush-Kuhn-Tucker), its room is what is left to the face of the box that it moves to.
+    The delta of smallest norm with <normal, delta> = -excess and 0 <= point + delta <= 1. If the box does not reach the
+    plane, point + delta is the corner of the box nearest to it. An entry where the normal is 0 does not move. Of the
+    many solutions in 'linf' it is the one that moves every entry by the same amount, or up to the face of the box.
+
+    Every entry moves by min(level * rate, room): its rate is 1 in 'linf' and |normal| in 'l2' (Karush-Kuhn-Tucker),
+    its room is the distance to the face of the box that it moves to. Exact up to rounding. AutoAttack's code sorts;
+    Newton's method, which ends after finitely many steps on a concave piecewise linear function, was 30 times faster
+    for 64 CIFAR images (2 cores, jax 0.10.2).
+
+    Args:
+      points: float [..., D] in [0, 1]. normals: float [..., D]. excess: float [...], <normal, point> minus the offset.
+      norm: 'linf' or 'l2' (static).
+
+    Returns:
+      delta, float [..., D].
     """
     # In units of the largest entry: squares of the entries of a tiny gradient would underflow.
     scale = jnp.max(jnp.abs(normals), axis=-1)
@@ -269,7 +249,7 @@ def _shortest_move(points, normals, excess, norm):
     room = jnp.where(direction == 0, 0, jnp.maximum(room, 0))
     slopes = jnp.broadcast_to(jnp.abs(normals), room.shape)
     rates = slopes if norm == 'l2' else jnp.ones_like(slopes)
-    # A square that underflows all the same would make 0 * inf.
+    # A square that still underflows would make 0 * inf.
     limits = jnp.where((room > 0) & (slopes * rates > 0), room / rates, 0)
     level = _level(slopes * rates, limits, jnp.abs(excess))[..., None]
     return direction * jnp.where(room > 0, jnp.minimum(level * rates, room), 0)
@@ -279,7 +259,7 @@ def _level(weights, limits, total):
     """The level >= 0 with sum_i weights_i * min(level, limits_i) = total; inf where there is none.
 
     Newton's method from below: the sum is concave and piecewise linear in the level, so that every
-    turn either stays or leaves at least one limit behind. It took 3 to 9 turns.
+    iteration either stays or passes at least one limit. It took 3 to 9 iterations.
 
     Args:
       weights, limits: float [..., D], at least 0. total: float [...], at least 0.

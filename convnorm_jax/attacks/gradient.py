@@ -2,9 +2,9 @@
 
 FGSM: Goodfellow, Shlens, Szegedy 2015 (arXiv 1412.6572), equation in section 4.
 PGD:  Madry et al. 2018 (arXiv 1706.06083), section 2.1.
-Margin loss: Carlini and Wagner 2017 (arXiv 1608.04644), f_6 with the sign turned and no cut-off.
+Margin loss: Carlini and Wagner 2017 (arXiv 1608.04644), f_6 with the opposite sign and no cut-off.
 
-An attack is start x step x projection x loss; the pieces are in `losses.py`.
+An attack is start x step x projection x loss; the pieces are in `projections.py` and `losses.py`.
 """
 
 import functools
@@ -32,12 +32,12 @@ def fgsm(
       logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K].
       images: float [B, H, W, C] in [0, 1].
       labels: int [B], the true classes.
-      epsilon: radius of the ball, in pixel units of [0, 1]; a number, or one an image, [B]; may be traced.
-      loss: what goes up, one of `LOSSES` (static).
+      epsilon: radius of the ball, in pixel units of [0, 1]; a number, or one per image, [B]; may be traced.
+      loss: is maximized, one of `LOSSES` (static).
 
     Returns:
       Adversarial images, shape and dtype of `images`, in [0, 1]; a constant to differentiation. NaN
-      where pixels or classes are out of range that were traced (see `inputs`).
+      where traced pixels or classes are out of range (see `inputs`).
 
     Raises:
       UserError: an argument of the wrong shape, dtype, range or name.
@@ -72,32 +72,32 @@ def pgd(
     the ball with `rng` if given, else the clean image itself; projected.
 
     With several restarts, each from its own noise, an example keeps the first perturbation that
-    fools the model, or else the one of highest loss. Restart number i draws the same noise
-    whatever `restarts` is, so that more restarts never find less.
+    fools the model, else the one of highest loss. Restart number i draws the same noise whatever
+    `restarts` is, so that more restarts never find less.
 
-    No example touches another: padding a batch, or its size, changes no example's gradient.
+    Examples are independent: neither padding a batch nor its size changes an example's gradient.
 
     Args:
       logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K].
       images: float [B, H, W, C] in [0, 1].
       labels: int [B], the true classes.
       epsilon: radius of the ball, in pixel units of [0, 1] (l2: Euclidean length over all pixels
-        and channels); a number, or one an image, [B]; may be traced.
-      step_size: length of a step, same units; a number, or one an image, [B]; may be traced.
+        and channels); a number, or one per image, [B]; may be traced.
+      step_size: length of a step, same units; a number, or one per image, [B]; may be traced.
       steps: number of steps, at least 1 (static).
       norm: 'linf' or 'l2' (static).
-      rng: a PRNG key for the start noise, or one key an image.
+      rng: a PRNG key for the start noise, or one key per image.
       init: float [B, H, W, C], the start noise to use instead of drawing it.
       restarts: number of starts (static); more than one needs `rng` and no `init`.
-      loss: what goes up, one of `LOSSES` (static), or a function logits [B, K] -> loss [B]. Unlike
-        the cross-entropy, the margin has a gradient that does not vanish where the model is very
-        sure of itself.
-      targets: int [B], classes to reach; an example then counts as fooled when its target is
-        predicted. None: any wrong class will do, and so will logits that are not finite.
+      loss: is maximized, one of `LOSSES` (static), or a function logits [B, K] -> loss [B]. Unlike
+        that of the cross-entropy, the gradient of the margin does not vanish where the model is very
+        confident.
+      targets: int [B], target classes; an example then counts as fooled when its target is
+        predicted. None: any wrong class counts, and so do logits that are not finite.
 
     Returns:
       Adversarial images, shape and dtype of `images`, in [0, 1]; a constant to differentiation. NaN
-      where pixels or classes are out of range that were traced (see `inputs`).
+      where traced pixels or classes are out of range (see `inputs`).
 
     Raises:
       UserError: an argument of the wrong shape, dtype, range or name.
@@ -155,19 +155,19 @@ def _goal(labels, targets, loss):
 
 
 def _start(images, noise, epsilon, norm, given):
-    # Noise that is given is taken as it is, inside the ball or not, as the published code does.
+    # Given noise is used as it is, inside the ball or not, as in the published code.
     moved = images + noise
     return projections.clip_pixels(moved) if given else projections.project(moved, images, epsilon, norm)
 
 
 def _step(logits_fn, perturbed, images, loss_fn, step_size, epsilon, norm):
-    """One step up the loss, projected."""
+    """One ascent step, projected."""
     _, _, gradient = losses.value_and_gradient(logits_fn, perturbed, loss_fn)
     return projections.project(perturbed + step_size * projections.steepest(gradient, norm), images, epsilon, norm)
 
 
 def _stronger(best, candidate):
-    """Per example the candidate if it is the first to fool, or if none did and it has more loss."""
+    """Per example the candidate if it is the first to fool, or if none did and its loss is higher."""
     best_images, best_fooled, best_loss = best
     images, fooled, loss = candidate
     better = ~best_fooled & (fooled | (loss > best_loss))

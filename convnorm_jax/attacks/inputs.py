@@ -1,11 +1,10 @@
-"""What an attack is given: checks of it, its radii, its random keys.
+"""The arguments of attacks: checks, radii, random keys.
 
-What is known when a function is called or traced is refused there, in one line. That is every shape
-and dtype, and every value of an array that is there: it is looked at once, before the attack, which
-waits for the images to be computed and for nothing else. The values of a traced array (under `jit`)
-cannot be looked at. There an image whose pixels, label or target are out of range becomes NaN, and so
-does all that the attack makes of it: it cannot be taken for a result. That costs a comparison of the
-pixels, once an attack, and waits for no device.
+Shapes and dtypes are checked when a function is called or traced, and so are the values of concrete arrays: once,
+before the attack, which waits only for the images to be computed. The values of a traced array (under `jit`) cannot be
+checked. There an image whose pixels, label or target are out of range becomes NaN, and so does everything that is
+computed from it: it cannot be mistaken for a result. That costs one comparison of the pixels per attack and no
+synchronization.
 """
 
 import numbers
@@ -18,11 +17,12 @@ import numpy as np
 from convnorm_jax.errors import UserError
 
 LogitsFn = Callable[[jax.Array], jax.Array]
+Array = jax.Array | np.ndarray
 
 LOSSES = ('cross_entropy', 'margin', 'dlr')
 NORMS = ('linf', 'l2')
 
-# Pixels may lie so far outside of [0, 1], or two units in the last place of their dtype: that is rounding.
+# Pixels may be so far outside of [0, 1], or two units in the last place of their dtype, by rounding.
 _ROUNDING = 1e-5
 _GENERATOR = 'threefry2x32'
 
@@ -30,9 +30,9 @@ _GENERATOR = 'threefry2x32'
 def checked_problem(
     logits_fn: LogitsFn, images: jax.Array, labels: jax.Array, targets: jax.Array | None = None, *, classes: int = 2
 ) -> tuple[jax.Array, jax.Array]:
-    """Images and labels that an attack can start from; see the head of this file.
+    """Checked images and labels; see the docstring of this module.
 
-    The network is traced once, not run, to learn how many classes there are.
+    The network is traced once, not run, to count its classes.
 
     Args:
       logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K].
@@ -63,7 +63,7 @@ def checked_problem(
 
 
 def checked_batch(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both as JAX arrays of a good shape and dtype; images as constants to differentiation.
+    """Both as JAX arrays of checked shape and dtype; images as constants to differentiation.
 
     Raises:
       UserError: images that are not float [B, H, W, C], labels that are not int [B].
@@ -80,7 +80,7 @@ def checked_batch(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
     return jax.lax.stop_gradient(images), labels
 
 
-def class_count(logits_fn: LogitsFn, images: jax.Array, at_least: int = 2) -> int:
+def class_count(logits_fn: LogitsFn, images: jax.Array | jax.ShapeDtypeStruct, at_least: int = 2) -> int:
     """K of the logits [B, K] of these images; the network is traced, not run.
 
     Raises:
@@ -95,14 +95,14 @@ def class_count(logits_fn: LogitsFn, images: jax.Array, at_least: int = 2) -> in
 
 
 def check_pixels(images: np.ndarray) -> None:
-    """Raises UserError unless the pixels of an array that is there lie in [0, 1], but for rounding."""
+    """Raises UserError unless the pixels of a concrete array are in [0, 1], up to rounding."""
     _pixels_in_range(images, _low_and_high(images))
 
 
-def check_classes(classes: jax.Array, batch: int, name: str, count: int | None = None) -> None:
+def check_classes(classes: Array, batch: int, name: str, count: int | None = None) -> None:
     """Raises UserError unless `classes` (labels, targets) is int [batch], and, if given, below `count`."""
     if classes.shape != (batch,):
-        raise UserError(f'{name}.shape={classes.shape}: expected {(batch,)}, one an image')
+        raise UserError(f'{name}.shape={classes.shape}: expected {(batch,)}, one per image')
     if not jnp.issubdtype(classes.dtype, jnp.integer):
         raise UserError(f'{name}.dtype={classes.dtype}: expected integers')
     if count is not None:
@@ -110,7 +110,7 @@ def check_classes(classes: jax.Array, batch: int, name: str, count: int | None =
 
 
 def check_loss(loss: str, classes: int | None = None) -> None:
-    """Raises UserError for a loss that is not among `LOSSES`, or that so few classes do not have."""
+    """Raises UserError for a loss that is not one of `LOSSES`, or that needs more classes."""
     if loss not in LOSSES:
         raise UserError(f'loss={loss!r}: expected one of {", ".join(LOSSES)}')
     if classes is not None and classes < fewest_classes(loss):
@@ -118,12 +118,12 @@ def check_loss(loss: str, classes: int | None = None) -> None:
 
 
 def fewest_classes(loss: str, targeted: bool = False) -> int:
-    """Classes that a loss needs; a function as a loss says nothing about it."""
+    """The number of classes that a loss needs, at least 2."""
     return (4 if targeted else 3) if loss == 'dlr' else 2
 
 
 def check_ball(epsilon: float | jax.Array | None, norm: str) -> None:
-    """Raises UserError for an unknown norm or an impossible radius (a traced one is not looked at)."""
+    """Raises UserError for an unknown norm or an impossible radius (a traced one is not checked)."""
     if norm not in NORMS:
         raise UserError(f'norm={norm!r}: expected one of {", ".join(NORMS)}')
     words = '0 to 1, in units of [0, 1] (8/255, not 8)' if norm == 'linf' else '0 or more'
@@ -131,7 +131,7 @@ def check_ball(epsilon: float | jax.Array | None, norm: str) -> None:
 
 
 def check_step_size(step_size: float | jax.Array, norm: str) -> None:
-    """Raises UserError for an impossible length of a step (a traced one is not looked at)."""
+    """Raises UserError for an impossible step size (a traced one is not checked)."""
     words = 'above 0, up to 1, in units of [0, 1] (2/255, not 2)' if norm == 'linf' else 'above 0'
     _check_length(step_size, 'step_size', norm, words, lambda values: values > 0)
 
@@ -143,24 +143,25 @@ def check_count(value: int, name: str) -> None:
 
 
 def per_image(value: float | jax.Array, images: jax.Array, name: str) -> jax.Array:
-    """A radius or a step for images [B, H, W, C], in their dtype: of shape [], or [B, 1, 1, 1] from one an image.
+    """A radius or a step size for images [B, H, W, C], in their dtype: of shape [], or [B, 1, 1, 1] if one per image.
 
     Raises:
-      UserError: another shape, one value a channel for example.
+      UserError: another shape, such as one value per channel.
     """
     value, batch = jnp.asarray(value, images.dtype), images.shape[0]
     if value.ndim == 0:
         return value
     if value.shape not in ((batch,), (batch, 1, 1, 1)):
-        raise UserError(f'{name}.shape={value.shape}: expected a number, or {(batch,)}, one an image')
+        raise UserError(f'{name}.shape={value.shape}: expected a number, or {(batch,)}, one per image')
     return value.reshape(batch, 1, 1, 1)
 
 
 def example_keys(rng: jax.Array, batch: int) -> jax.Array:
-    """One PRNG key an example, [batch].
+    """One PRNG key per example, [batch].
 
     Args:
-      rng: a key, split by the example's place in the batch, or already one key an example.
+      rng: a key, split by the position in the batch, or one key per example.
+      batch: number of examples.
 
     Raises:
       UserError: no key, or another number of keys.
@@ -169,13 +170,13 @@ def example_keys(rng: jax.Array, batch: int) -> jax.Array:
     if rng.ndim == 0:
         return numbered_keys(rng, jnp.arange(batch))
     if rng.shape != (batch,):
-        raise UserError(f'rng.shape={rng.shape}: expected one key, or {batch}, one an image')
+        raise UserError(f'rng.shape={rng.shape}: expected one key, or {batch}, one per image')
     return rng
 
 
-def numbered_keys(rng: jax.Array, places: jax.Array) -> jax.Array:
+def numbered_keys(rng: jax.Array, numbers: jax.Array) -> jax.Array:
     """The keys [B] of the examples with these numbers, int [B]."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(typed_key(rng), places)
+    return jax.vmap(jax.random.fold_in, (None, 0))(typed_key(rng), numbers)
 
 
 def fold_in(keys: jax.Array, number: int | jax.Array) -> jax.Array:
@@ -184,10 +185,9 @@ def fold_in(keys: jax.Array, number: int | jax.Array) -> jax.Array:
 
 
 def typed_key(rng: jax.Array) -> jax.Array:
-    """Threefry keys of any shape, from keys of any generator, of `jax.random.key` or of `jax.random.PRNGKey`.
+    """Threefry keys of any shape, from keys of any generator, of `jax.random.key` or `jax.random.PRNGKey`.
 
-    Only threefry draws for each of many keys what it draws for that key alone; what 'rbg' draws depends on
-    the batch.
+    Under `vmap`, threefry draws for each key what it draws for that key alone; 'rbg' draws depend on the batch.
 
     Raises:
       UserError: not a key.
@@ -211,7 +211,7 @@ def typed_key(rng: jax.Array) -> jax.Array:
 
 
 def _low_and_high(array):
-    """(smallest, largest) of an array that is there, floats; None for a traced or an empty one, and for None."""
+    """(smallest, largest) of a concrete array, floats; None for a traced or an empty one, and for None."""
     if array is None or isinstance(array, jax.core.Tracer):
         return None
     if isinstance(array, jax.Array):
@@ -228,7 +228,7 @@ def _low_and_high(array):
 
 
 def _pixels_in_range(images, known):
-    """Flags [B] of traced images; None where they are there, and in range."""
+    """Flags [B] of traced images; None for concrete ones, which are in range."""
     slack = max(_ROUNDING, 2 * float(jnp.finfo(images.dtype).eps))
     if isinstance(images, jax.core.Tracer) and known is None:
         axes = (1, 2, 3)
@@ -242,7 +242,7 @@ def _pixels_in_range(images, known):
 
 
 def _classes_in_range(classes, count, name, known):
-    """Flags of traced classes; None where they are there, and in range."""
+    """Flags of traced classes; None for concrete ones, which are in range."""
     if isinstance(classes, jax.core.Tracer) and known is None:
         return (classes >= 0) & (classes < count)
     if known is not None and not (known[0] >= 0 and known[1] < count):

@@ -1,53 +1,47 @@
 """Loops over passes of a network, unrolled on a CPU."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 # A program holds at most this many copies of the network (the paper runs PGD-20).
 UNROLLED_COPIES = 50
 
 
 def unrolls(copies: int) -> bool:
-    """Whether a loop over `copies` passes of the network is written out in full where it runs on a CPU.
+    """Whether a loop over `copies` passes of the network is unrolled on a CPU.
 
-    XLA:CPU runs a convolution inside a while loop 2 to 15 times slower than outside it: 2 times on
-    five steps of a ResNet-18, 15 times on twenty of 17 convolutions of 32 channels (2 cores, jax
-    0.10.2). Written out they cost compile time (that net: 0.2 s a copy): hence the limit. Other
-    backends get the loop, which compiles in a moment.
+    XLA:CPU runs a convolution inside a while loop 2 to 15 times slower than outside it: 2 times for
+    five steps of a ResNet-18, 15 times for twenty of 17 convolutions of 32 channels (2 cores, jax
+    0.10.2). Unrolling costs compile time (that net: 0.2 s per copy), hence the limit. Other
+    backends get the loop, which compiles fast.
     """
     return copies <= UNROLLED_COPIES
 
 
-def by_platform(copies: int, written_out: Callable, loop: Callable, *args):
-    """`written_out(*args)` in a program for a CPU, if it `unrolls` so many copies; else `loop(*args)`.
+def by_platform(copies: int, unrolled: Callable[..., Any], loop: Callable[..., Any], *args: Any) -> Any:
+    """`unrolled(*args)` in a program for a CPU if it `unrolls` so many copies, else `loop(*args)`.
 
-    Decided when the program is lowered for its platform, not where it is traced: `jax.export` to another one is right.
+    The choice is made when the program is lowered, not when it is traced, so that `jax.export` to another platform
+    makes the right one.
     """
     if not unrolls(copies):
         return loop(*args)
-    return jax.lax.platform_dependent(*args, cpu=written_out, default=loop)
+    return jax.lax.platform_dependent(*args, cpu=unrolled, default=loop)
 
 
-def repeat(count: int, body: Callable, start, copies: int | None = None):
-    """`fori_loop(0, count, body, start)`, written out where that is faster.
+def repeat(count: int, body: Callable[[Any, Any], Any], start: Any, copies: int | None = None) -> Any:
+    """`fori_loop(0, count, body, start)`, unrolled where that is faster.
 
     Args:
-      copies: passes of the network in all `count` turns (default `count`).
+      count: iterations; body, start: see `jax.lax.fori_loop`.
+      copies: passes of the network in all iterations (default `count`).
     """
-    if count == 1:  # a loop of one turn stays a loop, whatever `unroll` says
+    if count == 1:  # XLA keeps a loop of one iteration, whatever `unroll` says
         return body(0, start)
     body = jax.jit(body)  # traced once for both of the loops
-    written_out, loop = [
+    unrolled, loop = [
         lambda carry, unroll=unroll: jax.lax.fori_loop(0, count, body, carry, unroll=unroll) for unroll in (True, False)
     ]
-    return by_platform(count if copies is None else copies, written_out, loop, start)
-
-
-def to_host(array: jax.Array) -> np.ndarray:
-    """A NumPy copy, whole in every process where the array lies on the devices of many."""
-    if getattr(array, 'is_fully_addressable', True):
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return by_platform(count if copies is None else copies, unrolled, loop, start)

@@ -1,41 +1,44 @@
-"""Losses that attacks maximize, their gradients, and which predictions are correct.
+"""Losses that attacks maximize, their gradients, and correct predictions.
 
-An attack sees a model only as `logits_fn`: images [B, H, W, C] with pixels in [0, 1] -> logits [B, K]. Normalization,
+An attack is given a model as `logits_fn`: images [B, H, W, C] with pixels in [0, 1] -> logits [B, K]. Normalization,
 `train=False` and the parameters are inside it. Every example has its own loss (a sum, not a mean), so that its result
 depends neither on the rest of its batch nor on the batch's size.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convnorm_jax.attacks.inputs import LogitsFn, check_loss, fewest_classes
+from convnorm_jax.attacks.inputs import Array, LogitsFn, check_loss, fewest_classes
 from convnorm_jax.attacks.projections import wide
 from convnorm_jax.errors import UserError
+
+AnyArray = TypeVar('AnyArray', jax.Array, np.ndarray)
 
 _SMALLEST_DISTANCE = 1e-12
 
 
-def correct(logits: jax.Array, classes: jax.Array) -> jax.Array:
+def correct(logits: AnyArray, classes: Array) -> AnyArray:
     """Whether the largest logit is that of the class, and all are finite, bool [B].
 
-    An output that is not finite is no prediction: argmax would call NaN the class 0. JAX arrays or NumPy's.
+    An output that is not finite is no prediction: argmax of NaN is class 0. For JAX arrays or NumPy's.
     """
     numpy = np if isinstance(logits, np.ndarray) else jnp
     return (logits.argmax(-1) == classes) & numpy.isfinite(logits).all(-1)
 
 
 def attack_loss(logits: jax.Array, labels: jax.Array, loss: str) -> jax.Array:
-    """What an untargeted attack drives up, one value an example.
+    """The loss that an untargeted attack maximizes, one value per example.
 
     Args:
       logits: float [B, K], K at least 2; computed in float32 or wider.
       labels: int [B].
       loss: 'cross_entropy', -log softmax(logits)[label], or
         'margin', max over j != label of logits[j], minus logits[label]: above 0 exactly where
-        the prediction is wrong (but for ties), or
+        the prediction is wrong (except for ties), or
         'dlr', the margin over the distance from the largest to the third largest logit: the same
         sign, but unchanged if all logits are scaled (Croce and Hein 2020, arXiv 2003.01690,
         equation 6). Needs three classes.
@@ -58,10 +61,10 @@ def attack_loss(logits: jax.Array, labels: jax.Array, loss: str) -> jax.Array:
 
 
 def targeted_loss(logits: jax.Array, labels: jax.Array, targets: jax.Array, loss: str) -> jax.Array:
-    """What an attack towards the classes `targets` drives up, one value an example.
+    """The loss that an attack towards the classes `targets` maximizes, one value per example.
 
     Args:
-      logits: float [B, K]. labels, targets: int [B], the true and the wanted classes.
+      logits: float [B, K]. labels, targets: int [B], the true and the target classes.
       loss: 'cross_entropy', log softmax(logits)[target];
         'margin', logits[target] minus the largest other logit; or
         'dlr', logits[target] - logits[label] over the largest logit minus the mean of the third
@@ -90,13 +93,16 @@ def nth_wrong_class(logits: jax.Array, labels: jax.Array, n: int | jax.Array) ->
     return order[:, n].astype(jnp.int32)
 
 
-def value_and_gradient(logits_fn: LogitsFn, images: jax.Array, loss_fn: Callable[[jax.Array], jax.Array]):
+def value_and_gradient(
+    logits_fn: LogitsFn, images: jax.Array, loss_fn: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(loss [B], logits [B, K], gradient of the summed loss with respect to the images).
 
-    A sum, not a mean: an example's gradient then does not depend on who else is in the batch, and a
-    large batch does not push small gradients towards the underflow of float32.
+    A sum, not a mean: an example's gradient then does not depend on the rest of the batch, and small gradients do not
+    underflow in a large batch.
 
     Args:
+      logits_fn, images: see `attacks.pgd`.
       loss_fn: logits -> loss [B].
     """
 

@@ -2,11 +2,12 @@
 
 `epsilon` and step sizes are in the units of the pixels: 8/255, not 8; each is one number, or one per image, [B].
 
-Lengths are computed in float32 or wider, whatever the dtype of the images: squares of small float16 numbers underflow,
+Norms are computed in float32 or wider, whatever the dtype of the images: squares of small float16 numbers underflow,
 sums of large ones overflow.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ def clip_pixels(images: jax.Array) -> jax.Array:
 def project_linf(perturbed: jax.Array, images: jax.Array, epsilon: float | jax.Array) -> jax.Array:
     """The nearest point to `perturbed` within +-`epsilon` of `images` and within [0, 1].
 
-    Both of shape [B, H, W, C], `epsilon` one number or one an image, [B]. Clipping to the ball and
+    Both of shape [B, H, W, C], `epsilon` one number, or one per image, [B]. Clipping to the ball and
     then to [0, 1] is exact, because both are boxes and `images` lies in both.
     """
     epsilon = per_image(epsilon, images, 'epsilon')
@@ -34,8 +35,8 @@ def project_linf(perturbed: jax.Array, images: jax.Array, epsilon: float | jax.A
 def project_l2(perturbed: jax.Array, images: jax.Array, epsilon: float | jax.Array) -> jax.Array:
     """A point within the Euclidean distance `epsilon` of `images` and within [0, 1].
 
-    Arguments as `project_linf`'s. The difference is shortened to `epsilon`, then pixels are clipped
-    to [0, 1], which brings them closer still: in both sets, though not always the nearest such point
+    Arguments as `project_linf`'s. The difference is scaled to length `epsilon`, then pixels are
+    clipped to [0, 1], which shortens it further: the result is in both sets, though not always the nearest such point
     (as in AutoAttack's code).
     """
     delta, dtype = wide(perturbed - images), images.dtype
@@ -50,8 +51,8 @@ def project(perturbed: jax.Array, images: jax.Array, epsilon: float | jax.Array,
     return {'linf': project_linf, 'l2': project_l2}[norm](perturbed, images, epsilon)
 
 
-def wide_dtype(x: jax.Array):
-    """The dtype that lengths of `x` are computed in: float32, or its own where that is wider."""
+def wide_dtype(x: jax.Array) -> Any:
+    """The dtype that norms of `x` are computed in: float32, or its own if that is wider."""
     return x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
 
 
@@ -83,7 +84,7 @@ def unit(x: jax.Array, norm: str) -> jax.Array:
 def steepest(gradient: jax.Array, norm: str) -> jax.Array:
     """The direction of steepest ascent of length 1: the sign, or the gradient over its norm.
 
-    NaN says nothing about the way and counts as 0.
+    NaN counts as 0.
     """
     if norm == 'linf':
         return jnp.where(jnp.isnan(gradient), 0, jnp.sign(gradient))
@@ -91,14 +92,14 @@ def steepest(gradient: jax.Array, norm: str) -> jax.Array:
 
 
 def finite(x: jax.Array) -> jax.Array:
-    """In float32 or wider: 0 in the place of NaN, very large numbers in that of infinities."""
+    """In float32 or wider: NaN becomes 0, infinities become very large numbers."""
     x = wide(x)
     largest = float(jnp.finfo(x.dtype).max) / 4  # its reciprocal does not underflow
     return jnp.where(jnp.isnan(x), 0, jnp.clip(x, -largest, largest))
 
 
 def expand(per_example: jax.Array, ndim: int = 4) -> jax.Array:
-    """[B] -> [B, 1, 1, 1], to be combined with images."""
+    """[B] -> [B, 1, 1, 1], which broadcasts with images."""
     return per_example.reshape(per_example.shape + (1,) * (ndim - 1))
 
 
@@ -112,7 +113,7 @@ def uniform_start(rng: jax.Array, images: jax.Array, epsilon: float | jax.Array,
 
     Args:
       rng: see `example_keys`.
-      epsilon: one radius, or one an image, [B].
+      epsilon: one radius, or one per image, [B].
     """
     shape, dtype = images.shape[1:], wide_dtype(images)
     if norm == 'linf':
@@ -124,7 +125,7 @@ def uniform_start(rng: jax.Array, images: jax.Array, epsilon: float | jax.Array,
 
 
 def _scaled(x):
-    """(x in float32 or wider over its largest entry, that entry [B]), by example: its squares do not underflow."""
+    """(x in float32 or wider divided by its largest entry, that entry [B]), per example: squares do not underflow."""
     x = wide(x)
     largest = jnp.abs(x).max(axis=tuple(range(1, x.ndim)))
     scale = jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)

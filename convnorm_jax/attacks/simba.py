@@ -1,11 +1,11 @@
-"""SimBA: one vector of an orthonormal basis at a time, kept if the label's probability falls.
+"""SimBA: steps along one vector of an orthonormal basis at a time, kept if the label's probability decreases.
 
-Guo, Gardner, You, Wilson, Weinberger 2019 (arXiv 1905.07121), algorithm 1, in pixel space or in
-that of the discrete cosine transform. Orders and counts are those of the authors' code: the clean
-image is no counted query; a step counts 1 if +step is taken, else 2.
+Guo, Gardner, You, Wilson, Weinberger 2019 (arXiv 1905.07121), algorithm 1, in the basis of
+pixels or of the discrete cosine transform. Orders and counts are those of the authors' code: the clean image is not
+counted as a query; a step counts 1 if +step is taken, else 2.
 
-Each pass of the network asks every example's own next question (+ or - of its own next vector), so
-none waits for another and `queries` of an example are the passes it took part in.
+In each pass of the network every example tries its own next step (+ or - its own next vector), so that none waits for
+another; `queries` of an example are the passes in which it was active.
 """
 
 from typing import NamedTuple
@@ -22,11 +22,11 @@ BASES = ('pixel', 'dct')
 
 
 class SimbaState(NamedTuple):
-    """Where the attack stands; every array has the batch as its first axis.
+    """The state of the attack; every array has the batch as its first axis.
 
     delta: float [B, H, W, C], the sum of the steps taken, before any clipping.
     odds: float32 [B] or wider, log(p / (1 - p)) of the label's probability p there.
-    order: int32 [B, steps], each example's vectors, as numbers into [H, W, C].
+    order: int32 [B, steps], each example's vectors, as flat indices into [H, W, C].
     place: int32 [B], the step that each example is at.
     plus_failed: bool [B], whether +step was tried there already.
     queries: int32 [B], used so far, the clean image not counted.
@@ -43,13 +43,13 @@ class SimbaState(NamedTuple):
 
 
 class SimbaResult(NamedTuple):
-    """What SimBA found, by example.
+    """What SimBA found, per example.
 
     images: float [B, H, W, C] in [0, 1].
     queries: int32 [B]; 0 exactly where the clean image was misclassified.
     success: bool [B], whether another class than the label is predicted, or logits are not finite.
-    l2: float32 [B] or wider, Euclidean length of images - clean images, as clipped (the authors' code
-      measures it before the clipping to [0, 1]).
+    l2: float32 [B] or wider, Euclidean length of images - clean images, after clipping (the authors' code
+      measures it before).
     """
 
     images: jax.Array
@@ -72,27 +72,27 @@ def simba(
     epsilon: float | jax.Array | None = None,
     rng: jax.Array,
 ) -> SimbaResult:
-    """The whole attack; an example ends when it is misclassified or has been through its vectors.
+    """The whole attack; an example ends when it is misclassified or has tried all its vectors.
 
-    Can be jitted. On a CPU more than a few steps are much faster as a loop of the host over a jitted
+    Can be jitted. On a CPU more than a few steps are much faster as a host loop over a jitted
     `simba_advance` (`loops.unrolls` says why).
 
     Args:
       logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K]. Never differentiated.
       images: float [B, H, W, C] in [0, 1].
       labels: int [B], the true classes.
-      step_size: length of a step, in pixel units of [0, 1]; a number, or one an image, [B]; may be traced.
-      steps: at most so many vectors, each tried once (static). None: all that the order has.
-      queries: at most so many by each example, even if it then has tried only +step of a vector (static).
-        None: two a vector.
+      step_size: length of a step, in pixel units of [0, 1]; a number, or one per image, [B]; may be traced.
+      steps: number of vectors, each tried once (static). None: all.
+      queries: limit for each example, even if only +step of its last vector has been tried (static). None: two per
+        vector.
       basis: 'pixel' or 'dct' (static).
       frequencies: 'dct': only the `frequencies` x `frequencies` lowest of each channel, in random
         order (static). None: all.
       stride: 'dct', with `frequencies`: all frequencies, first that lowest block, then blocks that
         reach `stride` further each, in random order within each (static).
-      epsilon: the perturbation is clipped to +-epsilon; None: not. A number, or one an image, [B]; may
+      epsilon: the perturbation is clipped to +-epsilon; None: not. A number, or one per image, [B]; may
         be traced.
-      rng: a PRNG key, or one key an image.
+      rng: a PRNG key, or one key per image.
 
     Returns:
       SimbaResult; a constant to differentiation.
@@ -105,7 +105,7 @@ def simba(
     state = simba_start(
         logits_fn, images, labels, steps=steps, basis=basis, frequencies=frequencies, stride=stride, rng=rng
     )
-    images = projections.clip_pixels(jnp.asarray(images))  # looked at by now: this is rounding
+    images = projections.clip_pixels(jnp.asarray(images))  # checked by now: only rounding is left
     most = 2 * state.order.shape[1]
     most = most if queries is None else min(most, queries)
     options = {'step_size': step_size, 'queries': queries, 'basis': basis, 'epsilon': epsilon}
@@ -132,9 +132,9 @@ def simba_start(
     stride: int | None = None,
     rng: jax.Array,
 ) -> SimbaState:
-    """The clean images, judged (one pass of the network), and every example's order of vectors.
+    """The state before the first step (one forward pass), with every example's order of vectors.
 
-    Args, Raises: see `simba`.
+    Arguments and errors: see `simba`.
     """
     images, labels = inputs.checked_problem(logits_fn, images, labels)
     blocks = _blocks(images.shape[1:], basis, frequencies, stride)
@@ -158,14 +158,15 @@ def simba_advance(
     epsilon: float | jax.Array | None = None,
     count: int,
 ) -> SimbaState:
-    """`count` queries more (static) by every example that is still active (`simba_active`).
+    """`count` (static) more queries for every example that is still active (`simba_active`).
 
-    No random numbers, no clock: examples may be packed into other batches between two calls.
+    It draws no random numbers: examples may be packed into other batches between two calls.
 
     Args:
       images, labels: the clean images and their classes, as given to `simba_start`.
       state: from `simba_start` (of the same basis) or an earlier call.
-      queries: of the whole attack, at most so many by each example; may be traced.
+      queries: limit for each example, of the whole attack; may be traced.
+      count: queries of this call.
       logits_fn, step_size, basis, epsilon: see `simba`.
 
     Raises:
@@ -174,7 +175,7 @@ def simba_advance(
     images, labels = inputs.checked_batch(images, labels)
     inputs.check_count(count, 'count')
     _check_basis(basis)
-    inputs.check_step_size(step_size, 'l2')  # of a vector: no pixel need move so far
+    inputs.check_step_size(step_size, 'l2')  # the length of a vector: a pixel may move less
     step_size = inputs.per_image(step_size, images, 'step_size')
     epsilon = _checked_epsilon(epsilon, images)
     rows, columns = (jnp.asarray(_basis(size, basis), images.dtype) for size in images.shape[1:3])
@@ -193,7 +194,7 @@ def simba_advance(
 
 
 def simba_active(state: SimbaState, queries: int | jax.Array | None = None) -> jax.Array:
-    """Whether an example would still ask the network something, bool [B], with so many queries in all (None: any)."""
+    """Whether an example is still being attacked, bool [B], with a limit of `queries` in all (None: no limit)."""
     active = ~state.fooled & (state.place < state.order.shape[1])
     return active if queries is None else active & (state.queries < queries)
 
@@ -212,7 +213,7 @@ def simba_result(images: jax.Array, state: SimbaState, epsilon: float | jax.Arra
 
 
 def simba_summary(result: SimbaResult) -> dict[str, float]:
-    """The published figures, over the examples that were rightly classified to begin with.
+    """The published figures, over the examples whose clean image was classified correctly.
 
     Args:
       result: of any number of examples, on the host or not.
@@ -253,7 +254,7 @@ def _checked_epsilon(epsilon, images):
 
 
 def _next(state, active, delta, odds, fooled):
-    """The state after each active example's candidate `delta` was judged."""
+    """The state after each active example's candidate `delta` was evaluated."""
     taken = active & (odds < state.odds)
     done = taken | (active & state.plus_failed)
     return state._replace(
@@ -272,7 +273,7 @@ def _judged(logits_fn, images, labels):
     logits = jax.lax.stop_gradient(logits_fn(images))
     margin = losses.attack_loss(logits, labels, 'margin')
     others = jnp.where(jax.nn.one_hot(labels, logits.shape[-1], dtype=bool), -jnp.inf, logits.astype(margin.dtype))
-    # They order as probabilities do, but still tell them apart where float32 rounds them all to 1.
+    # They have the order of the probabilities, and still differ where float32 rounds all of these to 1.
     odds = -margin - jax.nn.logsumexp(others - others.max(axis=-1, keepdims=True), axis=-1)
     # An output that is not finite is no prediction: the lowest odds there are.
     odds = jnp.where(jnp.isfinite(logits).all(-1), odds, -jnp.inf)
@@ -288,7 +289,7 @@ def _basis(size, basis):
 
 
 def _blocks(shape, basis, frequencies, stride):
-    """The block [H * W * C] that each vector is in, -1 for none: lower blocks come first."""
+    """The block [H * W * C] of each vector, -1 for none: lower blocks come first."""
     _check_basis(basis)
     height, width, _ = shape
     largest = max(height, width)
@@ -308,7 +309,7 @@ def _blocks(shape, basis, frequencies, stride):
 
 
 def _order(key, blocks):
-    """The numbers of all vectors that are in a block, block by block, shuffled in each, int32."""
+    """The indices of all vectors in a block, block by block, shuffled within each, int32."""
     numbers = np.flatnonzero(blocks >= 0)
     shuffled = jax.random.permutation(key, jnp.asarray(numbers, jnp.int32))
     return shuffled[jnp.argsort(jnp.asarray(blocks)[shuffled], stable=True)]

@@ -1,14 +1,14 @@
-"""The Square attack: random search with squares, by queries of the logits alone.
+"""The Square attack: random search with square-shaped changes, using only the logits.
 
 Andriushchenko, Croce, Flammarion, Hein 2020 (arXiv 1912.00049): algorithm 1 with the proposals of
 algorithms 2 ('linf') and 3 ('l2'). Constants and margin loss are those of AutoAttack's version.
 
-Against AutoAttack's code: positions run up to the last one, as in the paper (there the last row
-and column are left out), and every example draws its own ones (there a batch shares them).
+Two differences from AutoAttack's code: positions include the last row and column, as in the paper, and every example
+draws its own ones, where AutoAttack's batch shares them.
 """
 
 import bisect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from convnorm_jax.attacks import inputs, loops, losses, projections
 from convnorm_jax.attacks.inputs import LogitsFn
 
-# The share of pixels that a square covers: 0.8 at first, half of it past each of these queries of 10,000.
+# The share of pixels that a square covers: 0.8 at first, halved after each of these queries out of 10,000.
 _FIRST_SHARE = 0.8
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
@@ -25,11 +25,11 @@ _SMALLEST_NORM = 1e-12
 
 
 class SquareState(NamedTuple):
-    """Where the attack stands; every array has the batch as its first axis.
+    """The state of the attack; every array has the batch as its first axis.
 
     images: float [B, H, W, C], the best perturbed images so far, in the ball and in [0, 1].
     margin: float32 [B] or wider, their largest wrong logit minus the logit of the label.
-    queries: int32 [B], passes of the network that each example has used, its start included.
+    queries: int32 [B], passes of the network that each example has used, with its start.
     fooled: bool [B], whether another class than the label is predicted, or logits are not finite.
     """
 
@@ -49,21 +49,21 @@ def square(
     queries: int = 5000,
     rng: jax.Array,
 ) -> SquareState:
-    """The whole attack: a start, then up to `queries` random changes, kept where the margin grows.
+    """The whole attack: a start, then up to `queries` random changes, each kept if the margin grows.
 
     Can be jitted. It ends when all are fooled. On a CPU more than a few queries are much faster as a
-    loop of the host over a jitted `square_advance` (`loops.unrolls` says why). An example that is
-    misclassified to begin with is attacked like any other.
+    host loop over a jitted `square_advance` (`loops.unrolls` says why). An example whose clean image
+    is misclassified is attacked like any other.
 
     Args:
       logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K]. Never differentiated.
       images: float [B, H, W, C] in [0, 1].
       labels: int [B], the true classes.
       epsilon: radius of the ball, in pixel units of [0, 1] (l2: Euclidean length over all pixels
-        and channels); a number, or one an image, [B]; may be traced.
+        and channels); a number, or one per image, [B]; may be traced.
       norm: 'linf' or 'l2' (static).
-      queries: changes tried after the start, at least 1 (static); squares shrink in step with it.
-      rng: a PRNG key, or one key an image.
+      queries: changes tried after the start, at least 1 (static); sets how fast the squares shrink.
+      rng: a PRNG key, or one key per image.
 
     Returns:
       SquareState; its images are the adversarial ones. A constant to differentiation.
@@ -72,9 +72,9 @@ def square(
       UserError: an argument of the wrong shape, dtype, range or name.
     """
     inputs.check_count(queries, 'queries')
-    options = {'epsilon': epsilon, 'norm': norm, 'rng': rng}
+    options: dict[str, Any] = {'epsilon': epsilon, 'norm': norm, 'rng': rng}
     start = square_start(logits_fn, images, labels, **options)
-    images = projections.clip_pixels(jnp.asarray(images))  # looked at by now: this is rounding
+    images = projections.clip_pixels(jnp.asarray(images))  # checked by now: only rounding is left
 
     def advance(state, first_query, count):
         return square_advance(
@@ -104,9 +104,9 @@ def square_start(
     """The first perturbation and its margin: one query.
 
     'linf': every column of every channel moves by +-epsilon (vertical stripes). 'l2': a grid of
-    about 5 x 5 of the pattern that the attack goes on with, scaled to epsilon. Clipped to [0, 1].
+    about 5 x 5 of the attack's pattern, scaled to epsilon. Clipped to [0, 1].
 
-    Args, Raises: see `square`.
+    Arguments and errors: see `square`.
     """
     inputs.check_ball(epsilon, norm)
     images, labels = inputs.checked_problem(logits_fn, images, labels)
@@ -131,18 +131,18 @@ def square_advance(
     queries: int = 5000,
     count: int,
 ) -> SquareState:
-    """`count` queries more, from number `first_query` on; those beyond `queries` change nothing.
+    """`count` more queries, from number `first_query` on; those past `queries` change nothing.
 
-    One compiled program serves all chunks of an attack, as `first_query` may be traced. A fooled
-    example neither changes nor counts any more. Examples may be packed into other batches between
-    two calls if labels, state and keys (`inputs.example_keys`) go with them.
+    One compiled program serves all chunks of an attack, because `first_query` may be traced. A fooled
+    example is neither changed nor counted any more. Examples may be packed into other batches between
+    two calls, together with their labels, state and keys (`inputs.example_keys`).
 
     Args:
       images, labels: the clean images and their classes, as given to `square_start`.
       state: from `square_start` or an earlier call.
-      first_query: how many queries of the attack, without the start, were before.
-      queries: those of the whole attack, without the start (static): sets the size of the squares.
-      count: queries in this call, at least 1 (static).
+      first_query: queries of the attack, without the start, before this call.
+      queries: of the whole attack, without the start (static); sets the size of the squares.
+      count: queries of this call, at least 1 (static).
       logits_fn, epsilon, norm, rng: see `square`.
 
     Raises:
@@ -155,7 +155,7 @@ def square_advance(
     epsilon = jnp.broadcast_to(inputs.per_image(epsilon, images, 'epsilon').ravel(), labels.shape)
     keys = inputs.example_keys(rng, images.shape[0])
     propose, corners = {'linf': (_propose_linf, 1), 'l2': (_propose_l2, 2)}[norm]
-    # All at once: written out query by query, the generator would take most of the time to compile.
+    # Drawn at once: unrolled with the queries, the generator would take most of the compile time.
     numbers = jax.vmap(_numbers, (None, 0, None))(
         keys, first_query + jnp.arange(count), 2 * corners + 1 + images.shape[3]
     )
@@ -169,7 +169,7 @@ def square_advance(
 
 
 def _better(logits_fn, candidate, labels, state, in_time):
-    """The state after the candidates were judged, by those examples that are still in the race."""
+    """The state after the candidates were evaluated, changed only where an example is still active."""
     margin, fooled = _judged(logits_fn, candidate, labels)
     active = in_time & ~state.fooled
     taken = active & (fooled | (margin > state.margin))
@@ -188,9 +188,9 @@ def _judged(logits_fn, images, labels):
 
 
 def _stage(query, queries):
-    """How often the covered share has been halved at this query (traced) of `queries` (static)."""
+    """How many times the covered share has been halved at this query (traced) of `queries` (static)."""
 
-    # Rounded as AutoAttack rounds it, in double precision: the first query of every stage is found beforehand.
+    # Rounded as in AutoAttack, in double precision: the first query of every stage is computed on the host.
     def rescaled(number):
         return int(number / queries * 10000)
 
@@ -209,13 +209,13 @@ def _sides(height, width, norm):
 
 
 def _numbers(keys, query, count):
-    """What the examples draw for one query, uniform in [0, 1), float32 [B, count]; query -1 is the start."""
+    """The random numbers of one query, uniform in [0, 1), float32 [B, count]; query -1 is the start."""
     draw = lambda key: jax.random.uniform(key, (count,), jnp.float32)
     return jax.vmap(draw)(inputs.fold_in(keys, query + 1))
 
 
 def _moves(numbers, side, shape):
-    """What one example's numbers [2 * corners + 1 + C] stand for.
+    """Positions and signs from one example's numbers [2 * corners + 1 + C].
 
     Returns:
       (rows [corners], columns [corners] of the upper left corners of squares, a coin (bool),
@@ -224,14 +224,14 @@ def _moves(numbers, side, shape):
     height, width, channels = shape
     corners, coin, signs = numbers[: -channels - 1], numbers[-channels - 1], numbers[-channels:]
     rows, columns = corners.reshape(2, -1)
-    # As floats: strict promotion does not mix them with integers.
+    # As floats: strict promotion forbids mixing them with integers.
     reach = [jnp.asarray(size - side + 1).astype(numbers.dtype) for size in (height, width)]
     rows, columns = ((place * size).astype(jnp.int32) for place, size in zip((rows, columns), reach))
     return rows, columns, coin < 0.5, jnp.where(signs < 0.5, -1.0, 1.0)
 
 
 def _window(row, column, side, shape):
-    """1 in the square, else 0, [H, W, 1]: by comparison, as `side` changes within one program."""
+    """1 in the square, else 0, [H, W, 1]: by comparison, because `side` changes within one program."""
     rows = jnp.arange(shape[0])[:, None, None] - row
     columns = jnp.arange(shape[1])[None, :, None] - column
     return (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
@@ -251,7 +251,7 @@ def _propose_linf(images, best, numbers, stage, epsilon):
 
 
 def _propose_l2(images, best, numbers, stage, epsilon):
-    """Algorithm 3: what one square holds goes to another one, in a new pattern, [B, H, W, C].
+    """Algorithm 3: the mass of one square moves to another one, in a new pattern, [B, H, W, C].
 
     In float32 or wider: in float16 the length of a perturbation overflows, and the smallest norm is zero.
     """
@@ -273,10 +273,10 @@ def _propose_l2(images, best, numbers, stage, epsilon):
 
 
 def _moved_mass(delta, target, source, pattern, epsilon):
-    """The perturbation [H, W, C] with `target` filled anew and the rest of `source` emptied, unscaled.
+    """The perturbation [H, W, C] with a new pattern in `target` and zeros in the rest of `source`, unscaled.
 
-    The length that `target` gets, a channel: what both windows held, and an equal share of what the
-    ball still had to spare (clipping to [0, 1] shortens perturbations).
+    The length of `target`, per channel: that of both windows, and an equal share of what is left to
+    the radius of the ball (clipping to [0, 1] shortens perturbations).
     """
     old = jnp.where(target, delta, 0)
     new = pattern + old / jnp.maximum(_length(old), _SMALLEST_NORM)
@@ -292,7 +292,7 @@ def _length(delta, axis=(0, 1)):
 
 
 def _placed(pattern, row, column, target):
-    """The pattern, in the upper left corner of [S, S], brought to (row, column): [H, W, 1], 0 out of `target`."""
+    """The pattern, in the upper left corner of [S, S], moved to (row, column): [H, W, 1], 0 outside of `target`."""
     height, width, _ = target.shape
     rows, columns = jnp.arange(height) - row, jnp.arange(width) - column
     placed = pattern.at[rows[:, None], columns[None]].get(mode='clip', wrap_negative_indices=False)
@@ -318,7 +318,7 @@ def _bump(height, width):
         return np.zeros((0, width))
     rows, columns = np.ogrid[:height, :width]
     ring = np.maximum(abs(rows - height // 2), abs(columns - width // 2))
-    # A cell lies in all squares from its ring outwards.
+    # A cell is in all squares from its ring outwards.
     bump = np.cumsum(1 / np.arange(ring.max() + 1, 0, -1) ** 2)[::-1][ring]
     return bump / np.linalg.norm(bump)
 

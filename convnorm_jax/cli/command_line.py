@@ -1,4 +1,4 @@
-"""Command lines: a config file, overrides, a run folder; every mistake of the user is one line."""
+"""Command lines: a config file, overrides, a run folder. Every mistake of the user is one line of error."""
 
 import difflib
 import errno
@@ -9,11 +9,13 @@ import logging as standard_logging
 import os
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from convnorm_jax.cli import overrides as overrides_lib
+from convnorm_jax.configs import default, keys
 from convnorm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -22,17 +24,17 @@ _CONFIG = config_flags.DEFINE_config_file(
 _PACKAGED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'configs')
 _BASE = os.path.join(_PACKAGED, 'default.py')
 
-# The end of the help of commands that take --config.
+# The end of --help of commands that take --config.
 ABOUT_CONFIGS = """
-Every key of a config is in configs/default.py. Of a KEY that is given twice the last value counts; None stands for the
-default where that is None.
+Every key of a config is in configs/default.py. Of a KEY that is given twice the last value counts. None is
+accepted where it is the default.
 """
 _ABOUT_ERRORS = """
 A mistake in a command, its config, its data or its folders is one line of error, and exit code 2. With
-CONVNORM_TRACEBACK=1 in the environment the lines before it show where in the code it was noticed. Any other error is a
-fault of the program: its traceback is what to report.
+CONVNORM_TRACEBACK=1 in the environment a traceback shows where it was detected. Any other error is a fault of the
+program: please report its traceback.
 """
-# What a file system answers, whatever the program is like.
+# Errors of a file system that no program can avoid.
 _UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
 FAULT = (
     'the error above is a fault of the program, not a mistake in the command: please report it, with all these lines '
@@ -40,19 +42,19 @@ FAULT = (
 )
 
 
-def run_command(run, *texts):
+def run_command(run: Callable[[], int], *texts: str | None) -> int:
     """Runs a command; a user's mistake becomes one line and exit code 2, see `_ABOUT_ERRORS`.
 
     Args:
-      run: function of nothing -> exit code. A user's mistake is raised as `UserError`.
-      *texts: the paragraphs of what --help prints.
+      run: the command; returns the exit code, and raises a user's mistake as `UserError`.
+      *texts: the paragraphs that --help prints.
 
     Returns:
       The exit code.
     """
     _quiet_libraries()
     if any(argument.lstrip('-') in ('help', 'h') for argument in sys.argv[1:]):
-        print(*(text.strip() for text in (*texts, _ABOUT_ERRORS)), sep='\n\n')
+        print(*(text.strip() for text in (*texts, _ABOUT_ERRORS) if text), sep='\n\n')
         return 0
     try:
         return run()
@@ -60,11 +62,11 @@ def run_command(run, *texts):
         print('interrupted', file=sys.stderr)
         return 130
     except Exception as error:
-        return say(error)
+        return report_error(error)
 
 
-def say(error):
-    """Says on the standard error what went wrong, and whose fault it is; returns the exit code.
+def report_error(error: BaseException) -> int:
+    """Prints to the standard error what went wrong; returns the exit code: 2 for a user's mistake, else 1.
 
     Args:
       error: an exception that is being handled.
@@ -77,7 +79,7 @@ def say(error):
 
 
 def _users_mistake(error):
-    """What to say of an error that the user can do something about; None for a fault of the program."""
+    """The line for an error that the user can do something about; None for a fault of the program."""
     from convnorm_jax.files import unwritten
     from convnorm_jax.runs.disk import reason
 
@@ -87,8 +89,8 @@ def _users_mistake(error):
         return f'{unwritten(error)}: {reason(error)}'
     if _is_full_shared_memory(error):
         return (
-            'the data workers have no room in shared memory (/dev/shm), by which they hand on their batches: give it '
-            'more (docker run --shm-size=8g), or fewer config.data.workers (0: threads, which need none)'
+            'shared memory (/dev/shm) is too small for the batches of the data workers: enlarge it (docker run '
+            '--shm-size=8g), or give fewer config.data.workers (0: threads, which need none)'
         )
     if isinstance(error, OSError) and error.filename and error.errno in _UNREADABLE:
         return f'{error.filename}: cannot be read ({error.strerror})'
@@ -101,14 +103,14 @@ def _users_mistake(error):
 
 
 def _is_full_shared_memory(error):
-    """Whether data workers ended for it: with an error, or with SIGBUS where pages ran out under a batch."""
+    """Whether data workers ended because of it: with an error, or with SIGBUS."""
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     return full or (isinstance(error, RuntimeError) and 'terminated unexpectedly with exit code -7' in str(error))
 
 
 def _quiet_libraries():
-    logging.set_verbosity(logging.FATAL)  # Orbax warns of what is meant, and says twice what it raises
-    # Its reads and writes that fail leave others behind, which end when their event loop is gone.
+    logging.set_verbosity(logging.FATAL)  # Orbax warns of what is intended, and logs what it raises
+    # After a failed read or write, Orbax's other tasks end when their event loop is closed: no news for the user.
     standard_logging.getLogger('asyncio').setLevel(standard_logging.CRITICAL)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _without_closed_loops
@@ -119,14 +121,14 @@ def _without_closed_loops(unraisable):
         sys.__unraisablehook__(unraisable)
 
 
-def parse(argv):
+def parse(argv: Sequence[str]) -> tuple[ConfigDict, str, str]:
     """(config, workdir, mode) of a command line, checked.
 
-    In eval mode the config is that of the run in --workdir with the overrides of the
-    command line; --config may be left out.
+    In eval mode the config is that of the run in --workdir with the overrides of the command line; --config may be left
+    out.
 
     Raises:
-      ValueError: anything the user got wrong, in one line.
+      UserError: a mistake of the user, in one line.
     """
     argv, path = _with_config(list(argv))
     config, absent = _checked_config(argv, path, flags.FLAGS, _CONFIG)
@@ -135,19 +137,21 @@ def parse(argv):
         raise UserError("--workdir is missing: give the run's folder to evaluate")
     workdir = os.path.expanduser(workdir or default_workdir(path, config))
     if mode == 'eval':
-        config = _run_config(config, workdir, [*flags.FLAGS['config'].override_values, *absent])
+        overridden = flags.FLAGS['config'].override_values  # type: ignore[attr-defined]  # of ml_collections' flags
+        config = _run_config(config, workdir, [*overridden, *absent])
     return config, workdir, mode
 
 
-def parse_own(values, argv, options):
-    """Parses a command line by flags of the command's own, which have the values then.
+def parse_own(values: flags.FlagValues, argv: Sequence[str], options: str) -> None:
+    """Parses a command line by a command's own flags, whose values it sets.
 
     Args:
-      values: absl's FlagValues.
-      options: what there is, for the message.
+      values: the flags.
+      argv: the command line.
+      options: their names, for the error.
 
     Raises:
-      ValueError: a wrong value, or anything else on the line.
+      UserError: a wrong value, or anything else on the line.
     """
     try:
         rest = values(argv)
@@ -157,11 +161,11 @@ def parse_own(values, argv, options):
         raise UserError(f'{rest[1]!r}: not understood; options are {options}')
 
 
-def read_config(arguments):
-    """The config of `--config=FILE` and `--config.KEY=VALUE` arguments, checked; absl's global flags stay as they are.
+def read_config(arguments: Sequence[str]) -> ConfigDict:
+    """The config of `--config=FILE` and `--config.KEY=VALUE` arguments, checked; absl's global flags do not change.
 
     Raises:
-      ValueError: as `parse`, also for any other option.
+      UserError: as `parse`, also for any other option.
     """
     argv, path = _with_config(['', *arguments])
     values = flags.FlagValues()
@@ -169,7 +173,7 @@ def read_config(arguments):
     return _checked_config(argv, path, values, holder)[0]
 
 
-def default_workdir(path, config):
+def default_workdir(path: str, config: ConfigDict) -> str:
     """runs/<config file>-<net>-<layer>-seed<seed>."""
     name = os.path.splitext(os.path.basename(path))[0]
     return os.path.join('runs', f'{name}-{config.model.name}-{config.model.layer}-seed{config.seed}')
@@ -197,8 +201,8 @@ def _with_config(argv):
 
 
 def _config_path(given):
-    """A file as given; else the packaged config of that name: digits_convnorm, configs/digits_convnorm.py."""
-    if os.path.isfile(given):
+    """The file that was given; else the packaged config of that name: digits_convnorm, configs/digits_convnorm.py."""
+    if given.endswith('.py') and os.path.isfile(given):
         return given
     folder, name = os.path.split(given)
     packaged = os.path.join(_PACKAGED, f'{name.removesuffix(".py")}.py')
@@ -207,13 +211,15 @@ def _config_path(given):
 
 def _configs():
     names = sorted(os.path.basename(path).removesuffix('.py') for path in glob.glob(os.path.join(_PACKAGED, '*.py')))
-    return ', '.join(name for name in names if name not in ('__init__', 'default')) + ', or a file of your own'
+    return ', '.join(name for name in names if name not in ('__init__', 'default', 'keys')) + ', or a file of your own'
 
 
 def _load(path):
     """The config of a file, before any override."""
     if not os.path.isfile(path):
         raise UserError(f'--config={path}: no such file; give one of {_configs()}')
+    if not path.endswith('.py'):
+        raise UserError(f'--config={path}: is not a Python file, NAME.py; give one of {_configs()}')
     spec = importlib.util.spec_from_file_location('given_config', path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -229,8 +235,8 @@ def _load(path):
 
 
 def _check_keys(path, config, base):
-    """Raises ValueError unless a config file has the keys of the base config, and no others."""
-    given, known = set(overrides_lib.all_keys(config)), set(overrides_lib.all_keys(base))
+    """Raises UserError unless a config file has the keys of the base config, and no others."""
+    given, known = set(keys.flatten(config)), set(keys.flatten(base))
     for key in sorted(given - known):
         close = difflib.get_close_matches(key, known, 1)
         hint = f'; did you mean config.{close[0]}?' if close else ''
@@ -253,31 +259,14 @@ def _checked_config(argv, path, values, holder):
     argv, absent = overrides_lib.last_of_each(argv, base)
     config = _parse_flags(argv, values, holder, base)
     for key in absent:
-        _set(config, key, None)
-    # Heavy imports only now: a mistake in the flags has been answered by here.
-    from convnorm_jax.training.config import SUBSETS, check_config
+        keys.put(config, key, None)
+    keys.check_types(config, base)
+    _split_names(config)
+    # JAX is imported only now: a mistake in the flags is answered without it.
+    from convnorm_jax.training.config import check_config
 
-    _check_types(config, base)
-    _split_names(config, SUBSETS)
     check_config(config)
     return config, absent
-
-
-def _check_types(config, base, section='config'):
-    """Raises ValueError for the first value that is of another type than in the base config.
-
-    ml_collections sees to it, but a file may tell it not to, and config.json may hold anything.
-    """
-    for name in base:
-        key, value, kind = f'{section}.{name}', config[name], base.get_type(name)
-        if isinstance(base[name], ConfigDict) and isinstance(value, ConfigDict):
-            _check_types(value, base[name], key)
-            continue
-        allowed = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
-        absent = value is None and base[name] is None
-        if not absent and (not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool)):
-            kind = 'section' if issubclass(kind, ConfigDict) else kind.__name__
-            raise UserError(f'{key}={value!r}: expected a value of type {kind}, as in configs/default.py')
 
 
 def _parse_flags(argv, values, holder, base):
@@ -293,38 +282,26 @@ def _parse_flags(argv, values, holder, base):
     return config
 
 
-def _split_names(config, keys):
+def _split_names(config):
     # A bare a,b on the command line arrives as the one string 'a,b'.
-    for key in keys:
-        _set(config, key, tuple(part for name in _get(config, key) for part in str(name).split(',') if part))
+    for name, key in default.KEYS.items():
+        if key.names:
+            given = keys.get(config, name)
+            keys.put(config, name, tuple(part for text in given for part in str(text).split(',') if part))
 
 
 def _run_config(given, workdir, overridden):
     """The config of the run in `workdir`, with the keys that this command line overrides."""
-    from convnorm_jax.runs.workdir import load_config
-    from convnorm_jax.training import config as config_lib
+    from convnorm_jax.runs.workdir import check_same_run, load_config
+    from convnorm_jax.training.config import check_config
 
     saved = load_config(workdir)
     merged = ConfigDict(given.to_dict())
-    for key, value in config_lib.flatten(saved).items():
-        _set(merged, key, tuple(value) if isinstance(value, list) else value)
+    keys.merge(merged, saved)
     for key in overridden:
-        _set(merged, key, _get(given, key))
-    _check_types(merged, _load(_BASE))
-    config_lib.check_config(merged)
-    config_lib.check_same_run(saved, merged.to_dict(), workdir)
+        keys.put(merged, key, keys.get(given, key))
+    keys.check_types(merged, _load(_BASE))
+    check_config(merged)
+    known = {key: value for key, value in keys.flatten(saved).items() if key in default.KEYS}
+    check_same_run(known, merged.to_dict(), workdir)
     return merged
-
-
-def _get(config, key):
-    for part in key.split('.'):
-        config = config[part]
-    return config
-
-
-def _set(config, key, value):
-    *sections, name = key.split('.')
-    for section in sections:
-        config = config[section] if section in config else config.setdefault(section, ConfigDict())
-    with config.ignore_type():
-        config[name] = value

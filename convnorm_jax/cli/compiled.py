@@ -1,4 +1,4 @@
-"""Where a command keeps the programs that XLA compiled, so that the next one loads them: JAX's compilation cache."""
+"""JAX's persistent compilation cache: a command loads the programs that an earlier one compiled."""
 
 import contextlib
 import glob
@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 import warnings
+from typing import Any
 
 import jax
 
@@ -17,15 +18,16 @@ _ENTRIES = '*-cache'  # JAX's names for them
 _TROUBLE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)", re.DOTALL)
 
 
-def keep_programs():
-    """Turns JAX's persistent compilation cache on, in `xla` beside the cached data; the user's own settings hold.
+def keep_programs() -> None:
+    """Turns JAX's persistent compilation cache on, in `xla` next to the cached data, unless the user has set it.
 
-    A folder that can not be used, a full disk or a damaged entry is said in one line on stderr, and is no error.
+    A folder that cannot be used, a full disk or a damaged entry gives one line on stderr, and is no error.
     """
-    # Before 0.10.2 XLA:CPU says of each program that it loads on a CPU with AVX-512 that it might crash.
-    if jax.__version_info__ < (0, 10, 2) or not jax.config.jax_enable_compilation_cache:
+    # Before 0.10.2 XLA:CPU warns of each program that it loads on a CPU with AVX-512 that it might crash.
+    options: Any = jax.config  # whose attributes are made when jax is imported
+    if jax.__version_info__ < (0, 10, 2) or not options.jax_enable_compilation_cache:
         return
-    if jax.config.jax_compilation_cache_dir is not None:
+    if options.jax_compilation_cache_dir is not None:
         return
     folder = cache_root() / 'xla'
     try:
@@ -40,14 +42,14 @@ def keep_programs():
 
 
 def _prepare(folder):
-    """Makes the folder, and room in it. Raises OSError if it can not be written or is another user's."""
+    """Makes the folder, and evicts the oldest entries. Raises OSError if it cannot be written or is another user's."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # What is in there gets executed.
+    # The programs in it are executed.
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(None, 'it belongs to another user')
     with tempfile.TemporaryFile(dir=folder):
         pass
-    # JAX's own bound needs the package filelock.
+    # JAX's own limit needs the package filelock.
     total = 0
     for _, size, path in sorted(_entries(folder), reverse=True):
         total += size
@@ -56,7 +58,7 @@ def _prepare(folder):
 
 
 def _entries(folder):
-    """[(time of the last use, bytes, path)] of the entries that are there."""
+    """[(time of the last use, bytes, path)] of the entries."""
     found = []
     for path in folder.glob(_ENTRIES):
         with contextlib.suppress(FileNotFoundError):  # another process has just deleted it
@@ -66,11 +68,11 @@ def _entries(folder):
 
 
 def _listen(folder):
-    """Makes one line of all that JAX warns of its cache; deletes the entries in question, for JAX never replaces one.
+    """Turns JAX's warnings about its cache into one line, and deletes the damaged entries, which JAX never replaces.
 
-    It writes them in place: a full disk, or a process killed at it, leaves a damaged one, and another process may find
-    one that is half written. The warning gives the program's name, with which the names of its entries begin. Those of
-    other programs stay: other processes share the folder.
+    JAX writes entries in place: a full disk or a killed process leaves a damaged one, and another process may read one
+    that is half written. The warning has the program's name, with which the names of its entries begin. Entries of
+    other programs are kept: other processes share the folder.
     """
     show, said = warnings.showwarning, []
 
@@ -92,4 +94,4 @@ def _listen(folder):
 
 def _say(what, reason):
     reason = ' '.join(str(reason).split())[:200]
-    print(f'compiled programs {what} ({reason}); the run goes on and compiles', file=sys.stderr)
+    print(f'compiled programs {what} ({reason}); the run compiles instead', file=sys.stderr)

@@ -47,7 +47,7 @@ def main() -> int:
         if (error.name or '').split('.')[0] == 'convnorm_jax':
             raise
         print(
-            f"error: {error.name} is not installed, which the commands need: pip install 'convnorm_jax[experiments]'",
+            f"error: {error.name} is not installed, and the commands need it: pip install 'convnorm_jax[experiments]'",
             file=sys.stderr,
         )
         return 2

@@ -1,43 +1,42 @@
 """Exports a run's net as one file that runs without this project's code, and checks the file against the net.
 
-python -m experiments.export --workdir=DIR --out=FILE [--platforms=cpu,cuda,tpu]
+convnorm export --workdir=DIR --out=FILE [--platforms=cpu,cuda,tpu]
     [--weights=FILE.safetensors] [--checkpoint=best|latest]
 
-A classifier's file takes images in [0, 1] and gives logits, a GAN's takes latents and gives images, for any batch:
-convnorm_jax.load_exported(FILE). ConvNorm layers are folded for the run's image size. It is the checkpoint that the
-run is evaluated with unless --checkpoint says another, with averaged parameters where the run has them. FILE is written
-only if it gives what the net gives. --weights writes the variables, too, and the config, as safetensors.
+convnorm_jax.load_exported(FILE) loads the file. A classifier's takes images in [0, 1] and returns logits; a GAN's takes
+latents and returns images; any batch size. ConvNorm layers are folded for the run's image size. By default the
+checkpoint of the evaluation is exported, with averaged parameters if the run has them. FILE is written only if its
+outputs equal those of the net. --weights also writes the variables and the config as safetensors.
 """
 
-import contextlib
 import os
 import sys
 import time
 import typing
+from collections.abc import Sequence
 
 from absl import flags
 
 from convnorm_jax.cli import command_line
-from convnorm_jax.cli.run_config import run_config
 from convnorm_jax.errors import UserError
-from convnorm_jax.reports.tables import aligned_table
+from convnorm_jax.reports.tables import markdown_table
 
-# Test images, or latents, that the file and the net are compared on.
+# The file and the net are compared on so many test images, or latents.
 EXAMPLES = 256
 
-# Largest difference, relative to the largest output. Folding changes the order of products: more in few digits, which
-# accelerators use for float32, too.
-TOLERANCE, TOLERANCE_IN_FEW_DIGITS = 1e-4, 5e-2
+# Largest difference, relative to the largest output. Folding changes the order of products, which matters more in low
+# precision; accelerators use that for float32 too.
+TOLERANCE, TOLERANCE_IN_LOW_PRECISION = 1e-4, 5e-2
 
-# Seconds that a program is timed for.
+# Seconds for which a program is timed.
 TIMED = 0.5
 
 
-def parse(argv):
-    """The options of a command line, a namespace: workdir, out, platforms, weights, checkpoint ('' for the run's).
+def parse(argv: Sequence[str]) -> 'Options':
+    """The options of a command line.
 
     Raises:
-      ValueError: anything the user got wrong, in one line.
+      UserError: a mistake of the user, in one line.
     """
     values = flags.FlagValues()  # not absl's global ones: these belong to this command only
     flags.DEFINE_string('workdir', '', 'folder of the run', flag_values=values)
@@ -50,14 +49,14 @@ def parse(argv):
     for name, what in (('workdir', 'the folder of a run'), ('out', 'the file to write')):
         if not values[name].value:
             raise UserError(f'--{name} is missing: give {what}')
-    paths = {name: os.path.expanduser(values[name].value) for name in ('workdir', 'out', 'weights')}
+    paths = {name: os.path.expanduser(values[name].value or '') for name in ('workdir', 'out', 'weights')}
     if os.path.abspath(paths['weights']) == os.path.abspath(paths['out']):
         raise UserError(f'--weights={paths["weights"]}: is --out as well; give two files')
     return Options(**paths, platforms=values.platforms, checkpoint=values.checkpoint)
 
 
 class Options(typing.NamedTuple):
-    """See `parse`."""
+    """The options of the command; `checkpoint` is '' for the one of the config."""
 
     workdir: str
     out: str
@@ -66,15 +65,16 @@ class Options(typing.NamedTuple):
     checkpoint: str
 
 
-def run():
+def run() -> int:
     """One command, from `sys.argv`; returns the exit code. A user's mistake is raised as `UserError`."""
     options = parse(sys.argv)
-    # Only now: a mistake on the command line is answered before anything heavy is loaded.
+    # JAX is imported only now: a mistake on the command line is answered without it.
     from convnorm_jax import weights
     from convnorm_jax.cli.compiled import keep_programs
     from convnorm_jax.exported import save, serialization
     from convnorm_jax.files import check_place
     from convnorm_jax.runs.workdir import has_checkpoints
+    from convnorm_jax.training.config import run_config
 
     keep_programs()
     save.check_platforms(options.platforms, '--platforms')
@@ -91,26 +91,22 @@ def run():
 
 
 def _export(options, config):
-    """Writes the file, once it is checked, and says what it is."""
-    from convnorm_jax import load_exported, save_weights
+    """Checks the file, writes it, and prints what it is."""
+    from convnorm_jax.exported.load import load_exported
+    from convnorm_jax.files import replacing
     from convnorm_jax.training import setup
     from convnorm_jax.training.loop import restore_variables
+    from convnorm_jax.weights import save_weights
 
     experiment = setup.build(config)
     which = options.checkpoint or config.eval.checkpoint
     variables, chosen, _ = restore_variables(experiment, options.workdir, which)
     net = _generator(experiment) if config.train.algorithm == 'gan' else _classifier(experiment)
-    # Next to where it belongs, so that a file that fails is never there under its name.
-    unchecked = f'{options.out}.unchecked'
-    try:
+    with replacing(options.out) as unchecked:
         net.save(unchecked, variables, platforms=options.platforms, config=config.to_dict())
         size = os.path.getsize(unchecked)
         exported = load_exported(unchecked)
         facts = _compare(net, variables, exported, _tolerance(config))
-        os.replace(unchecked, options.out)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(unchecked)
     if options.weights:
         save_weights(options.weights, variables, config.to_dict())
     print(_table(options, config, f'{which} (step {chosen.step})', exported, size, facts))
@@ -155,11 +151,11 @@ def _tolerance(config):
     from convnorm_jax.exported.load import platform
 
     exact = platform() == 'cpu' and config.model.dtype == 'float32'
-    return TOLERANCE if exact else TOLERANCE_IN_FEW_DIGITS
+    return TOLERANCE if exact else TOLERANCE_IN_LOW_PRECISION
 
 
 def _compare(net, variables, exported, tolerance):
-    """{'difference', 'largest', 'net', 'exported'}: of outputs, and examples a second; raises where they differ."""
+    """{'difference', 'largest'} of the outputs, {'net', 'exported'}: examples per second. Raises if they differ."""
     import jax
     import numpy as np
 
@@ -167,14 +163,16 @@ def _compare(net, variables, exported, tolerance):
     expected, found = original(variables, *net.inputs), exported(*net.inputs)
     expected, found = (np.asarray(array, np.float32) for array in (expected, found))
     if not np.isfinite(expected).all():
-        raise UserError('the outputs of the net are not finite at this checkpoint: it diverged; export another one')
+        raise UserError(
+            'the outputs of the net are not finite at this checkpoint: training diverged; export another one'
+        )
     one = np.asarray(exported(*(array[:1] for array in net.inputs)), np.float32)  # another batch size
     difference = float(max(np.abs(found - expected).max(), np.abs(one - expected[:1]).max()))
     largest = float(np.abs(expected).max())
     if not difference <= tolerance * largest:
         raise RuntimeError(
-            f'the exported net differs from the net by {difference:.3g}, its largest output being {largest:.3g}: '
-            f'more than a share of {tolerance:.0e}; nothing was written'
+            f'the exported net differs from the net by {difference:.3g}, whose largest output is {largest:.3g}; '
+            f'expected a relative difference of at most {tolerance:.0e}; nothing was written'
         )
     return {
         'difference': difference,
@@ -185,7 +183,7 @@ def _compare(net, variables, exported, tolerance):
 
 
 def _rate(call, examples):
-    """Examples a second of a program that is compiled already."""
+    """Examples per second of a compiled program."""
     import jax
 
     calls, start = 0, time.perf_counter()
@@ -212,10 +210,10 @@ def _table(options, config, checkpoint, exported, size, facts):
         ('net, measured once', f'{facts["net"]:.0f} images/s'),
         ('exported, measured once', f'{facts["exported"]:.0f} images/s'),
     ]
-    return aligned_table(('exported net', options.out), rows, 2)
+    return markdown_table(('exported net', options.out), rows, 2)
 
 
-def main():
+def main() -> int:
     """The command, see `command_line.run_command`."""
     return command_line.run_command(run, __doc__)
 

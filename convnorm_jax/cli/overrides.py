@@ -1,16 +1,19 @@
-"""The overrides of a command line, --config.KEY=VALUE: keys that there are, None, and values of the right type."""
+"""The overrides of a command line, --config.KEY=VALUE: unknown keys, None, and values of a wrong type."""
 
 import difflib
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from convnorm_jax.configs import keys
 from convnorm_jax.errors import UserError
 
 _NO_VALUE = object()
 
 
-def check_keys(argv, config):
+def check_keys(argv: Sequence[str], config: ConfigDict) -> None:
     """Raises UserError for the first --config.KEY that the config does not have."""
     for argument in argv[1:]:
         key, _, _ = _parts(argument)
@@ -18,20 +21,21 @@ def check_keys(argv, config):
             _check_key(key, config)
 
 
-def last_of_each(argv, base):
+def last_of_each(argv: Sequence[str], base: ConfigDict) -> tuple[list[str], list[str]]:
     """(the arguments with the last override of each key only, the keys that it sets to None).
 
-    ml_collections has no way to say None for a key whose default it is, and joins the values of a tuple's key that is
-    given twice.
+    ml_collections cannot set a key to None, and joins the values of a tuple that is given twice.
 
     Args:
       argv: the command line, its keys checked.
       base: the config whose defaults say which keys may be None.
     """
-    kept, places, i = [argv[0]], {}, 1
+    kept: list[Any] = [argv[0]]
+    places: dict[str, int] = {}
+    i = 1
     while i < len(argv):
         key, value, negated = _parts(argv[i])
-        tokens = argv[i : i + 1]
+        tokens: Sequence[str | None] = argv[i : i + 1]
         if key is not None and value is _NO_VALUE and not negated and not _is_boolean(key, base) and i + 1 < len(argv):
             tokens, value = argv[i : i + 2], argv[i + 1]
         i += len(tokens)
@@ -47,14 +51,14 @@ def last_of_each(argv, base):
     return [kept[0], *(token for tokens in kept[1:] for token in tokens if token is not None)], absent
 
 
-def illegal_value(message, base):
-    """What to say of a value that cannot be read, from absl's words for it."""
+def illegal_value(message: str, base: ConfigDict) -> str:
+    """Our error for a value that cannot be parsed, from absl's."""
     found = re.match(r'flag --(?:no)?config\.([\w.]+)=(.*?): ', message, re.DOTALL)
     if not found:
         return message.removeprefix('flag --')
     key, value = found.groups()
-    or_none = ', or None' if _get(key, base) is None else ''
-    return f'config.{key}={value}: expected a value of type {_type(key, base).__name__}{or_none}'
+    or_none = ', or None' if keys.get(base, key) is None else ''
+    return f'config.{key}={value}: expected a value of type {keys.value_type(base, key).__name__}{or_none}'
 
 
 def _parts(argument):
@@ -67,7 +71,7 @@ def _parts(argument):
 
 def _check_none(key, base):
     """Raises UserError if None makes no sense for a key."""
-    default = _get(key, base)
+    default = keys.get(base, key)
     if default is None:
         return
     hint = f'; for nothing give --config.{key}=' if default == '' else ''
@@ -78,21 +82,8 @@ def _check_none(key, base):
     )
 
 
-def _get(key, base):
-    for part in key.split('.'):
-        base = base[part]
-    return base
-
-
-def _type(key, base):
-    *sections, name = key.split('.')
-    for part in sections:
-        base = base[part]
-    return base.get_type(name)
-
-
 def _is_boolean(key, base):
-    return _type(key, base) is bool
+    return keys.value_type(base, key) is bool
 
 
 def _check_key(key, config):
@@ -108,16 +99,8 @@ def _check_key(key, config):
 
 
 def _unknown_key(key, section, where, config):
-    everywhere = all_keys(config)
+    everywhere = list(keys.flatten(config))
     leaf = key.split('.')[-1]
     close = [k for k in everywhere if k.split('.')[-1] == leaf] or difflib.get_close_matches(key, everywhere, 1)
     hint = f'did you mean config.{close[0]}? ' if close else ''
     return f'config.{key}: no such key; {hint}{where} has {", ".join(sorted(section))}'
-
-
-def all_keys(config, prefix=''):
-    """The dotted keys of all values of a config."""
-    keys = []
-    for name, value in config.items():
-        keys += all_keys(value, f'{prefix}{name}.') if isinstance(value, ConfigDict) else [prefix + name]
-    return keys

@@ -1,11 +1,12 @@
-"""Train a net and report on it, or evaluate a run: flags and wiring only.
+"""Train a net and report on it, or evaluate a run.
 
-python -m experiments.main --config=configs/digits_convnorm.py [--workdir=DIR]
-    [--mode=train|eval] [--config.KEY=VALUE ...]
+convnorm train --config=digits_convnorm [--workdir=DIR] [--config.KEY=VALUE ...]
+convnorm eval --workdir=DIR [--config.KEY=VALUE ...]
     [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
-On several hosts give the same command to each; SLURM, a TPU pod and Kubernetes say the rest, elsewhere the last
-three options do. --workdir must be a folder that all of them share.
+In a clone, python -m experiments.main --config=configs/digits_convnorm.py [--mode=train|eval] is the same.
+On several hosts run the same command on each. SLURM, a TPU pod and Kubernetes connect the processes; elsewhere give the
+last three options. --workdir must be a folder that all hosts share.
 """
 
 import contextlib
@@ -18,17 +19,17 @@ from convnorm_jax.cli import command_line
 
 flags.DEFINE_string('workdir', None, "the run's folder (default: runs/ and a name made from the config)")
 flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'train and report, or evaluate what --workdir holds')
-flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, where the environment does not say it')
-flags.DEFINE_integer('num_processes', 0, 'processes of this run, where the environment does not say it')
-flags.DEFINE_integer('process_id', -1, 'which of them this is, from 0')
+flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, if the environment does not give it')
+flags.DEFINE_integer('num_processes', 0, 'processes of this run, if the environment does not give it')
+flags.DEFINE_integer('process_id', -1, 'number of this process, from 0')
 
-LOST = 75  # exit code when another process is gone: EX_TEMPFAIL, the same command may succeed later
+LOST = 75  # exit code when another process has ended: EX_TEMPFAIL, rerunning the command may succeed
 
 
-def run():
+def run() -> int:
     """One command, from `sys.argv`; returns the exit code. A user's mistake is raised as `UserError`."""
     config, workdir, mode = command_line.parse(sys.argv)
-    # Only now: a mistake on the command line is answered before anything heavy is loaded.
+    # JAX is imported only now: a mistake on the command line is answered without it.
     import jax
 
     from convnorm_jax import mesh
@@ -38,15 +39,15 @@ def run():
     options = flags.FLAGS
     mesh.start_distributed(options.coordinator, options.num_processes, options.process_id)
     if jax.process_count() == 1:
-        # Several would have to find the same programs: GPUs choose kernels together when they compile, and one that
-        # need not compile is missed. Only the user knows of a folder that all of them share.
+        # GPU autotuning is collective: a process with a cache hit would leave the others waiting. Only the user knows
+        # a folder that all processes share.
         keep_programs()
         return _train_and_report(config, workdir, mode)
     return _run_together(config, workdir, mode)
 
 
 def _run_together(config, workdir, mode):
-    """One process of several: one of them speaks, but errors are said by all."""
+    """One process of several: the leader prints, but all print errors."""
     from jax.errors import JaxRuntimeError
 
     from convnorm_jax import mesh
@@ -57,22 +58,22 @@ def _run_together(config, workdir, mode):
         with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(sys.stdout if mesh.is_leader() else nowhere):
             return _train_and_report(config, workdir, mode)
     except JaxRuntimeError as error:
-        if 'RESOURCE_EXHAUSTED' in str(error):  # this process's own
-            _leave(command_line.say(error))
+        if 'RESOURCE_EXHAUSTED' in str(error):  # of this process
+            _leave(command_line.report_error(error))
         words = ' '.join(str(error).split())[:200]
         lost = UserError(
-            f'another process of this run is gone ({words}); give the same command on every host again, it goes on '
-            'from the last checkpoint'
+            f'another process of this run has ended ({words}); rerun the same command on every host to resume from '
+            'the last checkpoint'
         )
         lost.__cause__ = error
-        command_line.say(lost)
+        command_line.report_error(lost)
         _leave(LOST)
     except Exception as error:
-        _leave(command_line.say(error))
+        _leave(command_line.report_error(error))
 
 
 def _leave(code):
-    """Ends this process at once: the usual end would wait for others, who may wait for this one."""
+    """Ends this process at once: a normal exit would wait for the others, which may wait for this one."""
     sys.stdout.flush()
     os._exit(code)
 
@@ -116,7 +117,7 @@ def _headline(experiment, workdir):
     )
 
 
-def main():
+def main() -> int:
     """The command, see `command_line.run_command`."""
     return command_line.run_command(run, __doc__, command_line.ABOUT_CONFIGS)
 

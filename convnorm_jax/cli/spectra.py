@@ -1,6 +1,6 @@
-"""Measures what each layer of trained nets does to lengths, and puts the nets side by side.
+"""Measures the operator norm of each layer of trained nets, and compares the nets.
 
-python -m experiments.spectra --workdirs=runs/A,runs/B [--output=DIR] [--checkpoint=best|latest]
+convnorm spectra --workdirs=runs/A,runs/B [--output=DIR] [--checkpoint=best|latest]
 
 Prints a table of operator norms; writes spectra.json, spectra.md and spectra.png to --output
 (by default runs/A/spectra). Measured, not certified: see convnorm_jax/evaluation/operators.py.
@@ -9,23 +9,23 @@ Prints a table of operator norms; writes spectra.json, spectra.md and spectra.pn
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 
 from absl import flags
 
 from convnorm_jax.cli import command_line
-from convnorm_jax.cli.run_config import run_config
 from convnorm_jax.errors import UserError
-from convnorm_jax.reports.tables import aligned_table
+from convnorm_jax.reports.tables import markdown_table
 
-NOTE = 'measured, not certified: power iteration comes from below, in float32'
+NOTE = 'measured, not certified: power iteration converges from below, in float32'
 QUANTILES = {'min': 0.0, 'quantile_05': 0.05, 'median': 0.5, 'quantile_95': 0.95, 'max': 1.0}
 
 
-def parse(argv):
+def parse(argv: Sequence[str]) -> tuple[list[str], str, str]:
     """(workdirs, output, checkpoint) of a command line.
 
     Raises:
-      ValueError: anything the user got wrong, in one line.
+      UserError: a mistake of the user, in one line.
     """
     values = flags.FlagValues()  # not absl's global ones: these belong to this command only
     flags.DEFINE_list('workdirs', [], 'folders of runs', flag_values=values)
@@ -40,18 +40,19 @@ def parse(argv):
     return workdirs, os.path.expanduser(values.output) or os.path.join(workdirs[0], 'spectra'), values.checkpoint
 
 
-def run():
+def run() -> int:
     """One command, from `sys.argv`; returns the exit code. A user's mistake is raised as `UserError`."""
     workdirs, output, checkpoint = parse(sys.argv)
-    # Only now: a mistake on the command line is answered before anything heavy is loaded.
+    # JAX is imported only now: a mistake on the command line is answered without it.
     from convnorm_jax.cli.compiled import keep_programs
     from convnorm_jax.files import write_json, write_text
     from convnorm_jax.plots.operators import MAX_RUNS, layer_operators
     from convnorm_jax.runs.workdir import has_checkpoints
+    from convnorm_jax.training.config import run_config
 
     keep_programs()
     if len(workdirs) > MAX_RUNS:
-        raise UserError(f'--workdirs: {len(workdirs)} runs; at most {MAX_RUNS} can be told apart in one picture')
+        raise UserError(f'--workdirs: {len(workdirs)} runs; expected at most {MAX_RUNS}, which one plot can show')
     configs = [run_config(workdir) for workdir in workdirs]
     labels = _labels(workdirs, configs)
     try:
@@ -59,7 +60,7 @@ def run():
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
-        raise UserError(f'--output={output}: can not write there ({error.strerror}); give another folder') from error
+        raise UserError(f'--output={output}: cannot write there ({error.strerror}); give another folder') from error
     for workdir in workdirs:
         if not has_checkpoints(workdir):
             raise UserError(f'--workdirs={workdir}: no checkpoint there yet; train first, or leave it out')
@@ -68,7 +69,7 @@ def run():
         for label, workdir, config in zip(labels, workdirs, configs):
             print(f'measuring {workdir} ({label})', file=sys.stderr, flush=True)
             facts[label], operators[label] = _measure(workdir, config, checkpoint)
-    finally:  # whatever ends it, the runs that were measured are written
+    finally:  # also after an error or Ctrl-C: the runs that were measured are written
         if facts:
             table = _table(facts, operators)
             print(table)
@@ -82,7 +83,7 @@ def run():
 
 
 def _labels(workdirs, configs):
-    """The shortest of three ways to name the runs that tells them apart."""
+    """The shortest of four ways to name the runs in which no two have the same name."""
     ways = (
         [config.model.layer for config in configs],
         [f'{config.model.name}, {config.model.layer}, seed {config.seed}' for config in configs],
@@ -125,8 +126,8 @@ def _layer(operator):
     return {
         'name': operator.name,
         'kind': operator.kind,
-        'picture': list(operator.picture),
-        'output': list(operator.output),
+        'picture': list(operator.input_shape),
+        'output': list(operator.output_shape),
         'strides': list(operator.strides),
         'conv_norm': operator.conv_norm,
         'layer_norm': operator.layer_norm,
@@ -150,14 +151,14 @@ def _title(facts):
 
 
 def _table(facts, operators):
-    """Operator norms: a row a layer, two columns a run, as Markdown that reads well as text."""
+    """Operator norms as a Markdown table: a row for each layer, two columns for each run."""
     by_name = {label: {o.name: o for o in layers} for label, layers in operators.items()}
     names = list(dict.fromkeys(name for layers in by_name.values() for name in layers))
-    head = ['layer', 'picture', 'stride', *(f'{label}: {part}' for label in facts for part in ('conv', 'layer'))]
+    head = ['layer', 'image', 'stride', *(f'{label}: {part}' for label in facts for part in ('conv', 'layer'))]
     rows = []
     for name in names:
         first = next(layers[name] for layers in by_name.values() if name in layers)
-        cells = [name, 'x'.join(map(str, first.picture)), 'x'.join(map(str, first.strides))]
+        cells = [name, 'x'.join(map(str, first.input_shape)), 'x'.join(map(str, first.strides))]
         for layers in by_name.values():
             found = layers.get(name)
             cells += [_number(found and found.conv_norm), _number(found and found.layer_norm)]
@@ -165,7 +166,7 @@ def _table(facts, operators):
     bounds = [cell for fact in facts.values() for cell in ('', _number(fact['product_bound']))]
     rows.append(['product bound', '', '', *bounds])
     title = f'Operator norms of {_title(facts) or "the layers"}; {NOTE}.'
-    return '\n'.join([title, '', aligned_table(head, rows, len(head)), '', *_notes(facts)])
+    return '\n'.join([title, '', markdown_table(head, rows, len(head)), '', *_notes(facts)])
 
 
 def _number(value):
@@ -182,11 +183,11 @@ def _notes(facts):
         *runs,
         '- conv: the convolution with its effective kernel (ConvNorm: with its preconditioner); layer: with its '
         'normalization at evaluation; -: not linear, or not in the net',
-        '- product bound: of how far apart the logits of two normalized pictures can be over their distance (l2)',
+        '- product bound: on the distance of the logits of two normalized images, divided by that of the images (l2)',
     ]
 
 
-def main():
+def main() -> int:
     """The command, see `command_line.run_command`."""
     return command_line.run_command(run, __doc__)
 

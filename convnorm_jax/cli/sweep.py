@@ -1,32 +1,38 @@
-"""A table of an experiment over a grid of settings and several seeds: one run each, then mean +- standard deviation.
+"""Runs an experiment over a grid of settings and several seeds, and makes tables of mean +- standard deviation.
 
-python -m experiments.sweep --config=configs/cifar10_label_noise.py --workdir=runs/label_noise
+convnorm sweep --config=cifar10_label_noise --workdir=runs/label_noise
     --grid=model.layer=convnorm,batchnorm --grid=data.label_noise.rate=0.0,0.2,0.4 --seeds=0,1
     [--rows=KEY,...] [--columns=KEY,...] [--jobs=N] [--mode=train|report] [--config.KEY=VALUE ...]
 
-Every run is one of convnorm_jax.cli.run in a folder of its own in --workdir. The same command again
-runs what is not finished yet, and goes on with what was interrupted. Changed attacks
-(--config.attack.KEY=VALUE) are made on the trained nets, without training anew.
-Writes sweep.md, sweep.csv, sweep.json and, where a key of the grid is numeric, plots/sweep.png.
-With --mode=report it only collects what is there.
+Every run has a folder of its own in --workdir. Rerun the same command to resume: finished runs are kept. With other
+attacks (--config.attack.KEY=VALUE) the trained nets are evaluated again, without training.
+Writes sweep.md, sweep.csv, sweep.json and, if a key of the grid is numeric, plots/sweep.png.
+With --mode=report it only makes the tables.
 """
 
+import itertools
 import os
 import re
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from convnorm_jax.cli import command_line
+from convnorm_jax.configs.keys import flatten
 from convnorm_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from convnorm_jax.runs.sweep import Run
 
-def parse(argv):
+
+def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, dict[str, list[str]], list[int], list[str]]:
     """(options, grid {key: values as typed}, seeds, arguments for the configs) of a command line.
 
     Raises:
-      ValueError: anything wrong with the sweep's own options, in one line.
+      UserError: a mistake in the sweep's own options, in one line.
     """
     options = _options()
     try:
@@ -49,41 +55,72 @@ def parse(argv):
     return options, grid, _seeds(options.seeds), arguments
 
 
-def run(argv):
+def run(argv: Sequence[str]) -> int:
     """One command; returns the exit code. A user's mistake is raised as `UserError`."""
     options, grid, seeds, arguments = parse(argv)
     workdir = os.path.expanduser(options.workdir)
     if os.path.exists(workdir) and not os.path.isdir(workdir):
-        raise UserError(f'--workdir={workdir}: can not write there (it is a file); give another folder')
-    # Only now: a mistake in the options is answered before anything heavy is loaded.
-    from convnorm_jax.cli import sweep_runs
+        raise UserError(f'--workdir={workdir}: cannot write there (it is a file); give another folder')
+    # JAX is imported only now: a mistake in the options is answered without it.
     from convnorm_jax.reports import sweep as sweep_report
+    from convnorm_jax.runs import sweep as sweep_lib
+    from convnorm_jax.runs.interrupt import Stopped
 
     rows, columns = sweep_report.layout(list(grid), options.rows, options.columns)
-    runs = sweep_runs.plan(arguments, grid, seeds, workdir)
+    runs = plan(arguments, grid, seeds, workdir)
     failed = []
     if options.mode == 'train':
-        todo = [run for run in runs if sweep_runs.finished_result(run) is None]
+        todo = [run for run in runs if sweep_lib.finished_result(run) is None]
         _say(f'{len(runs)} runs in {workdir}, {len(runs) - len(todo)} of them done before; each has its log.txt')
         try:
-            failed = sweep_runs.run_all(todo, options.jobs, _say)
-        except sweep_runs.Stopped as stop:
+            failed = sweep_lib.run_all(todo, options.jobs, _say)
+        except Stopped as stop:
             _say(stop)
             return 128 + stop.signal  # what a shell says of a process that a signal ended
-    results = [sweep_runs.finished_result(run) for run in runs]
+    results = [sweep_lib.finished_result(run) for run in runs]
     if any(results):
         sweep_report.report(runs, results, rows, columns, workdir, _command(argv))
     elif not failed:
         raise UserError(f'--workdir={workdir}: no finished run there of this config, grid and seeds')
     if failed:
-        _say(f'{len(failed)} of {len(runs)} runs failed; the same command tries them again')
+        _say(f'{len(failed)} of {len(runs)} runs failed; rerun the same command to try them again')
     elif None in results:
         _say(f'{results.count(None)} of {len(runs)} runs are not finished')
     return 1 if failed else 0
 
 
+def plan(
+    arguments: Sequence[str], grid: Mapping[str, Sequence[str]], seeds: Sequence[int], workdir: str
+) -> 'list[Run]':
+    """The runs of a sweep, every config and folder checked; the first seed of all combinations comes first.
+
+    Args:
+      arguments: `--config=FILE` and the overrides that all runs share.
+      grid: {key: values as typed}.
+      seeds: of the runs.
+      workdir: the sweep's folder.
+
+    Raises:
+      UserError: an impossible combination, a value given twice, a folder with another run.
+    """
+    from convnorm_jax.runs.workdir import check_workdir
+
+    runs = [
+        _make_run(arguments, dict(zip(grid, texts, strict=True)), seed, workdir)
+        for seed in seeds
+        for texts in itertools.product(*grid.values())
+    ]
+    folders = set()
+    for run in runs:
+        if run.folder in folders:
+            raise UserError(f'--grid: {run.name} comes up twice; give every value once')
+        folders.add(run.folder)
+        check_workdir(run.folder, run.config)
+    return runs
+
+
 def _options():
-    # Flags of their own: absl's global ones are those of convnorm_jax.cli.run, whose --workdir is another.
+    # Not absl's global flags: those belong to convnorm_jax.cli.run, whose --workdir is another.
     values = flags.FlagValues()
     flags.DEFINE_multi_string('grid', [], 'KEY=VALUE,VALUE,...; several: all combinations', flag_values=values)
     flags.DEFINE_string('seeds', '0', 'whole numbers', flag_values=values)
@@ -127,6 +164,22 @@ def _seeds(text):
     return seeds
 
 
+def _make_run(arguments, texts, seed, workdir):
+    arguments = (*arguments, *(f'--config.{key}={text}' for key, text in texts.items()), f'--config.seed={seed}')
+    from convnorm_jax.runs.sweep import Run, short_keys, value_text
+
+    config = command_line.read_config(arguments)
+    flat = flatten(config)
+    values = {key: flat[key] for key in texts}
+    names = short_keys(values)
+    parts = [f'{names[key]}={_file_text(value_text(value))}' for key, value in values.items()]
+    return Run(values, seed, os.path.join(workdir, ','.join([*parts, f'seed={seed}'])), arguments, config)
+
+
+def _file_text(text):
+    return re.sub(r'[^\w.+-]+', '-', text).strip('-')
+
+
 def _command(argv):
     kept = [argument for argument in argv[1:] if argument not in ('--mode=report', '--mode=train')]
     return shlex.join(['convnorm', 'sweep', *kept])
@@ -136,7 +189,7 @@ def _say(line):
     print(line, file=sys.stderr, flush=True)
 
 
-def main():
+def main() -> int:
     """The command, see `command_line.run_command`."""
     return command_line.run_command(lambda: run(sys.argv), __doc__, command_line.ABOUT_CONFIGS)
 

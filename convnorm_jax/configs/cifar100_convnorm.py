@@ -2,14 +2,16 @@
 
     python -m experiments.main --config=configs/cifar100_convnorm.py
 
-What to expect: not run to its end by us yet; needs a GPU.
+What to expect: not run to the end yet; needs a GPU.
 """
+
+from ml_collections import ConfigDict
 
 from convnorm_jax.configs import cifar10_convnorm
 
 
-def get_config():
-    """Returns the config."""
+def get_config() -> ConfigDict:
+    """The config."""
     config = cifar10_convnorm.get_config()
     config.data.name = 'cifar100'
     config.train.epochs = 150.0

@@ -2,19 +2,21 @@
 
     python -m experiments.main --config=configs/cifar10_fast_adversarial.py
 
-15 epochs with a linear rise and a cosine fall of the learning rate to a peak of 0.2, steps of
+15 epochs with a learning rate that rises linearly to 0.2 and decays as a cosine, steps of
 10/255 (Wong, Rice, Kolter 2020, whose schedule is piecewise linear). It can collapse: PGD accuracy
 falls to zero while FGSM's rises ("catastrophic overfitting"); compare the two in the table.
 
-What to expect: not run to its end by us yet; needs a GPU, or a small net
+What to expect: not run to the end yet; needs a GPU, or a small net
 (--config.model.name=simple_cnn --config.train.epochs=5).
 """
+
+from ml_collections import ConfigDict
 
 from convnorm_jax.configs import cifar10_convnorm
 
 
-def get_config():
-    """Returns the config."""
+def get_config() -> ConfigDict:
+    """The config."""
     config = cifar10_convnorm.get_config()
     config.train.algorithm = 'fast'
     config.train.epochs = 15.0

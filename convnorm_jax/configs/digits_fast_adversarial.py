@@ -4,14 +4,16 @@
 
 The radius is 32/255, the step of the training attack 40/255.
 
-What to expect: not run to its end by us yet.
+What to expect: not run to the end yet.
 """
+
+from ml_collections import ConfigDict
 
 from convnorm_jax.configs import digits_convnorm
 
 
-def get_config():
-    """Returns the config."""
+def get_config() -> ConfigDict:
+    """The config."""
     config = digits_convnorm.get_config()
     config.train.algorithm = 'fast'
     config.train.adversarial.epsilon = 32.0

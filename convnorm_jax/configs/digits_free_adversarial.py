@@ -2,16 +2,18 @@
 
     python -m experiments.main --config=configs/digits_free_adversarial.py
 
-The radius is larger than CIFAR-10's, for digits are easy: 32/255, in training and in the attacks.
+The radius, 32/255 in training and in the attacks, is larger than for CIFAR-10, because digits are easy.
 
 What to expect: about half of the test digits survive AutoAttack at 32/255 (see the README).
 """
 
+from ml_collections import ConfigDict
+
 from convnorm_jax.configs import digits_convnorm
 
 
-def get_config():
-    """Returns the config."""
+def get_config() -> ConfigDict:
+    """The config."""
     config = digits_convnorm.get_config()
     config.train.algorithm = 'free'
     config.train.epochs = 20.0

@@ -4,14 +4,16 @@
 
 The radius is 32/255, five steps of 10/255. PGD training instead: --config.train.algorithm=pgd
 
-What to expect: not run to its end by us yet.
+What to expect: not run to the end yet.
 """
+
+from ml_collections import ConfigDict
 
 from convnorm_jax.configs import digits_convnorm
 
 
-def get_config():
-    """Returns the config."""
+def get_config() -> ConfigDict:
+    """The config."""
     config = digits_convnorm.get_config()
     config.train.algorithm = 'trades'
     config.train.adversarial.epsilon = 32.0

@@ -2,14 +2,16 @@
 
     python -m experiments.main --config=configs/imagenet_batchnorm.py
 
-What to expect: not run by us. Elsewhere (torchvision) this training gives about 69.8 % of val.
+What to expect: not run. torchvision reports about 69.8 % on val for this training.
 """
+
+from ml_collections import ConfigDict
 
 from convnorm_jax.configs import imagenet_convnorm
 
 
-def get_config():
-    """Returns the config."""
+def get_config() -> ConfigDict:
+    """The config."""
     config = imagenet_convnorm.get_config()
     config.model.layer = 'batchnorm'
     return config

@@ -5,16 +5,18 @@
 DIR, by --config.data.data_dir=DIR, holds train/CLASS/*.JPEG and val/CLASS/*.JPEG, or a TFDS-prepared
 imagenet2012. The usual training: SGD 0.1 with momentum 0.9 and weight decay 1e-4, batch 256, 90 epochs, learning rate
 x 0.1 after 30 and 60, random resized crops and flips of 224x224; a hundredth of each class of train is held out to
-choose the checkpoint by, val is the test set. ResNet-50: --config.model.name=resnet50
+select the checkpoint, val is the test set. ResNet-50: --config.model.name=resnet50
 
-What to expect: not run by us, neither to its end nor for a step on ImageNet; needs a GPU, or several.
+What to expect: not run on ImageNet, not even for a step; needs one or more GPUs.
 """
+
+from ml_collections import ConfigDict
 
 from convnorm_jax.configs import default
 
 
-def get_config():
-    """Returns the config."""
+def get_config() -> ConfigDict:
+    """The config."""
     config = default.get_config()
     config.model.name = 'resnet18'
     config.model.layer = 'convnorm'

@@ -1,7 +1,7 @@
-"""The official CIFAR-10 and CIFAR-100 archives, parsed directly (no TensorFlow, no TFDS).
+"""Reads the official CIFAR-10 and CIFAR-100 archives directly, without TensorFlow and TFDS.
 
-Both published forms, "python" (pickles) and "binary" (fixed-size records), as the downloaded .tar.gz or
-as the folder it extracts to.
+Both published forms are read, "python" (pickles) and "binary" (fixed-size records), as the downloaded
+.tar.gz or as the folder it extracts to.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import pickle
 import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +22,13 @@ _PIXELS = 3 * 32 * 32
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What one published archive holds.
+    """The files of one published archive.
 
     Attributes:
-        archive, folder: name of the .tar.gz, and of the folder inside it.
-        train, test: file names of each split, in order.
+        archive: name of the .tar.gz.
+        folder: name of the folder inside it.
+        train: file names of the training split, in order.
+        test: file names of the test split, in order.
         names: file with the class names.
         classes: number of classes.
         label_key: the pickle's entry that holds the labels; None for the binary form.
@@ -44,8 +47,8 @@ class Layout:
     label_bytes: int = 0
 
     @property
-    def files(self):
-        """Names of every file that is read."""
+    def files(self) -> tuple[str, ...]:
+        """Names of all files that are read."""
         return (*self.train, *self.test, self.names)
 
 
@@ -95,11 +98,11 @@ LAYOUTS = {
 }
 
 
-def find_archive(name, data_dir):
-    """Look for an official archive or its extracted folder.
+def find_archive(name: str, data_dir: str | Path) -> tuple[Layout, Path] | None:
+    """Finds an official archive or its extracted folder.
 
     Args:
-        name: 'cifar10' or 'cifar100' (any other name has no archive).
+        name: 'cifar10' or 'cifar100' (no other data set has an archive).
         data_dir: folder that holds the archive or the extracted folder, or itself one of the two.
 
     Returns:
@@ -116,18 +119,19 @@ def find_archive(name, data_dir):
     return None
 
 
-def source_files(layout, path):
+def source_files(layout: Layout, path: Path) -> tuple[Path, ...]:
     """The files on disk that `read_archive` reads: the archive, or those of its files that exist."""
     if path.is_file():
         return (path,)
     return tuple(path / name for name in layout.files if (path / name).is_file())
 
 
-def read_archive(layout, path):
-    """Read a whole archive.
+def read_archive(layout: Layout, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Reads a whole archive.
 
     Args:
-        layout, path: as `find_archive` returns them.
+        layout: as returned by `find_archive`.
+        path: as returned by `find_archive`.
 
     Returns:
         (train_images, train_labels, test_images, test_labels, class_names): images uint8 [N, 32, 32, 3],
@@ -142,17 +146,19 @@ def read_archive(layout, path):
     for split in (layout.train, layout.test):
         parts = [parse(layout, contents[name], path / name) for name in split]
         arrays += [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return (*arrays, _class_names(layout, contents[layout.names], path / layout.names))
+    train_images, train_labels, test_images, test_labels = arrays
+    class_names = _class_names(layout, contents[layout.names], path / layout.names)
+    return train_images, train_labels, test_images, test_labels, class_names
 
 
-def _damaged(path, reason):
+def _damaged(path: Path, reason: object) -> UserError:
     reason = ' '.join(str(reason).split())
     return UserError(
         f'file={str(path)!r}: expected an intact file of the official archive, but {reason}; download the archive again'
     )
 
 
-def _read_folder(layout, path):
+def _read_folder(layout: Layout, path: Path) -> dict[str, bytes]:
     contents = {}
     for name in layout.files:
         try:
@@ -162,16 +168,17 @@ def _read_folder(layout, path):
     return contents
 
 
-def _read_tar(layout, path):
+def _read_tar(layout: Layout, path: Path) -> dict[str, bytes]:
     wanted = {PurePosixPath(layout.folder, name): name for name in layout.files}
     contents = {}
     try:
-        # One pass in the archive's own order: a seek backwards would decompress everything again.
+        # One pass in the archive's own order: seeking backwards would decompress everything again.
         with tarfile.open(path, 'r:gz') as archive:
             for member in archive:
                 name = wanted.get(PurePosixPath(member.name))
-                if name and member.isfile():
-                    contents[name] = archive.extractfile(member).read()
+                file = archive.extractfile(member) if name and member.isfile() else None
+                if name and file:
+                    contents[name] = file.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise _damaged(path, f'it cannot be unpacked ({error})') from error
     missing = sorted(set(layout.files) - set(contents))
@@ -180,18 +187,18 @@ def _read_tar(layout, path):
     return contents
 
 
-def _to_images(flat):
+def _to_images(flat: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(flat.reshape(-1, *_SHAPE).transpose(0, 2, 3, 1))
 
 
-def _checked_labels(layout, labels, path):
+def _checked_labels(layout: Layout, labels: Any, path: Path) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in 'iu' or labels.min() < 0 or labels.max() >= layout.classes:
         raise _damaged(path, f'its labels are not integers in [0, {layout.classes})')
     return labels.astype(np.int32)
 
 
-def _parse_binary(layout, content, path):
+def _parse_binary(layout: Layout, content: bytes, path: Path) -> tuple[np.ndarray, np.ndarray]:
     record = layout.label_bytes + _PIXELS
     if not content or len(content) % record:
         raise _damaged(path, f'its {len(content)} bytes are not a number of {record}-byte records')
@@ -200,16 +207,17 @@ def _parse_binary(layout, content, path):
     return _to_images(rows[:, layout.label_bytes :]), labels
 
 
-def _parse_pickle(layout, content, path):
+def _parse_pickle(layout: Layout, content: bytes, path: Path) -> tuple[np.ndarray, np.ndarray]:
     data = _unpickle(content, path)
     pixels, labels = data.get(b'data'), data.get(layout.label_key)
     shape = (len(labels), _PIXELS) if isinstance(labels, list) and labels else None
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != shape:
-        raise _damaged(path, f"it does not hold 'data' (uint8, N x {_PIXELS}) and N {layout.label_key.decode()!r}")
+        name = (layout.label_key or b'').decode()
+        raise _damaged(path, f"it does not hold 'data' (uint8, N x {_PIXELS}) and N {name!r}")
     return _to_images(pixels), _checked_labels(layout, labels, path)
 
 
-def _class_names(layout, content, path):
+def _class_names(layout: Layout, content: bytes, path: Path) -> tuple[str, ...]:
     if layout.names_key:
         names = _unpickle(content, path).get(layout.names_key, ())
     else:
@@ -220,8 +228,8 @@ def _class_names(layout, content, path):
     return names
 
 
-def _latin1(text, encoding):
-    """Stand-in for `_codecs.encode`, with which Python 3 writes bytes into a protocol-2 pickle."""
+def _latin1(text: str, encoding: str) -> bytes:
+    """Replaces `_codecs.encode`, with which Python 3 writes bytes into a protocol-2 pickle."""
     if encoding != 'latin1':
         raise pickle.UnpicklingError(f'encoding {encoding!r} is not permitted')
     return text.encode('latin1')
@@ -238,19 +246,19 @@ _PERMITTED = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Plain containers and NumPy arrays only: a pickle could otherwise run anything at all."""
+    """Loads plain containers and NumPy arrays only: any other pickle could run arbitrary code."""
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         try:
             return _PERMITTED[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f'it asks for {module}.{name}, which is not permitted') from None
 
 
-def _unpickle(content, path):
+def _unpickle(content: bytes, path: Path) -> dict:
     try:
         data = _ArrayUnpickler(io.BytesIO(content), encoding='bytes').load()
-    except Exception as error:  # a damaged pickle can raise nearly anything
+    except Exception as error:  # a damaged pickle can raise almost any exception
         raise _damaged(path, f'it cannot be unpickled ({error})') from error
     if not isinstance(data, dict):
         raise _damaged(path, f'it holds a {type(data).__name__}, not a dict')

@@ -1,36 +1,38 @@
 """Decoded arrays kept as .npy files, so that a data set is decoded once per machine."""
 
+import functools
 import hashlib
 import json
 import os
 import warnings
 import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from convnorm_jax.files import write_atomically
 
-# Part of the key: raise it when what is stored changes, and older files are simply never found.
+# Part of the key: raise it when the stored arrays change, so that older files are not found.
 _FORMAT = 1
 
 
-def cache_root():
+def cache_root() -> Path:
     """Folder of the cache: $CONVNORM_CACHE, else ~/.cache/convnorm_jax."""
     return Path(os.environ.get('CONVNORM_CACHE') or '~/.cache/convnorm_jax').expanduser()
 
 
-def cache_folder(name, location, files):
-    """Where the arrays decoded from `files` are kept.
+def cache_folder(name: str, location: str | Path, files: Iterable[str | Path]) -> Path:
+    """The folder where the arrays decoded from `files` are kept.
 
     Args:
         name: the data set's name.
-        location: folder or archive the files were found at.
-        files: paths of the source files. Their names, sizes and modification times are part of the
-            key, so that a replaced file is decoded anew.
+        location: folder or archive where the files were found.
+        files: paths of the source files. Their names, sizes and modification times are part of the key, so
+            that a file that was replaced is decoded again.
 
     Returns:
-        A path (which need not exist).
+        A path, which may not exist yet.
     """
     facts = []
     for path in sorted(Path(f) for f in files):
@@ -40,11 +42,11 @@ def cache_folder(name, location, files):
     return cache_root() / f'{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}'
 
 
-def read_arrays(folder, names):
-    """The arrays `names` of a cache folder, or None where they cannot be had.
+def read_arrays(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray] | None:
+    """Reads the arrays `names` of a cache folder; None if one is missing or cannot be read.
 
-    A file that is absent is no news (first use, or another process is still writing); one that cannot be
-    read gives a warning. Neither is an error: the caller decodes the source again.
+    A missing file is normal: this is the first use, or another process is still writing it. A file that
+    cannot be read gives a warning. In both cases the caller decodes the source again.
     """
     arrays = {}
     for name in names:
@@ -59,18 +61,19 @@ def read_arrays(folder, names):
     return arrays
 
 
-def warn_ignored(path, reason):
-    """Warn that a cache file or folder is not used, and why."""
+def warn_ignored(path: Path, reason: object) -> None:
+    """Warns that a cache file or folder is not used, and why."""
     reason = ' '.join(str(reason).split())
     warnings.warn(f'cache {path} is ignored ({reason}); the data set is decoded again', RuntimeWarning, stacklevel=3)
 
 
-def write_arrays(folder, arrays):
-    """Write a dict of arrays to a cache folder; a folder that cannot be written gives only a warning."""
+def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays to a cache folder; warns if the folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in arrays.items():
-            write_atomically(folder / f'{name}.npy', lambda f, a=array: np.save(f, a, allow_pickle=False))
+            write = functools.partial(np.save, arr=array, allow_pickle=False)
+            write_atomically(folder / f'{name}.npy', write)
     except OSError as error:
         warnings.warn(
             f'cache {folder} cannot be written ({error}); the data set will be decoded at every '

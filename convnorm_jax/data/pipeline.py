@@ -1,4 +1,4 @@
-"""Which examples make up which batch, as a pure function of (seed, epoch): nothing to save, nothing to resume."""
+"""Chooses the examples of each batch as a pure function of (seed, epoch), so that no order has to be saved."""
 
 import functools
 
@@ -8,15 +8,16 @@ import numpy as np
 
 from convnorm_jax.errors import UserError
 
-# Keeps the order apart from whatever else draws from the key of the same seed.
+# Makes the order independent of everything else that draws from the same seed.
 _ORDER_STREAM = 0x0D3
 
 
-def steps_per_epoch(num_examples, batch_size):
-    """Whole batches in an epoch; the remainder of each epoch's permutation is dropped.
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Number of whole batches in an epoch; the remainder of each epoch's permutation is dropped.
 
     Args:
-        num_examples, batch_size: int.
+        num_examples: training examples.
+        batch_size: examples in a batch.
 
     Returns:
         int >= 1.
@@ -33,18 +34,23 @@ def steps_per_epoch(num_examples, batch_size):
     return num_examples // batch_size
 
 
-def epoch_order(seed, epoch, num_examples, batch_size):
-    """The examples of one epoch: a fresh permutation, cut into whole batches.
+def epoch_order(seed: int | jax.Array, epoch: int | jax.Array, num_examples: int, batch_size: int) -> jax.Array:
+    """Draws the order of one epoch: a new permutation, cut into whole batches.
+
+    >>> epoch_order(seed=0, epoch=0, num_examples=10, batch_size=4).shape
+    (2, 4)
 
     Args:
-        seed, epoch: int or traced integer scalar.
-        num_examples, batch_size: int (static under jit).
+        seed: int or traced integer scalar.
+        epoch: int or traced integer scalar.
+        num_examples: int, static under jit.
+        batch_size: int, static under jit.
 
     Returns:
         int32 [steps_per_epoch, batch_size], indices in [0, num_examples), each at most once.
 
     Raises:
-        ValueError: as `steps_per_epoch`.
+        ValueError: see `steps_per_epoch`.
     """
     steps = steps_per_epoch(num_examples, batch_size)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _ORDER_STREAM), epoch)
@@ -52,15 +58,17 @@ def epoch_order(seed, epoch, num_examples, batch_size):
     return order[: steps * batch_size].reshape(steps, batch_size).astype(jnp.int32)
 
 
-@functools.lru_cache(maxsize=2)  # the threads of a reader are in one epoch, or between two
-def streamed_order(seed, epoch, num_examples):
-    """The examples of one epoch of a data set that is streamed: a permutation drawn on the host.
+@functools.lru_cache(maxsize=2)  # a reader's threads work on one epoch, or at its end on two
+def streamed_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    """Draws the order of one epoch of a streamed data set, on the host.
 
     Args:
-        seed, epoch, num_examples: ints >= 0.
+        seed: int >= 0.
+        epoch: int >= 0.
+        num_examples: int >= 0.
 
     Returns:
-        int64 [num_examples], NumPy, read-only.
+        int64 [num_examples], a permutation, read-only.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, _ORDER_STREAM], counter=[0, 0, epoch, 0]))
     order = rng.permutation(num_examples)
@@ -68,13 +76,18 @@ def streamed_order(seed, epoch, num_examples):
     return order
 
 
-def take_batch(images, labels, order, index):
-    """Gather one batch.
+def take_batch(
+    images: np.ndarray | jax.Array,
+    labels: np.ndarray | jax.Array,
+    order: np.ndarray | jax.Array,
+    index: int | jax.Array,
+) -> dict[str, jax.Array]:
+    """Gathers one batch.
 
     Args:
         images: [N, H, W, C], any dtype.
         labels: [N].
-        order: int [steps, batch_size], as `epoch_order` gives it.
+        order: int [steps, batch_size], as returned by `epoch_order`.
         index: row of `order`, int or traced; the caller keeps it in [0, steps).
 
     Returns:
@@ -85,16 +98,24 @@ def take_batch(images, labels, order, index):
     return {'images': jnp.asarray(images)[chosen], 'labels': jnp.asarray(labels)[chosen]}
 
 
-def padded_batches(num_examples, batch_size):
-    """Evaluation order: every example once, in order; the last batch is filled up and masked.
+def padded_batches(num_examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Order of an evaluation: every example once, in order; the last batch is padded and masked.
+
+    >>> indices, mask = padded_batches(num_examples=3, batch_size=2)
+    >>> indices
+    array([[0, 1],
+           [2, 0]], dtype=int32)
+    >>> mask
+    array([[1., 1.],
+           [1., 0.]], dtype=float32)
 
     Args:
         num_examples: int >= 0; 0 gives no batches.
         batch_size: int >= 1, may exceed num_examples.
 
     Returns:
-        (indices int32, mask float32), NumPy, each [ceil(num_examples / batch_size), batch_size]. Fillers
-        have index 0 and mask 0.
+        (indices int32, mask float32), each [ceil(num_examples / batch_size), batch_size]. Padding has index 0
+        and mask 0.
 
     Raises:
         ValueError: batch_size below 1 or num_examples below 0.
@@ -109,6 +130,6 @@ def padded_batches(num_examples, batch_size):
     return np.where(mask, flat, 0).astype(np.int32).reshape(shape), mask.astype(np.float32).reshape(shape)
 
 
-def _check_batch_size(batch_size):
+def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise UserError(f'batch_size={batch_size}: expected at least 1; set --config.data.batch_size to e.g. 128')

@@ -1,15 +1,16 @@
-"""Training, validation and test sets out of a `Source`: holding out, subsets, label noise, and the record."""
+"""Makes training, validation and test sets of a `Source`: held-out examples, subsets, label noise, and the record."""
 
 import dataclasses
 import math
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from convnorm_jax.data import cache
-from convnorm_jax.data.sources import Split
+from convnorm_jax.data.sources import Source, Split
 from convnorm_jax.errors import UserError
+from convnorm_jax.files import write_atomically
 
 NOISE_KINDS = ('none', 'symmetric', 'asymmetric')
 VALIDATION_KINDS = ('held_out', 'published')
@@ -21,11 +22,13 @@ _CIFAR10_CONFUSIONS = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What an experiment trains, chooses and tests on.
+    """The splits of an experiment.
 
     Attributes:
-        train, validation, test: the splits; labels of train and validation carry the noise asked for.
-        record: arrays that say what was done, see `prepare`.
+        train: the training set, with label noise if any.
+        validation: the validation set, with label noise if any.
+        test: the test set, never with noise.
+        record: arrays that reproduce the splits, see `prepare`.
     """
 
     train: Split
@@ -35,25 +38,30 @@ class Prepared:
 
 
 def prepare(
-    source,
+    source: Source,
     *,
-    validation_fraction=0.1,
-    validation='held_out',
-    subset_fraction=1.0,
-    noise_kind='none',
-    noise_rate=0.0,
-    seed=0,
-):
-    """Split, subset and corrupt a data set, taking the same share of every class.
+    validation_fraction: float = 0.1,
+    validation: str = 'held_out',
+    subset_fraction: float = 1.0,
+    noise_kind: str = 'none',
+    noise_rate: float = 0.0,
+    seed: int = 0,
+) -> Prepared:
+    """Splits a data set, takes a subset and adds label noise, with the same share of every class.
 
-    Each class is shuffled once, by the seed alone. The validation set is its last `validation_fraction`; with
-    'held_out' training sees the first `subset_fraction` of what remains, with 'published' the first
+    Each class is shuffled once, by the seed alone. The validation set is its last `validation_fraction`. With
+    'held_out' training gets the first `subset_fraction` of the rest, with 'published' the first
     `subset_fraction` of the whole class, validation examples included. Shares are rounded to the nearest
-    whole example. Noise goes to train and, by an independent draw, to validation (the same annotators),
-    never to test. The seed's three uses are separate streams: noise does not move the split.
+    whole example. Noise is added to train and, by an independent draw, to validation (as if labelled by the
+    same annotators), never to test. Noise does not change the split: the random numbers are independent.
+
+    >>> from convnorm_jax.data.sources import load_source
+    >>> prepared = prepare(load_source('digits'), noise_kind='symmetric', noise_rate=0.5)
+    >>> len(prepared.train.labels), len(prepared.validation.labels), int(prepared.record['train_touched'].sum())
+    (1292, 145, 646)
 
     Args:
-        source: a `Source`.
+        source: the data set.
         validation_fraction: share in [0, 1) of each class; 0 gives an empty validation set.
         validation: 'held_out' or 'published'.
         subset_fraction: share in (0, 1] of each class.
@@ -65,7 +73,7 @@ def prepare(
         A `Prepared`. Its record holds, with indices into `source.train` in ascending order:
         train_indices, validation_indices (int64); train_labels, train_clean_labels, validation_labels,
         validation_clean_labels (int32); train_noisy, validation_noisy (bool: the label differs from the
-        clean one); train_touched, validation_touched (bool: the label was redrawn, perhaps to itself);
+        clean one); train_touched, validation_touched (bool: the label was drawn again, perhaps the same one);
         and every argument: name, validation, validation_fraction, subset_fraction, noise_kind, noise_rate,
         seed.
 
@@ -102,7 +110,9 @@ def prepare(
     )
 
 
-def _check_arguments(validation_fraction, validation, subset_fraction, noise_kind, noise_rate, seed):
+def _check_arguments(
+    validation_fraction: float, validation: str, subset_fraction: float, noise_kind: str, noise_rate: float, seed: int
+) -> None:
     if validation not in VALIDATION_KINDS:
         raise UserError(
             f'validation={validation!r}: expected one of {", ".join(VALIDATION_KINDS)}; '
@@ -127,12 +137,14 @@ def _check_arguments(validation_fraction, validation, subset_fraction, noise_kin
         raise UserError(f'seed={seed!r}: expected a whole number >= 0; give e.g. 0')
 
 
-def _check_rate(rate, name='rate'):
+def _check_rate(rate: float, name: str = 'rate') -> None:
     if not 0 <= rate <= 1:
         raise UserError(f'{name}={rate!r}: expected a share in [0, 1]; give e.g. 0.2 for 20 %')
 
 
-def _choose(source, validation_fraction, validation, subset_fraction, rng):
+def _choose(
+    source: Source, validation_fraction: float, validation: str, subset_fraction: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the training and of the validation examples, each ascending."""
     train, held = [], []
     for label, class_name in enumerate(source.class_names):
@@ -144,7 +156,7 @@ def _choose(source, validation_fraction, validation, subset_fraction, rng):
                 f'example of each class, but {class_name!r} has {len(members)} in all; '
                 'give a larger share, or 0 for none'
             )
-        # Not members[-n_held:], which for 0 is everything.
+        # members[-n_held:] would be everything if n_held is 0.
         kept, last = members[: len(members) - n_held], members[len(members) - n_held :]
         pool = kept if validation == 'held_out' else members
         subset = pool[: _round(subset_fraction * len(pool))]
@@ -158,17 +170,19 @@ def _choose(source, validation_fraction, validation, subset_fraction, rng):
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(held))
 
 
-def _round(count):
-    """Nearest whole number, halves up; 0.29 * 100 is 28.999999999999996, which must not become 28."""
+def _round(count: float) -> int:
+    """Rounds to the nearest whole number, halves up; 0.29 * 100 is 28.999999999999996, which must not become 28."""
     return math.floor(count + 0.5)
 
 
-def _round_up(count):
-    """Next whole number, but 0.07 * 100 = 7.000000000000001 is 7."""
+def _round_up(count: float) -> int:
+    """Rounds up to a whole number, except that 0.07 * 100 = 7.000000000000001 is 7."""
     return math.ceil(round(count, 6))
 
 
-def _add_noise(labels, source, kind, rate, rng):
+def _add_noise(
+    labels: np.ndarray, source: Source, kind: str, rate: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     if kind == 'symmetric':
         return symmetric_noise(labels, source.num_classes, rate, rng)
     if kind == 'asymmetric':
@@ -176,19 +190,26 @@ def _add_noise(labels, source, kind, rate, rng):
     return labels.copy(), np.zeros(len(labels), bool)
 
 
-def symmetric_noise(labels, num_classes, rate, rng):
-    """Draw a new label, uniformly from all classes, for the share `rate` of the examples.
+def symmetric_noise(
+    labels: np.ndarray, num_classes: int, rate: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws a new label, uniformly from all classes, for the share `rate` of the examples.
 
-    The new label may be the old one: with 10 classes 0.9 * rate of the labels end up wrong.
+    The new label may be the old one: with 10 classes, 0.9 * rate of the labels become wrong.
+
+    >>> clean = np.zeros(1000, int)
+    >>> noisy, touched = symmetric_noise(clean, num_classes=10, rate=0.4, rng=np.random.default_rng(0))
+    >>> int(touched.sum())
+    400
 
     Args:
         labels: int [N].
         num_classes: number of classes.
         rate: share in [0, 1]; rate * N is rounded up.
-        rng: np.random.Generator.
+        rng: random numbers.
 
     Returns:
-        (int32 [N] noisy labels, bool [N] which were redrawn).
+        (int32 [N] noisy labels, bool [N] whose label was drawn again).
 
     Raises:
         ValueError: rate outside [0, 1], or a label outside [0, num_classes).
@@ -201,8 +222,10 @@ def symmetric_noise(labels, num_classes, rate, rng):
     return noisy, touched
 
 
-def asymmetric_noise(labels, num_classes, rate, rng, dataset):
-    """Confuse classes with similar ones.
+def asymmetric_noise(
+    labels: np.ndarray, num_classes: int, rate: float, rng: np.random.Generator, dataset: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Replaces labels by those of similar classes.
 
     'cifar10': the share `rate` (rounded up) of each of five classes: truck -> automobile, bird -> airplane,
     cat <-> dog, deer -> horse. Any other data set: each label moves to the next class, the last one to
@@ -212,11 +235,11 @@ def asymmetric_noise(labels, num_classes, rate, rng, dataset):
         labels: int [N].
         num_classes: number of classes.
         rate: share in [0, 1].
-        rng: np.random.Generator.
+        rng: random numbers.
         dataset: the data set's name.
 
     Returns:
-        (int32 [N] noisy labels, bool [N] which were changed).
+        (int32 [N] noisy labels, bool [N] whose label was changed).
 
     Raises:
         ValueError: rate outside [0, 1], a label outside [0, num_classes), or 'cifar10' without 10 classes.
@@ -224,7 +247,6 @@ def asymmetric_noise(labels, num_classes, rate, rng, dataset):
     labels = _checked_labels(labels, num_classes, rate)
     if dataset != 'cifar10':
         touched = rng.random(len(labels)) < rate
-
         return np.where(touched, (labels + 1) % num_classes, labels).astype(np.int32), touched
     if num_classes != 10:
         raise UserError(
@@ -238,7 +260,7 @@ def asymmetric_noise(labels, num_classes, rate, rng, dataset):
     return noisy, touched
 
 
-def _checked_labels(labels, num_classes, rate):
+def _checked_labels(labels: np.ndarray, num_classes: int, rate: float) -> np.ndarray:
     _check_rate(rate)
     labels = np.asarray(labels, np.int32)
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
@@ -249,27 +271,28 @@ def _checked_labels(labels, num_classes, rate):
     return labels
 
 
-def save_record(prepared, path):
-    """Write `prepared.record` to `path` as .npz, in one step: a reader never sees half a file.
+def save_record(prepared: Prepared, path: str | Path) -> None:
+    """Writes `prepared.record` to `path` as .npz, atomically: a reader never sees half a file.
 
     Args:
-        prepared: a `Prepared`.
+        prepared: the splits.
         path: file to write; used as given, no suffix is added.
 
     Raises:
         OSError: the file cannot be written.
     """
-    cache.write_atomically(Path(path), lambda file: np.savez_compressed(file, **prepared.record))
+    arrays: dict[str, Any] = prepared.record
+    write_atomically(Path(path), lambda file: np.savez_compressed(file, **arrays))
 
 
-def load_record(path):
-    """Read what `save_record` wrote.
+def load_record(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads what `save_record` wrote.
 
     Args:
         path: the .npz file.
 
     Returns:
-        dict of str to np.ndarray.
+        The record, see `prepare`.
 
     Raises:
         ValueError: there is no such file, or it is not a record.

@@ -1,14 +1,17 @@
-"""`convnormalize` for Equinox: ConvNorm in place of the convolutions of a model.
+"""`convnormalize` for Equinox: replaces the convolutions of a model by ConvNorm.
+
+::
 
     model, state, report = convnormalize(model, state, images, key=key)
     print(report)
 
-The geometry of the convolutions is in `geometry`, what all libraries share in `convnorm_jax.conversion`.
+`geometry` reads the geometry of the convolutions; `convnorm_jax.conversion` holds what all libraries share.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -20,12 +23,13 @@ from convnorm_jax.dataflow import Call
 from convnorm_jax.equinox.geometry import geometry_of
 from convnorm_jax.equinox.layers import ConvNorm, ConvNormTranspose
 from convnorm_jax.layers import core
+from convnorm_jax.layers.settings import Settings
 
 _CONVOLUTIONS = (eqx.nn.Conv, eqx.nn.ConvTranspose)
 _OURS = (ConvNorm, ConvNormTranspose)
-# They read or change the weights of the layers inside: {type: its field}.
+# These read or change the weights of the layers inside, which are in the field named here.
 _WRAPPERS = {eqx.nn.SpectralNorm: 'layer', eqx.nn.WeightNorm: 'layer', eqx.nn.Shared: 'pytree'}
-# The dtype is that of the weight.
+# Without 'dtype', which is that of the weight.
 _OPTIONS = tuple(name for name in conversion.OPTIONS if name != 'dtype')
 
 
@@ -35,43 +39,44 @@ def convnormalize(
     images: jax.Array | jax.ShapeDtypeStruct,
     *,
     key: jax.Array,
-    where: Callable[[str], bool] | str | None = None,
+    where: Callable[[str], Any] | str | None = None,
     norms: type | tuple[type, ...] = (eqx.nn.BatchNorm,),
-    call: Callable | None = None,
-    **options,
+    call: Callable[[Any, Any, Any], Any] | None = None,
+    **options: Any,
 ) -> tuple[eqx.Module, eqx.nn.State | None, Report]:
-    """The model with a ConvNorm in place of every convolution and of the normalization that follows it.
+    """Returns the model with a ConvNorm in place of every convolution and the normalization after it.
 
-    Which normalization follows which convolution is read off a trace of `call`: one goes into a ConvNorm if its input
-    is the output of one convolution, and nothing else takes that output. The ConvNorm is then at the BatchNorm's place,
-    where the state and `inference` reach it, and at the convolution's there is nothing. A convolution without BatchNorm
-    is called without state, so it becomes a ConvNorm without BatchNorm whose spectrum is always that of its kernel
-    (spectrum='exact'). Layers that cannot be replaced stay; the report says why.
+    A trace of `call` shows which normalization follows which convolution. A normalization becomes part of a ConvNorm if
+    its input is the output of one convolution and nothing else reads that output. The ConvNorm takes the place of the
+    BatchNorm, where the state and `inference` reach it, and an identity takes the place of the convolution. A
+    convolution without BatchNorm is called without state, so it becomes a ConvNorm without BatchNorm whose spectrum is
+    always that of its kernel (spectrum='exact'). Layers that cannot be replaced stay, and the report says why.
 
-    The new model is another function: train it. What it keeps are the kernels, the bias of a convolution as
-    `affine_bias`, and the scale, bias, momentum and epsilon of a BatchNorm, not its running statistics, which are those
-    of other arrays. A BatchNorm of mode='ema' normalizes by its running statistics in training, too; a ConvNorm never
-    does. The model and the state that are given are not changed.
+    The new model is another function, so train it. It keeps the kernels, the bias of a convolution as `affine_bias`,
+    and the scale, bias, momentum and epsilon of a BatchNorm. It does not keep running statistics, which are those of
+    other arrays. A BatchNorm of mode='ema' normalizes by its running statistics in training too; a ConvNorm never does.
+    The given model and state do not change.
 
     Args:
-      state: of the model, as `eqx.nn.make_with_state` gives it; None for a model without.
-      images: an example batch [B, C, *spatial], or its shape and dtype.
+      model: with convolutions `eqx.nn.Conv` or `eqx.nn.ConvTranspose`.
+      state: of the model, as `eqx.nn.make_with_state` returns it; None for a model without state.
+      images: an example batch `[B, C, *spatial]`, or its shape and dtype.
       key: of the initial values of the channel-wise convolutions.
-      where: which convolutions, a function of a path such as 'layers/0/conv1', or a regular expression that is searched
-        in it; None is all.
-      norms: types of normalizations to replace; others stay behind their ConvNorm. The scale and bias of one without
-        state go into the channel-wise convolution.
-      call: (model, state, images) -> anything: how the model is called, if not under
+      where: which convolutions to replace: a function of a path such as 'layers/0/conv1', or a regular expression that
+        is searched in the path. None replaces all.
+      norms: types of normalizations to replace; others stay after their ConvNorm. The scale and bias of one without
+        state are folded into the channel-wise convolution.
+      call: `(model, state, images)` -> anything, how the model is called, if not under
         `jax.vmap(axis_name='batch', in_axes=(0, None), out_axes=(0, None))` as model(image, state), or as model(image)
         if the state is None.
-      options: of every ConvNorm: use_affine, momentum, spectrum (of those with BatchNorm), method,
+      **options: of every ConvNorm: use_affine, momentum, spectrum (of those with BatchNorm), method,
         batch_norm_momentum, batch_norm_epsilon, precision.
 
     Returns:
-      The new model, its state, and the report: `print(report)`.
+      The new model, its state, and the report; `print(report)` shows a table.
 
     Raises:
-      UserError: no convolution in the model, or `where` chooses none; an unknown option; a model whose code depends on
+      ValueError: no convolution in the model, or `where` chooses none; an unknown option; a model whose code depends on
         the shape of an array between a convolution and its normalization.
     """
     norms = norms if isinstance(norms, tuple) else (norms,)
@@ -104,10 +109,10 @@ def convnormalize(
 
 
 class Identity(eqx.Module):
-    """Where a convolution or a normalization was that is part of a ConvNorm. It ignores further arguments."""
+    """Takes the place of a layer that became part of a ConvNorm. It ignores further arguments."""
 
-    def __call__(self, x: jax.Array, state: eqx.nn.State | None = None, **ignored):
-        """The input; with a state, too, if it is given one."""
+    def __call__(self, x: jax.Array, state: eqx.nn.State | None = None, **ignored: Any) -> Any:
+        """Returns the input, with the state if one is given."""
         return x if state is None else (x, state)
 
 
@@ -115,20 +120,20 @@ class StatelessConvNorm(eqx.Module):
     """A ConvNorm without BatchNorm and running spectrum, called as a convolution; see `convnormalize`."""
 
     params: dict[str, jax.Array]
-    settings: core.Settings = eqx.field(static=True)
+    settings: Settings = eqx.field(static=True)
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """[in_channels, *spatial] -> [out_channels, *spatial']; `key` is ignored."""
+        """Applies the layer, `[in_channels, *spatial]` -> `[out_channels, *spatial']`; `key` is ignored."""
         y, _ = core.apply(self.settings, self.params, None, jnp.moveaxis(x, 0, -1)[None], use_running_average=True)
         return jnp.moveaxis(y[0], -1, 0)
 
 
 class BatchNormedConvNorm(ConvNorm, eqx.nn.BatchNorm):
-    """A ConvNorm at the place of a BatchNorm, for code that looks for `eqx.nn.BatchNorm` among its layers."""
+    """A ConvNorm in the place of a BatchNorm, for code that looks for `eqx.nn.BatchNorm` among its layers."""
 
 
 class BatchNormedConvNormTranspose(ConvNormTranspose, eqx.nn.BatchNorm):
-    """A ConvNormTranspose at the place of a BatchNorm, for code that looks for `eqx.nn.BatchNorm` among its layers."""
+    """A ConvNormTranspose in the place of a BatchNorm, for code that looks for `eqx.nn.BatchNorm` among its layers."""
 
 
 def _call(model, state, images):
@@ -143,7 +148,7 @@ def _path(keys):
 
 
 def _wrapped(model):
-    """{id of a convolution: the wrapper around it}"""
+    """Returns the wrapper around each wrapped convolution, by the convolution's id."""
     found, kinds = {}, tuple(_WRAPPERS)
     for wrapper in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, kinds)):
         if isinstance(wrapper, kinds):
@@ -159,7 +164,7 @@ def _found(keys, layer, wrapped, norms):
     if type(layer).__call__ not in {original.__call__ for original in originals}:
         refusal = 'a class with its own __call__'
     if id(layer) in wrapped:
-        refusal = f'{type(wrapped[id(layer)]).__name__} around it has a hand in its weight'
+        refusal = f'{type(wrapped[id(layer)]).__name__} around it changes its weight'
     if not isinstance(getattr(layer, 'axis_name', ''), str):
         refusal = f'axis_name={layer.axis_name!r}: a ConvNorm takes one name'
     return Found(_path(keys), kind, refusal, movable=isinstance(layer, eqx.nn.BatchNorm))
@@ -167,7 +172,7 @@ def _found(keys, layer, wrapped, norms):
 
 @functools.lru_cache(maxsize=256)
 def _spied(kind):
-    """A subclass that marks the layer's output, or its input if it is a normalization."""
+    """Returns a subclass that marks its output, or for a normalization its input."""
 
     class OfConvolution(kind):
         number_of_layer: int = eqx.field(static=True)
@@ -187,7 +192,7 @@ def _spied(kind):
 
 
 def _instance(kind, **values):
-    """A module from the values of its fields, without its `__init__`."""
+    """Makes a module from the values of its fields, without its `__init__`."""
     made = object.__new__(kind)
     for field in dataclasses.fields(kind):
         object.__setattr__(made, field.name, values[field.name])
@@ -203,7 +208,7 @@ def _spy(layer, number):
 
 
 def _trace(model, state, call, images):
-    """The flow through the model, and the shapes of its outputs."""
+    """Returns the flow through the model and the shapes of its outputs."""
     arrays, static = eqx.partition(model, eqx.is_array)
     shapes = []
 
@@ -217,20 +222,20 @@ def _trace(model, state, call, images):
 
 
 def _shapes(model, state, call, images):
-    """Of the arrays that the call returns."""
+    """Returns the shapes of the arrays that the call returns."""
     arrays, static = eqx.partition(model, eqx.is_array)
     run = lambda arrays, state, images: _arrays(call(eqx.combine(arrays, static), state, images))
     return [leaf.shape for leaf in jax.eval_shape(run, arrays, state, images)]
 
 
 def _arrays(tree):
-    """The arrays but for those of a state, whose entries are others in the new model."""
+    """Returns the arrays without those of a state, whose entries differ in the new model."""
     is_state = lambda x: isinstance(x, eqx.nn.State)
     return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_state) if isinstance(leaf, jax.Array)]
 
 
 def _merged(state, gone, entries):
-    """The state without the entries of the layers in `gone`, and with `entries`."""
+    """Returns the state without the entries of the layers in `gone`, and with `entries`."""
     if state is None:
         return None
     is_index = lambda x: isinstance(x, eqx.nn.StateIndex)
@@ -246,12 +251,12 @@ def _build(conv, norm, calls, key, options):
     transposed = isinstance(conv, eqx.nn.ConvTranspose)
     sizes = sorted({call.input[1:] for call in calls})
     batch_norm = isinstance(norm, eqx.nn.BatchNorm)
-    given = {**geometry_of(conv, transposed, sizes), 'param_dtype': conv.weight.dtype, **options}
+    given = {**geometry_of(conv, sizes), 'param_dtype': conv.weight.dtype, **options}
     if batch_norm:
         given = {'batch_norm_epsilon': norm.eps, 'batch_norm_momentum': norm.momentum, **given}
     else:
         given['spectrum'] = 'exact'
-    settings = core.Settings(
+    settings = Settings(
         features=conv.out_channels,
         kernel_size=conv.kernel_size,
         transposed=transposed,
@@ -264,7 +269,7 @@ def _build(conv, norm, calls, key, options):
     details = conversion.details_of(settings, conv.in_channels, conv.bias is not None)
     if not batch_norm:
         return StatelessConvNorm(params, settings), details
-    # Of the BatchNorm's own fields only what says what it was: it has no state, weight and bias of its own.
+    # The fields of the BatchNorm are kept for code that reads them, but not its state, weight and bias.
     nothing = {name: None for name, value in _fields(norm).items() if isinstance(value, (eqx.nn.StateIndex, jax.Array))}
     names = ('kernel', 'affine_kernel', 'affine_bias', 'scale', 'bias')
     kind = BatchNormedConvNormTranspose if transposed else BatchNormedConvNorm
@@ -283,16 +288,16 @@ def _build(conv, norm, calls, key, options):
 
 
 def _params(settings, conv, norm, batch_norm, next_key):
-    """The parameters, with the values that the convolution and the normalization have for them."""
+    """Returns the parameters, with the values that the convolution and the normalization have for them."""
     kernel = jnp.moveaxis(conv.weight, (0, 1), (-1, -2))
-    if settings.transposed:  # lax correlates, a transposed convolution of PyTorch and ours convolves
+    if settings.transposed:  # `jax.lax` cross-correlates, where a transposed convolution of PyTorch and ours convolves
         kernel = jnp.flip(kernel, tuple(range(settings.rank)))
     scale, bias = getattr(norm, 'weight', None), getattr(norm, 'bias', None)
     known = {'kernel': kernel, 'affine_bias': None if conv.bias is None else conv.bias.reshape(-1)}
     if batch_norm:
         known |= {'scale': scale, 'bias': bias}
     params = core.draw_params(settings, conv.in_channels, next_key, known)
-    if not batch_norm and settings.use_affine:  # of a normalization without state: into the channel-wise convolution
+    if not batch_norm and settings.use_affine:  # a stateless normalization: folded into the affine part
         if scale is not None and scale.shape == (settings.features,):
             params = {**params, **{name: params[name] * scale for name in ('affine_kernel', 'affine_bias')}}
         if bias is not None and bias.shape == (settings.features,):

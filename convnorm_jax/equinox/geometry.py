@@ -1,6 +1,7 @@
 """The geometry of Equinox's convolutions in the terms of a ConvNorm."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 
@@ -9,11 +10,15 @@ from convnorm_jax.conversion import Refused
 from convnorm_jax.layers import geometry
 
 
-def geometry_of(conv: eqx.nn.Conv | eqx.nn.ConvTranspose, transposed: bool, sizes: Sequence[tuple[int, ...]]) -> dict:
-    """strides, padding, kernel_dilation and feature_group_count of `core.Settings`, for images of these sizes.
+def geometry_of(conv: eqx.nn.Conv | eqx.nn.ConvTranspose, sizes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """Returns strides, padding, kernel_dilation and feature_group_count of the ConvNorm for a convolution.
+
+    Args:
+      conv: the convolution.
+      sizes: of the images that it is called on.
 
     Raises:
-      Refused: there are none.
+      Refused: no ConvNorm has the geometry of this convolution.
     """
     rank = conv.num_spatial_dims
     if not 1 <= rank <= 3:
@@ -22,7 +27,7 @@ def geometry_of(conv: eqx.nn.Conv | eqx.nn.ConvTranspose, transposed: bool, size
         raise Refused(f'its weight has the shape {conv.weight.shape}: layers stacked by a transformation')
     spans = geometry.dilated_size(conv.kernel_size, conv.dilation)
     given = {'strides': conv.stride, 'kernel_dilation': conv.dilation, 'feature_group_count': conv.groups}
-    if transposed:
+    if isinstance(conv, eqx.nn.ConvTranspose):
         if conv.padding_mode != 'ZEROS':
             raise Refused(f'padding_mode={conv.padding_mode!r} of a transposed convolution')
         return {**given, 'padding': conversion.transposed_crop(spans, _padding_transposed(conv, spans))}
@@ -30,7 +35,7 @@ def geometry_of(conv: eqx.nn.Conv | eqx.nn.ConvTranspose, transposed: bool, size
 
 
 def _padding(conv, spans, sizes):
-    """Of the ConvNorm: for `jax.lax`, or 'CIRCULAR'."""
+    """Returns the padding of the ConvNorm: one of `jax.lax`, or 'CIRCULAR'."""
     if conv.padding in ('SAME', 'VALID') and conv.padding_mode == 'ZEROS':
         return conv.padding
     if isinstance(conv.padding, str):
@@ -49,7 +54,7 @@ def _padding(conv, spans, sizes):
 
 
 def _padding_transposed(conv, spans):
-    """What `eqx.nn.ConvTranspose` pads its dilated input with (Dumoulin and Visin, arXiv 1603.07285)."""
+    """Returns the padding of the dilated input in `eqx.nn.ConvTranspose` (Dumoulin and Visin, arXiv 1603.07285)."""
     if conv.padding == 'VALID':
         pairs, extra = [(0, 0)] * len(spans), conv.output_padding
     elif isinstance(conv.padding, str):

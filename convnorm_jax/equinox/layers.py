@@ -1,19 +1,27 @@
 """ConvNorm and ConvNormTranspose for Equinox (an extra: `pip install 'convnorm_jax[equinox]'`).
 
-from convnorm_jax.equinox import ConvNorm
-layer, state = eqx.nn.make_with_state(ConvNorm)(3, 64, 3, padding=1, image_size=(32, 32), key=key)
-y, state = jax.vmap(layer, axis_name='batch', in_axes=(0, None), out_axes=(0, None))(images, state)
-layer = eqx.nn.inference_mode(layer)      # inference from now on, as for eqx.nn.BatchNorm
+::
+
+    from convnorm_jax.equinox import ConvNorm
+
+    layer, state = eqx.nn.make_with_state(ConvNorm)(3, 64, 3, padding=1, image_size=(32, 32), key=key)
+    y, state = jax.vmap(layer, axis_name='batch', in_axes=(0, None), out_axes=(0, None))(images, state)
+    layer = eqx.nn.inference_mode(layer)      # inference from now on, as for eqx.nn.BatchNorm
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers import core
 from convnorm_jax.layers.batch_axis import index_in_batch, own_example, whole_batch
+from convnorm_jax.layers.geometry import Ints, Padding
+from convnorm_jax.layers.method import Method
+from convnorm_jax.layers.settings import Settings, SpectrumMode
 
 try:
     import equinox as eqx
@@ -24,7 +32,7 @@ except ModuleNotFoundError as error:
 
 
 class _NormalizedConvolution(eqx.nn.StatefulLayer):
-    """What the two layers share; see `ConvNorm`."""
+    """The base class of both layers; `ConvNorm` documents the arguments."""
 
     kernel: jax.Array
     affine_kernel: jax.Array | None
@@ -35,35 +43,35 @@ class _NormalizedConvolution(eqx.nn.StatefulLayer):
     inference: bool
     in_channels: int = eqx.field(static=True)
     axis_name: Hashable = eqx.field(static=True)
-    settings: core.Settings = eqx.field(static=True)
+    settings: Settings = eqx.field(static=True)
 
-    _transposed = False
+    _transposed: ClassVar[bool] = False
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: str | int | Sequence = 0,
-        dilation: int | Sequence[int] = 1,
+        kernel_size: Ints,
+        stride: Ints = 1,
+        padding: Padding = 0,
+        dilation: Ints = 1,
         groups: int = 1,
         *,
-        image_size: int | Sequence[int] | None = None,
+        image_size: Ints | None = None,
         axis_name: Hashable = 'batch',
         inference: bool = False,
         use_affine: bool = True,
         use_batch_norm: bool = True,
         momentum: float | None = None,
-        spectrum: str = 'running',
-        method: str | None = None,
+        spectrum: SpectrumMode = 'running',
+        method: Method | None = None,
         batch_norm_momentum: float = 0.9,
         batch_norm_epsilon: float = 1e-5,
-        dtype: jnp.dtype | None = None,
+        dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
         key: jax.Array,
-    ):
-        self.settings = core.Settings(
+    ) -> None:
+        self.settings = Settings(
             features=out_channels,
             kernel_size=kernel_size,
             strides=stride,
@@ -95,23 +103,23 @@ class _NormalizedConvolution(eqx.nn.StatefulLayer):
 
     @property
     def params(self) -> dict[str, jax.Array]:
-        """The parameters that there are, by their names in `convnorm_jax.functional`."""
+        """The layer's parameters, by their names in `convnorm_jax.functional`."""
         names = ('kernel', 'affine_kernel', 'affine_bias', 'scale', 'bias')
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def __call__(
         self, x: jax.Array, state: eqx.nn.State, *, key: jax.Array | None = None, inference: bool | None = None
     ) -> tuple[jax.Array, eqx.nn.State]:
-        r"""Applies the layer to one example of a batch.
+        """Applies the layer to one example of a batch.
 
         Args:
-          x: [in_channels, \*spatial], float.
+          x: `[in_channels, *spatial]`, float.
           state: of the model.
           key: ignored, as by `eqx.nn.BatchNorm`.
-          inference: True at inference, False in training; None is the attribute, which `eqx.nn.inference_mode` sets.
+          inference: True at inference, False in training; None takes the attribute, which `eqx.nn.inference_mode` sets.
 
         Returns:
-          [out_channels, \*spatial'], and the new state.
+          `[out_channels, *spatial']`, and the new state.
 
         Raises:
           ValueError: x of another rank or number of channels, or of another size than the running spectrum; training
@@ -130,7 +138,7 @@ class _NormalizedConvolution(eqx.nn.StatefulLayer):
                 f'training with BatchNorm outside of the axis {self.axis_name!r}: call the model as '
                 f'jax.vmap(model, axis_name={self.axis_name!r}, in_axes=(0, None), out_axes=(0, None))(images, state)'
             )
-        # The layer is one operation on the batch: each example sees the whole of it, and keeps its own output.
+        # The layer is one operation on the batch, so each example gathers the batch and takes its own output.
         batch = x[None] if index is None else whole_batch(x, index, self.axis_name)
         y, changed = core.apply(
             self.settings,
@@ -146,49 +154,67 @@ class _NormalizedConvolution(eqx.nn.StatefulLayer):
 
 
 class ConvNorm(_NormalizedConvolution):
-    r"""Convolution whose output channels are normalized by their power spectrum, for Equinox.
+    """A convolution whose output channels are normalized by their power spectrum, for Equinox.
 
-    Stands in for "convolution, then normalization". The same as `convnorm_jax.ConvNorm` (Linen), which has the
-    mathematics and the meaning of each argument; with Equinox's names, images and paddings: channels first, one example
-    at a time under `jax.vmap(axis_name='batch')`, no padding by default. The running spectrum, its number of updates
-    and BatchNorm's running mean and variance are in the model's `eqx.nn.State`.
+    It replaces a convolution and the normalization after it, and computes the same as `convnorm_jax.ConvNorm` (Linen),
+    which documents the mathematics. Names, images and paddings are Equinox's: channels first, one example at a time
+    under `jax.vmap(axis_name='batch')`, no padding by default. The running spectrum, its number of updates, and
+    BatchNorm's running mean and variance are in the model's `eqx.nn.State`.
 
     Args:
-      in_channels, out_channels: channels.
-      kernel_size: (kw,), (kh, kw) or (kd, kh, kw); an int is a square of 2 spatial axes.
-      stride, dilation: int, or an int for each axis.
+      in_channels: input channels.
+      out_channels: output channels.
+      kernel_size: (kw,), (kh, kw) or (kd, kh, kw), for 1, 2 or 3 spatial axes; one int k is (k, k).
+      stride, dilation: an int, or an int for each axis.
       padding: 'SAME', 'VALID', 'CIRCULAR', an int, or an int or a pair for each axis.
-      groups: of channels with kernels of their own.
-      image_size: of the images, without channels, int or an int for each spatial axis: the running spectrum has one
-        value for each of their
-        frequencies. None with spectrum='exact': images of any size then.
+      groups: groups of channels with kernels of their own.
+      image_size: size of the images without channels, an int or an int for each spatial axis. The running spectrum has
+        one value for each of their frequencies. It may be None with spectrum='exact', for images of any size.
       axis_name: of the batch, in `jax.vmap`.
-      inference: `eqx.nn.inference_mode` sets it.
-      dtype: of the parameters; the computation is in the wider one of those of the image and of the parameters.
+      inference: True at inference; `eqx.nn.inference_mode` sets it.
+      dtype: of the parameters. The computation is in the wider dtype of the image and the parameters.
       key: of the initial values.
-      The others: see `convnorm_jax.ConvNorm`.
+      use_affine, use_batch_norm, momentum, spectrum, method, batch_norm_momentum, batch_norm_epsilon, precision: see
+        `convnorm_jax.ConvNorm`.
+
+    Example:
+      >>> import equinox as eqx
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from convnorm_jax.equinox import ConvNorm
+      >>> make = eqx.nn.make_with_state(ConvNorm)
+      >>> layer, state = make(3, 16, 3, padding=1, image_size=(32, 32), key=jax.random.key(0))
+      >>> over_batch = jax.vmap(layer, axis_name='batch', in_axes=(0, None), out_axes=(0, None))
+      >>> y, state = over_batch(jnp.ones((8, 3, 32, 32)), state)
+      >>> y.shape
+      (8, 16, 32, 32)
     """
 
 
 class ConvNormTranspose(_NormalizedConvolution):
-    """`ConvNorm` for transposed convolutions; the same as `convnorm_jax.ConvNormTranspose` (Linen).
+    """A transposed convolution whose output channels are normalized by their power spectrum, for Equinox.
 
-    Args: see `ConvNorm`. `padding` is an int, or an int or a pair for each axis, cropped from the output as by
-      `eqx.nn.ConvTranspose` and by PyTorch's ConvTranspose2d. Named, as all that follows the stride: in
-      `eqx.nn.ConvTranspose` the output's padding comes there first.
+    It computes the same as `convnorm_jax.ConvNormTranspose` (Linen), which documents the mathematics. All arguments
+    after the stride must be named, because in `eqx.nn.ConvTranspose` the padding of the output comes first.
+
+    Args:
+      in_channels, out_channels, kernel_size, stride, key: see `ConvNorm`.
+      padding: what is cropped from the output, as by `eqx.nn.ConvTranspose` and PyTorch's ConvTranspose2d: an int, or
+        an int or a pair for each axis.
+      **options: further arguments of `ConvNorm`.
     """
 
-    _transposed = True
+    _transposed: ClassVar[bool] = True
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
+        kernel_size: Ints,
+        stride: Ints = 1,
         *,
-        padding: int | Sequence = 0,
+        padding: Padding = 0,
         key: jax.Array,
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, key=key, **options)

@@ -1,8 +1,10 @@
-"""How generated pictures compare with real ones, from features and logits of a net: float64, on the host.
+"""Compares generated images with real ones by features and logits of a net: in float64, on the host.
 
-What these numbers mean depends on the net the features come from, see
+The meaning of these numbers depends on the net that the features come from, see
 `convnorm_jax.evaluation.features`: only those of the 2015 Inception are FID, KID and IS as published.
 """
+
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -14,16 +16,23 @@ from convnorm_jax.errors import UserError
 class FeatureStatistics:
     """Running mean and covariance of features, batch by batch (Chan, Golub, LeVeque 1979), in float64.
 
-    The order and the size of the batches change the result by rounding only.
+    The order and the size of the batches change the result by rounding errors only.
+
+    >>> statistics = FeatureStatistics()
+    >>> statistics.update([[0.0, 0.0], [2.0, 4.0]])
+    >>> statistics.update([[1.0, 2.0]])
+    >>> statistics.count, statistics.mean.tolist(), statistics.covariance.tolist()
+    (3, [1.0, 2.0], [[1.0, 2.0], [2.0, 4.0]])
 
     Attributes:
       count: number of features seen.
     """
 
-    def __init__(self):
-        self.count, self._mean, self._scatter = 0, None, None
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean = self._scatter = np.zeros(0)
 
-    def update(self, features):
+    def update(self, features: Any) -> None:
         """Adds a batch.
 
         Args:
@@ -39,8 +48,8 @@ class FeatureStatistics:
         centred = features - mean
         self._add(len(features), mean, centred.T @ centred)
 
-    def merge(self, other):
-        """Adds what another `FeatureStatistics` has seen.
+    def merge(self, other: 'FeatureStatistics') -> None:
+        """Adds the features that another `FeatureStatistics` has seen.
 
         Raises:
           ValueError: its features have another D.
@@ -48,7 +57,7 @@ class FeatureStatistics:
         if other.count:
             self._add(other.count, other._mean, other._scatter)
 
-    def _add(self, count, mean, scatter):
+    def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
         if not self.count:
             self.count, self._mean, self._scatter = count, mean.copy(), scatter.copy()
             return
@@ -63,43 +72,52 @@ class FeatureStatistics:
         self.count = total
 
     @property
-    def mean(self):
+    def mean(self) -> np.ndarray:
         """Mean, float64 [D].
 
         Raises:
-          ValueError: nothing was seen yet.
+          ValueError: no features seen.
         """
         if self.count < 1:
             raise UserError('count=0: expected at least one feature for a mean; call update first')
         return self._mean.copy()
 
     @property
-    def covariance(self):
-        """Covariance divided by count - 1, as `numpy.cov` has it, float64 [D, D].
+    def covariance(self) -> np.ndarray:
+        """Covariance with divisor count - 1, as of `numpy.cov`, float64 [D, D].
 
         Raises:
-          ValueError: fewer than two features were seen.
+          ValueError: fewer than two features seen.
         """
         if self.count < 2:
-            raise UserError(f'count={self.count}: expected at least 2 features for a covariance; give more pictures')
+            raise UserError(f'count={self.count}: expected at least 2 features for a covariance; give more images')
         return self._scatter / (self.count - 1)
 
 
-def frechet_distance(mean1, cov1, mean2, cov2):
-    """Squared Frechet distance of two Gaussians (Heusel et al. 2017, arXiv 1706.08500), the number FID reports.
+def frechet_distance(mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> float:
+    r"""Squared Frechet distance of two Gaussians (Heusel et al. 2017, arXiv 1706.08500), the number that FID reports.
 
-    |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 sqrt(cov1^(1/2) cov2 cov1^(1/2))). The trace of that root is the
-    sum of the singular values of cov1^(1/2) cov2^(1/2), which loses no digits where a covariance is
-    singular (fewer pictures than features), so that nothing needs to be added to the diagonal.
+    .. math::
+        d^2 = \|\mu_1 - \mu_2\|_2^2 + \text{tr}\left(\Sigma_1 + \Sigma_2
+            - 2 \left(\Sigma_1^{1/2} \Sigma_2 \Sigma_1^{1/2}\right)^{1/2}\right)
+
+    The trace of the last root is the sum of the singular values of :math:`\Sigma_1^{1/2} \Sigma_2^{1/2}`. This is
+    accurate for singular covariances (fewer images than features) too, so nothing is added to the diagonal.
+
+    >>> frechet_distance([0.0, 0.0], np.eye(2), [3.0, 4.0], np.eye(2))
+    25.0
 
     Args:
-      mean1, mean2: [D]; cov1, cov2: [D, D], symmetric and positive semidefinite.
+      mean1: [D].
+      cov1: [D, D], symmetric and positive semidefinite.
+      mean2: [D].
+      cov2: [D, D], symmetric and positive semidefinite.
 
     Returns:
       float >= 0.
 
     Raises:
-      ValueError: shapes that do not fit, numbers that are not finite, or no covariances.
+      ValueError: shapes that do not fit, numbers that are not finite, or matrices that are not covariances.
     """
     mean1, mean2 = (np.asarray(m, np.float64) for m in (mean1, mean2))
     cov1, cov2 = (np.asarray(c, np.float64) for c in (cov1, cov2))
@@ -116,8 +134,8 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     return float(max(distance @ distance + np.trace(cov1) + np.trace(cov2) - 2 * overlap, 0.0))
 
 
-def _root(name, covariance):
-    """[D, rank] R with R R^T = covariance, without the directions that are zero but for rounding."""
+def _root(name: str, covariance: np.ndarray) -> np.ndarray:
+    """[D, rank] R with R R^T = covariance, without the directions whose eigenvalue is zero up to rounding."""
     scale = np.abs(_finite(name, covariance)).max(initial=0.0)
     if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-6 * scale:
         raise UserError(f'{name}: expected a symmetric matrix; give it as FeatureStatistics.covariance or numpy.cov')
@@ -128,56 +146,69 @@ def _root(name, covariance):
             f'{name}: its smallest eigenvalue is {values[0]:.3g}, expected none below zero; '
             'give it as FeatureStatistics.covariance or numpy.cov'
         )
-    # What is left of a zero after eigh: its root would be eight digits larger.
+    # eigh returns rounding errors in place of zeros, and their roots would be eight digits larger.
     kept = values > len(values) * np.finfo(np.float64).eps * largest
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
-def inception_score(logits, splits=10):
-    """exp of the mean KL divergence of p(y | x) from p(y) (Salimans et al. 2016, arXiv 1606.03498).
+def inception_score(logits: Any, splits: int = 10) -> tuple[float, float]:
+    r"""Inception score (Salimans et al. 2016, arXiv 1606.03498).
 
-    Split by order, as the reference code does: part i of N pictures is i N // splits to (i + 1) N // splits,
-    each with a p(y) of its own. Shuffle samples that are sorted by class.
+    .. math::
+        \exp\left(\mathbb{E}_x\, \text{KL}\left(p(y \mid x)\ \|\ p(y)\right)\right)
+
+    The images are split by order, as in the reference code: part i of N images is i N // splits to
+    (i + 1) N // splits, and each part has a p(y) of its own. Shuffle samples that are sorted by class.
+
+    >>> inception_score(100 * np.eye(4), splits=1)
+    (4.0, 0.0)
 
     Args:
       logits: [N, K], any float type.
       splits: number of parts.
 
     Returns:
-      (mean, standard deviation) of the scores of the parts, floats; the deviation is divided by `splits`.
+      (mean, standard deviation) of the scores of the parts; the deviation has the divisor `splits`.
 
     Raises:
-      ValueError: fewer pictures than parts, not two axes, or logits that are not finite.
+      ValueError: fewer images than parts, not two axes, or logits that are not finite.
     """
     logits = _checked_features('logits', logits)
     total = len(logits)
     if not 1 <= splits <= total:
         raise UserError(
-            f'splits={splits}: expected 1 to the number of pictures, {total}; give more pictures or fewer splits'
+            f'splits={splits}: expected 1 to the number of images, {total}; give more images or fewer splits'
         )
     log_p = scipy.special.log_softmax(logits, axis=1)
     scores = []
     for i in range(splits):
         part = log_p[i * total // splits : (i + 1) * total // splits]
-        # In logarithms: a class that never occurs counts nothing, instead of 0 log 0.
+        # In logarithms, where a class that never occurs adds 0 instead of 0 log 0.
         log_mean = scipy.special.logsumexp(part, axis=0) - np.log(len(part))
         scores.append(np.exp((np.exp(part) * (part - log_mean)).sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=0):
-    """Kernel distance KID (Binkowski et al. 2018, arXiv 1801.01401): the unbiased squared MMD of features.
+def kernel_distance(
+    features1: Any, features2: Any, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    r"""Kernel distance KID (Binkowski et al. 2018, arXiv 1801.01401): the unbiased squared MMD of features.
 
-    With the kernel (x . y / D + 1)^3, over subsets drawn without replacement. Being unbiased it can come
-    out below zero.
+    .. math::
+        \frac{1}{n (n - 1)} \sum_{i \ne j} \left( k(x_i, x_j) + k(y_i, y_j) \right)
+            - \frac{2}{n^2} \sum_{i, j} k(x_i, y_j), \qquad k(x, y) = \left(\frac{x^\top y}{D} + 1\right)^3
+
+    It is computed on subsets of n features drawn without replacement. An unbiased estimate can be negative.
 
     Args:
-      features1, features2: [N, D], [M, D], any float type.
-      subsets: number of subsets; subset_size: features of each side in one.
+      features1: [N, D], any float type.
+      features2: [M, D], any float type.
+      subsets: number of subsets.
+      subset_size: n.
       seed: of the draws.
 
     Returns:
-      (mean, standard deviation) over the subsets, floats; the deviation is divided by `subsets`.
+      (mean, standard deviation) over the subsets; the deviation has the divisor `subsets`.
 
     Raises:
       ValueError: fewer features than subset_size, shapes that do not fit, features that are not finite.
@@ -192,7 +223,7 @@ def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=0)
     if not 2 <= subset_size <= smaller:
         raise UserError(
             f'subset_size={subset_size}: expected 2 to the number of features of the smaller set, {smaller}; '
-            'give more pictures or smaller subsets'
+            'give more images or smaller subsets'
         )
     if subsets < 1:
         raise UserError(f'subsets={subsets}: expected at least 1')
@@ -204,25 +235,25 @@ def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=0)
     return float(np.mean(distances)), float(np.std(distances))
 
 
-def _squared_mmd(x, y):
+def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
     n, size = x.shape
     kxx, kyy, kxy = ((a @ b.T / size + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     within = kxx.sum() - np.trace(kxx) + kyy.sum() - np.trace(kyy)
     return within / (n * (n - 1)) - 2 * kxy.mean()
 
 
-def _checked_features(name, array):
+def _checked_features(name: str, array: Any) -> np.ndarray:
     array = np.asarray(array, np.float64)
     if array.ndim != 2:
-        raise UserError(f'{name} of shape {array.shape}: expected two axes, pictures and numbers for each')
+        raise UserError(f'{name} of shape {array.shape}: expected two axes, [images, numbers]')
     return _finite(name, array)
 
 
-def _finite(name, array):
+def _finite(name: str, array: np.ndarray) -> np.ndarray:
     wrong = array.size - np.count_nonzero(np.isfinite(array))
     if wrong:
         raise UserError(
             f'{name}: {wrong} of {array.size} numbers are not finite, expected all of them to be; '
-            'look for pictures or weights with nan or inf'
+            'look for images or weights with nan or inf'
         )
     return array

@@ -1,19 +1,20 @@
-"""Spectra of convolution layers: how evenly a layer treats frequencies, channels and directions.
+r"""Spectra of convolution layers: the gain of each frequency, channel and direction.
 
-A circular stride-1 convolution on a grid (Hf, Wf) is a product with one cin x cout matrix per
-frequency, so its singular values are those of these matrices, exactly (Sedghi, Gupta, Long 2019,
+A circular stride-1 convolution on a grid (Hf, Wf) multiplies each frequency by a cin x cout matrix.
+Its singular values are exactly those of these matrices (Sedghi, Gupta, Long 2019,
 arXiv 1805.10408, theorem 6). A grouped one has a matrix for each group, and the singular values of all.
-A kernel, and with it the grid, may also have 1 or 3 spatial axes; the half grid halves the last one.
-ConvNorm (arXiv 2103.00673, section 3) works on that same grid (Hf, Wf) = (H + kh - 1, W + kw - 1), and
+A kernel and its grid may also have 1 or 3 spatial axes; the half grid halves the last one.
+ConvNorm (arXiv 2103.00673, section 3) works on the same grid (Hf, Wf) = (H + kh - 1, W + kw - 1), and
 multiplies each output channel by a real factor per frequency. These figures are measurements, not
 certificates: a zero-padded, cropped or strided layer is not circular.
 
-Everything here is NumPy in, NumPy out, in float32, or float64 for a float64 kernel.
+All arguments and results are NumPy arrays, in float32, or in float64 for a float64 kernel.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -28,10 +29,12 @@ class LayerSpectrum:
     """A layer before and after its normalization, on the half grid of real transforms.
 
     Attributes:
-      name: the layer's name, for a picture or a table.
+      name: the layer's name, for a figure or a table.
       size: (Hf, Wf), the grid.
-      power_before, power_after: float [Hf, Wf//2+1, cout], see `channel_power_spectrum`.
-      singular_before, singular_after: float [Hf*Wf*min(cin, cout)], descending.
+      power_before: float [Hf, Wf//2+1, cout], see `channel_power_spectrum`.
+      power_after: float [Hf, Wf//2+1, cout], see `channel_power_spectrum`.
+      singular_before: float [Hf*Wf*min(cin, cout)], descending.
+      singular_after: float [Hf*Wf*min(cin, cout)], descending.
     """
 
     name: str
@@ -54,8 +57,11 @@ def layer_spectrum(
       scale: real [cout] (BatchNorm: gamma / sqrt(variance)) or [Hf, Wf//2+1, cout] (ConvNorm: V).
       groups: of channels.
 
+    Returns:
+      A `LayerSpectrum`.
+
     Raises:
-      ValueError: as `singular_values`.
+      ValueError: see `singular_values`.
     """
     power = channel_power_spectrum(kernel, size)
     factor = _checked_scale(scale, size, power.shape[-1], power.dtype)
@@ -70,7 +76,12 @@ def layer_spectrum(
 
 
 def frequency_response(kernel: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """rfft2 of the zero-padded kernel. A layer's cross-correlation multiplies by its conjugate.
+    r"""The Fourier transform of the zero-padded kernel, on the half grid.
+
+    .. math::
+        \hat a_{io}(u, v) = \sum_{s, t} a_{io}(s, t)\, e^{-2 \pi i (u s / H_f + v t / W_f)}
+
+    A layer's cross-correlation multiplies by the complex conjugate.
 
     Args:
       kernel: float [kh, kw, cin, cout].
@@ -88,17 +99,25 @@ def frequency_response(kernel: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 
 def half_grid(size: tuple[int, ...]) -> tuple[int, ...]:
-    """The frequencies of a real transform: half of the last axis."""
+    """The shape of a real transform: the last axis has n // 2 + 1 frequencies."""
     return (*size[:-1], size[-1] // 2 + 1)
 
 
 def channel_power_spectrum(kernel: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Sum over input channels of |frequency response|^2: what ConvNorm brings to 1.
+    r"""Power spectrum of each output channel, which ConvNorm normalizes to 1.
 
-    Args and raises as `frequency_response`.
+    .. math::
+        P_o(u, v) = \sum_i |\hat a_{io}(u, v)|^2
+
+    Args:
+      kernel: see `frequency_response`.
+      size: see `frequency_response`.
 
     Returns:
       float [Hf, Wf//2+1, cout].
+
+    Raises:
+      ValueError: see `frequency_response`.
     """
     kernel = _checked_kernel(kernel, size)
     powers = [(response.real**2 + response.imag**2).sum(axis=1) for _, response in _responses(kernel, size)]
@@ -108,13 +127,18 @@ def channel_power_spectrum(kernel: np.ndarray, size: tuple[int, ...]) -> np.ndar
 def singular_values(
     kernel: np.ndarray, size: tuple[int, ...], scale: np.ndarray | None = None, groups: int = 1
 ) -> np.ndarray:
-    """All singular values of the circular stride-1 convolution on a grid, exactly.
+    """All singular values of the circular stride-1 convolution on a grid, exactly (arXiv 1805.10408, theorem 6).
+
+    >>> identity = np.zeros((3, 3, 1, 1))
+    >>> identity[1, 1] = 2
+    >>> singular_values(identity, size=(4, 4)).round(6)[:3]
+    array([2., 2., 2.])
 
     Args:
       kernel: float [kh, kw, cin / groups, cout].
       size: (Hf, Wf), at least (kh, kw).
-      scale: real factor of each output channel, [cout] or, per frequency, [Hf, Wf//2+1, cout]
-        (a phase would not change a singular value: of a complex factor, pass the absolute value).
+      scale: real factor of each output channel, [cout], or of each frequency too, [Hf, Wf//2+1, cout].
+        A phase would not change a singular value: pass the absolute value of a complex factor.
       groups: of channels.
 
     Returns:
@@ -141,11 +165,11 @@ def singular_values(
     return np.sort(repeated, axis=None)[::-1]
 
 
-def _responses(kernel, size) -> Iterator[tuple[slice, np.ndarray]]:
-    """(frequencies, complex [F, cin, cout]) over the flattened half grid, a few at a time.
+def _responses(kernel: np.ndarray, size: tuple[int, ...]) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields (frequencies, complex [F, cin, cout]) over the flattened half grid, in chunks.
 
-    A product with the DFT matrix of the few taps, not an FFT of the padded kernel: the whole
-    response of a wide layer on a large picture would not fit in memory.
+    Each is a product with the DFT matrix of the few taps, not an FFT of the padded kernel: the
+    response of a wide layer on a large image would not fit in memory.
     """
     taps = kernel.reshape(-1, kernel.shape[-2] * kernel.shape[-1])
     phases = _phases(kernel.shape[:-2], size).astype(np.result_type(kernel.dtype, np.complex64))
@@ -155,7 +179,7 @@ def _responses(kernel, size) -> Iterator[tuple[slice, np.ndarray]]:
         yield chunk, (phases[chunk] @ taps).reshape(-1, *kernel.shape[-2:])
 
 
-def _phases(kernel_size, size):
+def _phases(kernel_size: tuple[int, ...], size: tuple[int, ...]) -> np.ndarray:
     """exp(-2 pi i (u a / Hf + v b / Wf)), complex128 [Hf * (Wf//2+1), kh * kw]."""
     turns = np.zeros((1, 1))
     for frequencies, taps, n in zip(half_grid(size), kernel_size, size):
@@ -165,7 +189,7 @@ def _phases(kernel_size, size):
     return np.exp(-2j * np.pi * turns)
 
 
-def _multiplicity(size):
+def _multiplicity(size: tuple[int, ...]) -> np.ndarray:
     """How often each frequency of the flattened half grid occurs in the full grid, int [F].
 
     The kernel is real, so frequency -w has the conjugate matrix of w and the same singular values.
@@ -179,7 +203,7 @@ def _multiplicity(size):
     return np.tile(counts, math.prod(others))
 
 
-def _checked_kernel(kernel, size):
+def _checked_kernel(kernel: Any, size: tuple[int, ...]) -> np.ndarray:
     kernel = np.asarray(kernel)
     if kernel.ndim not in (3, 4, 5):
         raise UserError(f'kernel.shape={kernel.shape}: expected [kh, kw, cin, cout], or 1 or 3 spatial axes')
@@ -190,7 +214,7 @@ def _checked_kernel(kernel, size):
     return kernel.astype(np.float64 if kernel.dtype == np.float64 else np.float32)
 
 
-def _checked_scale(scale, size, cout, dtype):
+def _checked_scale(scale: Any, size: tuple[int, ...], cout: int, dtype: np.dtype) -> np.ndarray:
     scale = np.asarray(scale)
     choices = ((cout,), (*half_grid(size), cout))
     if scale.shape not in choices:

@@ -1,7 +1,7 @@
-"""The standard suite of robustness measurements of one net, part by part, each stored as it ends.
+"""The standard suite of robustness measurements of one net, each stored as soon as it ends.
 
-An evaluation that was interrupted goes on where it stopped and ends with the same figures: what is
-done lies in a folder named after everything that could change it.
+An interrupted evaluation resumes where it stopped and ends with the same figures: finished parts
+are kept in a folder that is named by everything that could change them.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from convnorm_jax.mesh import batch_sharded, is_leader, leader_says, replicate
 SUITES = ('', 'standard')
 PARTS = ('autoattack', 'curve', 'simba', 'corruptions')
 
-_SIMBA_CHUNK = 25  # queries in one program; those of the last beyond the budget are not made
+_SIMBA_CHUNK = 25  # queries in one program; the last program stops at the budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +37,13 @@ class Subject:
     """What is measured.
 
     Attributes:
-      evaluator, variables: of the net.
-      images: uint8 [N, H, W, C], NumPy. labels: int [N].
-      seed: of everything random.
+      evaluator: of the net.
+      variables: of the net.
+      images: uint8 [N, H, W, C], NumPy.
+      labels: int [N].
+      seed: of all random numbers.
       folder: of the results, see `open_folder`.
-      log: takes a line of text.
+      log: called with a line of text.
     """
 
     evaluator: Evaluator
@@ -53,35 +55,40 @@ class Subject:
     log: Callable[[str], None]
 
     @property
-    def pixels(self):
+    def pixels(self) -> np.ndarray:
         """float32 [N, H, W, C] in [0, 1]."""
         return self.images.astype(np.float32) / 255
 
     @property
-    def split(self):
-        """The same on the device, as the evaluator wants it."""
-        return replicate(self.evaluator.mesh, {'images': self.images, 'labels': self.labels})
+    def split(self) -> dict[str, jax.Array]:
+        """Images and labels on the device, as the evaluator expects them."""
+        split: dict[str, jax.Array] = replicate(self.evaluator.mesh, {'images': self.images, 'labels': self.labels})
+        return split
 
     @property
-    def logits_fn(self):
+    def logits_fn(self) -> Callable[[jax.Array], jax.Array]:
         """Pixels -> logits, a `jax.tree_util.Partial` that holds the variables."""
         return jax.tree_util.Partial(self.evaluator.logits_fn, self.variables)
 
-    def stored(self, name, measure):
-        """What `measure()` returns, JSON data; from the folder if it has been measured before."""
+    def stored(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Returns the JSON data of `measure()`; reads it from the folder if it was measured before.
+
+        Raises:
+          ValueError: the processes of a run do not share the folder.
+        """
         path = os.path.join(self.folder, f'{name}.json')
         found = self._kept(path)
         if leader_says(found is not None):
             if found is None:
-                raise UserError(f'{path}: cannot be read by this process; the run folder must be one that all share')
+                raise UserError(f'{path}: cannot be read by this process; all processes must share the run folder')
             return found
         found = measure()
         if is_leader():
             write_atomically(path, lambda file: file.write(json.dumps(found).encode()))
         return found
 
-    def _kept(self, path):
-        """What a file of JSON data holds; None if there is none, or a damaged one, which is said."""
+    def _kept(self, path: str) -> Any:
+        """The JSON data of a file; None if there is none, or if it is damaged, which is logged."""
         try:
             with open(path) as file:
                 return json.load(file)
@@ -92,13 +99,13 @@ class Subject:
             return None
 
 
-def open_folder(parent, variables, settings):
-    """Makes the folder of the results of these variables and settings, and returns its path.
+def open_folder(parent: str, variables: Any, settings: Any) -> str:
+    """Makes the folder of the results for these variables and settings, and returns its path.
 
     Args:
       parent: e.g. the run's folder/evaluation.
       variables: of the net; their bytes are part of the name.
-      settings: JSON data, all else that decides the results.
+      settings: JSON data, everything else that determines the results.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=list).encode())
     for leaf in jax.tree.leaves(variables):
@@ -109,11 +116,17 @@ def open_folder(parent, variables, settings):
     return folder
 
 
-def run_autoattack(subject, *, epsilon, norm, **options):
-    """`attacks.run_ensemble` on the subject, over all devices, its state in the subject's folder.
+def run_autoattack(subject: Subject, *, epsilon: float, norm: str, **options: Any) -> attacks.EnsembleResult:
+    """Runs `attacks.run_ensemble` on all devices, with its state in the subject's folder.
+
+    Args:
+      subject: what is measured.
+      epsilon: radius, in units of pixels in [0, 1].
+      norm: see `attacks.run_ensemble`.
+      **options: see `attacks.run_ensemble`.
 
     Returns:
-      `attacks.EnsembleResult`.
+      The result of the ensemble.
     """
     evaluator = subject.evaluator
     return attacks.run_ensemble(
@@ -131,8 +144,13 @@ def run_autoattack(subject, *, epsilon, norm, **options):
     )
 
 
-def run_curve(subject, attack: AttackSettings, factors):
-    """Accuracy at several radii, the attack's step in proportion.
+def run_curve(subject: Subject, attack: AttackSettings, factors: Sequence[float]) -> list[list[float]]:
+    """Measures accuracy at several radii, with the attack's step in proportion.
+
+    Args:
+      subject: what is measured.
+      attack: the attack and its settings.
+      factors: of the attack's radius; 0 measures clean accuracy.
 
     Returns:
       List of [epsilon, accuracy], epsilon in units of pixels in [0, 1].
@@ -141,7 +159,7 @@ def run_curve(subject, attack: AttackSettings, factors):
     for factor in factors:
         scaled = dataclasses.replace(attack, epsilon=factor * attack.epsilon, step_size=factor * attack.step_size)
 
-        def measure(scaled=scaled):
+        def measure(scaled: AttackSettings = scaled) -> Any:
             if not scaled.epsilon:
                 return subject.evaluator.evaluate(subject.variables, subject.split)
             return subject.evaluator.robust_accuracy(subject.variables, subject.split, scaled, seed=subject.seed)
@@ -152,11 +170,17 @@ def run_curve(subject, attack: AttackSettings, factors):
     return rows
 
 
-def run_simba(subject, *, examples, queries, step_size):
-    """SimBA in both bases on the first examples: figures, and each example's queries and success.
+def run_simba(subject: Subject, *, examples: int, queries: int, step_size: float) -> dict[str, dict[str, Any]]:
+    """Runs SimBA in both bases on the first examples.
+
+    Args:
+      subject: what is measured.
+      examples: number of examples.
+      queries: budget of an example.
+      step_size: see `attacks.simba`.
 
     Returns:
-      {'pixel' | 'dct': {`simba_summary`'s figures (a mean of nothing is None), 'queries': [...],
+      {'pixel' | 'dct': {the figures of `simba_summary` (a mean of nothing is None), 'queries': [...],
       'success': [...], 'seconds'}}.
     """
     found = {}
@@ -170,38 +194,39 @@ def run_simba(subject, *, examples, queries, step_size):
     return found
 
 
-def _simba(subject, basis, examples, queries, step_size):
+def _simba(subject: Subject, basis: str, examples: int, queries: int, step_size: float) -> dict[str, Any]:
     pixels, labels = jnp.asarray(subject.pixels[:examples]), jnp.asarray(subject.labels[:examples])
     start = jax.jit(functools.partial(simba_start, basis=basis))
-    options = {'basis': basis, 'step_size': step_size, 'queries': queries, 'count': _SIMBA_CHUNK}
-    advance = jax.jit(functools.partial(simba_advance, **options))
-    begun = time.perf_counter()
+    advance = jax.jit(
+        functools.partial(simba_advance, basis=basis, step_size=step_size, queries=queries, count=_SIMBA_CHUNK)
+    )
+    began = time.perf_counter()
     state = start(subject.logits_fn, pixels, labels, rng=jax.random.key(subject.seed))
     for _ in range(-(-queries // _SIMBA_CHUNK)):
         if not bool(simba_active(state, queries).any()):
             break
         state = advance(subject.logits_fn, pixels, labels, state)
     result = simba_result(pixels, state)
-    # JSON has no nan: the mean of nothing is null there.
+    # JSON has no nan: the mean of nothing becomes null.
     summary = {name: value if math.isfinite(value) else None for name, value in attacks.simba_summary(result).items()}
-    wrong_from_the_start = np.asarray(result.queries) == 0
+    misclassified = np.asarray(result.queries) == 0  # without an attack
     return {
         **summary,
         'queries': np.asarray(result.queries).tolist(),
-        'success': (np.asarray(result.success) & ~wrong_from_the_start).tolist(),
-        'seconds': time.perf_counter() - begun,
+        'success': (np.asarray(result.success) & ~misclassified).tolist(),
+        'seconds': time.perf_counter() - began,
     }
 
 
-def run_corruptions(subject):
-    """Accuracy under the fifteen common corruptions.
+def run_corruptions(subject: Subject) -> dict[str, Any]:
+    """Measures accuracy under the fifteen common corruptions.
 
     Returns:
       {'table': {name: {severity: accuracy}}, 'corruptions': {name: mean}, 'mean': mean of these}.
     """
     mesh = subject.evaluator.mesh
 
-    def measure(name):
+    def measure(name: str) -> dict[str, float]:
         row = {}
         for severity in SEVERITIES:
             images = corrupt(subject.images, name, severity, subject.seed)

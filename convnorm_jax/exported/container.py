@@ -1,16 +1,21 @@
 """The file of an exported net: a header and named blocks of bytes, under one digest.
 
+::
+
     convnorm_jax exported net 1
     SHA-256 of all that follows, hexadecimal
     the header, one line of JSON, with the name and length of each block
     the blocks, one after another
 
-Arrays are blocks, too, with a dtype and a shape. The first three lines are text: `head -n 3 FILE` shows them.
+A block may be an array, with a dtype and a shape. The first three lines are text: `head -n 3 FILE` shows them.
 """
 
 import hashlib
 import json
 import math
+import os
+from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes  # noqa: F401  (NumPy then knows bfloat16 by its name)
 import numpy as np
@@ -22,17 +27,19 @@ MAGIC = b'convnorm_jax exported net '
 FORMAT = 1
 
 
-def write_container(path, header: dict, blocks: dict[str, bytes | np.ndarray]):
-    """Writes a file, whole or not at all.
+def write_container(
+    path: str | os.PathLike[str], header: Mapping[str, Any], blocks: Mapping[str, bytes | np.ndarray]
+) -> None:
+    """Writes a file, atomically.
 
     Args:
       path: of the file; its folder must exist.
-      header: what JSON can say.
-      blocks: {name: bytes or array}, in their order.
+      header: JSON values by name.
+      blocks: bytes or arrays by name, in their order in the file.
     """
     described, contents = [], []
     for name, block in blocks.items():
-        about = {'name': name}
+        about: dict[str, Any] = {'name': name}
         if isinstance(block, np.ndarray):
             about |= {'dtype': block.dtype.name, 'shape': list(block.shape)}
             block = np.ascontiguousarray(block).tobytes()
@@ -43,11 +50,11 @@ def write_container(path, header: dict, blocks: dict[str, bytes | np.ndarray]):
     write_atomically(path, lambda file: file.writelines([start, line, *contents]))
 
 
-def read_container(path) -> tuple[dict, dict[str, bytes | np.ndarray]]:
-    """(header, blocks) of a file, checked.
+def read_container(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, bytes | np.ndarray]]:
+    """Returns the header and the blocks of a file, after checking its digest.
 
     Raises:
-      ValueError: no file of this kind, a damaged one, or one of a newer format.
+      ValueError: the file does not exist, is of another kind, is damaged, or has a newer format.
     """
     content = read_whole(path)
     first, _, rest = content.partition(b'\n')

@@ -1,17 +1,21 @@
 """Exports a trained net: StableHLO programs for several platforms and the weights, in one file.
 
-A file holds the weights once, as they were trained, and programs that take them as arguments: as constants inside the
-programs they would be there once for each program, and the programs slow to read and to compile. ConvNorm layers are
-folded by a program of their own, once when the file is loaded. What they are folded into depends on the platform, and
-on a CPU it is many times larger than the weights (ResNet-18 on 32x32 images: 0.72 GB, where the file has 49 MB).
+The file holds the trained weights once, and programs that take them as arguments. Weights that were constants of the
+programs would be stored once for each program, and would make the programs slow to read and to compile. A separate
+program folds the ConvNorm layers when the file is loaded. The folded values depend on the platform, and on a CPU they
+are many times larger than the weights (ResNet-18 on 32x32 images: 0.72 GB, where the file has 49 MB).
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax import export
+from jax.typing import DTypeLike
 
 from convnorm_jax.data.augment import normalize
 from convnorm_jax.errors import UserError
@@ -29,46 +33,46 @@ _KNOWN = (*PLATFORMS, 'rocm')
 
 
 def save_exported(
-    path,
-    model,
-    variables,
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    variables: Mapping[str, Any],
     image_shape: Sequence[int],
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    dtype='float32',
-    platforms: Sequence[str] = PLATFORMS,
-    config: dict | None = None,
-):
-    """Writes a net as a file that `load_exported` runs, on any of `platforms`, without the net's code.
+    dtype: DTypeLike = 'float32',
+    platforms: str | Sequence[str] = PLATFORMS,
+    config: dict[str, Any] | None = None,
+) -> None:
+    """Writes a net as a file that `load_exported` runs on any of `platforms`, without the code of the net.
 
-    The program takes images [B, *image_shape], for any B, and gives what the net gives for them at inference. ConvNorm
-    layers are folded, see `fold_for_inference`: the file is for images of this size. A net without any is exported as
-    it is. Derivatives are not exported.
+    The program takes a batch of images, of any batch size, and returns the output of the net at inference. ConvNorm
+    layers are folded, see `fold_for_inference`, so the file is for images of one size. A net without ConvNorm is
+    exported as it is. Derivatives are not exported. `load_exported` has an example.
 
     Args:
       path: of the file; its folder must exist.
       model: a Linen module that takes images and `train`, as the nets of `convnorm_jax.models`.
       variables: of the trained net.
-      image_shape: [H, W, C], or as many axes as the net takes.
-      mean, std: for each channel, of pixels in [0, 1]: the program then takes such pixels and normalizes them as
-        `steps.classify.make_logits_fn` does for evaluation. None: it takes what the net takes.
+      image_shape: of an image, [H, W, C], or with as many axes as the net takes.
+      mean, std: for each channel, of pixels in [0, 1]. With these the program takes such pixels and normalizes them, as
+        `steps.classify.make_logits_fn` does for evaluation. With None it takes what the net takes.
       dtype: of the images.
-      platforms: of 'cpu', 'cuda', 'rocm', 'tpu'.
-      config: nested dicts to keep with the net, such as a run's config.
+      platforms: one or more of 'cpu', 'cuda', 'rocm' and 'tpu'.
+      config: nested dicts to keep with the net, such as the config of a run.
 
     Raises:
-      ValueError: an argument of another kind; a net that cannot take such images; flatbuffers is missing.
+      ValueError: an argument of another kind; a net that cannot take such images; flatbuffers is not installed.
     """
     shape = _image_shape(image_shape)
     if (mean is None) != (std is None):
         raise UserError(f'mean={mean}, std={std}: give both, or neither for images that are normalized already')
     name = _dtype(dtype)
-    if mean is not None:
-        normalize(np.zeros((1, *shape), name), mean, std)  # which says what is wrong with them
+    if mean is not None and std is not None:
+        normalize(jnp.zeros((1, *shape), name), mean, std)  # raises for a mean or std that does not fit
 
     def run(variables, images):
-        images = images if mean is None else normalize(images, mean, std)
+        images = images if mean is None or std is None else normalize(images, mean, std)
         return model.apply(variables, images, train=False)
 
     inputs = [{'name': 'images', 'shape': shape, 'dtype': name}]
@@ -76,26 +80,26 @@ def save_exported(
 
 
 def save_exported_generator(
-    path,
-    generator,
-    variables,
+    path: str | os.PathLike[str],
+    generator: nn.Module,
+    variables: Mapping[str, Any],
     latent: int,
     *,
     num_classes: int = 0,
-    platforms: Sequence[str] = PLATFORMS,
-    config: dict | None = None,
-):
-    """Writes a GAN's generator as a file that `load_exported` runs.
+    platforms: str | Sequence[str] = PLATFORMS,
+    config: dict[str, Any] | None = None,
+) -> None:
+    """Writes the generator of a GAN as a file that `load_exported` runs.
 
-    The program takes latents float32 [B, latent], drawn from a standard normal distribution, and where there are
-    classes labels int32 [B]; it gives images, float32 in [0, 1].
+    The program takes latents, float32 [B, latent], drawn from a standard normal distribution, and with classes also
+    labels, int32 [B]. It returns images, float32 in [0, 1].
 
     Args:
       path, platforms, config: see `save_exported`.
       generator: a Linen module called as those of `convnorm_jax.models.gan`.
       variables: of the trained generator.
-      latent: size of the latents.
-      num_classes: of a conditional generator; 0 for one without labels.
+      latent: length of a latent.
+      num_classes: number of classes of a conditional generator; 0 for a generator without labels.
 
     Raises:
       ValueError: see `save_exported`.
@@ -122,7 +126,7 @@ def _save(path, model, variables, run, inputs, *, kind, output, platforms, confi
     named, structure = jax.tree_util.tree_flatten_with_path(fetch(variables))
     weights = [np.asarray(jnp.asarray(leaf)) for _, leaf in named]
     abstract = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in weights])
-    # Folded as for large batches.
+    # Folded for large batches.
     batch = [jax.ShapeDtypeStruct((LEAST_BATCH, *about['shape']), about['dtype']) for about in inputs]
     folded = is_foldable(model, abstract, *batch)
     groups = _groups(model, abstract, batch, platforms) if folded else [(platforms, abstract)]
@@ -152,10 +156,10 @@ def _save(path, model, variables, run, inputs, *, kind, output, platforms, confi
 
 
 def _groups(model, variables, inputs, platforms):
-    """[(platforms that are folded into the same values, these values as shapes and dtypes), ...]."""
+    """Returns groups of platforms with the same structure of folded values, each with that structure."""
     shapes, groups = {}, []
     for platform in platforms:
-        kind = platform == 'cpu'  # see `folding.method`
+        kind = platform == 'cpu'  # see `folding.choose_folded_method`
         if kind not in shapes:
             shapes[kind] = jax.eval_shape(lambda v, platform=platform: _fold(model, v, inputs, platform), variables)
         prepared = shapes[kind]
@@ -172,7 +176,7 @@ def _fold(model, variables, inputs, platform):
 
 
 def _on_leaves(function, structure):
-    """The function with a list of leaves in place of its variables: a file need not know how these are nested."""
+    """Returns the function with a list of leaves in place of its variables, so that a file need not store nesting."""
     return lambda leaves, *inputs: function(jax.tree.unflatten(structure, leaves), *inputs)
 
 
@@ -181,7 +185,7 @@ def _program(function, platforms, *arguments):
 
 
 def _symbolic(inputs):
-    """The inputs with one batch dimension for all of them."""
+    """Returns the inputs with one symbolic batch dimension for all of them."""
     scope = export.SymbolicScope()
     shape = lambda about: export.symbolic_shape(', '.join(['batch', *map(str, about['shape'])]) + ',', scope=scope)
     return [jax.ShapeDtypeStruct(shape(about), about['dtype']) for about in inputs]
@@ -208,10 +212,14 @@ def _dtype(dtype):
 
 
 def check_platforms(platforms: str | Sequence[str], argument: str = 'platforms') -> list[str]:
-    """The platforms as a list.
+    """Returns the platforms as a list.
+
+    Args:
+      platforms: a name, or a sequence of names.
+      argument: what an error message calls them.
 
     Raises:
-      ValueError: one that is not known, or none, or one twice; `argument` is what the message calls them.
+      ValueError: no platform, an unknown one, or one given twice.
     """
     platforms = [platforms] if isinstance(platforms, str) else list(platforms)
     unknown = [name for name in platforms if name not in _KNOWN]

@@ -1,12 +1,12 @@
-"""Programs of `jax.export` as bytes; needs the package flatbuffers, which JAX does not install."""
+"""Converts programs of `jax.export` to bytes and back, with the package flatbuffers, which JAX does not install."""
 
 from jax import export
 
 from convnorm_jax.errors import UserError
 
 
-def check_installed():
-    """Raises UserError where the package is missing."""
+def check_installed() -> None:
+    """Raises UserError if the package is not installed."""
     try:
         import flatbuffers  # noqa: F401
     except ImportError as error:
@@ -16,20 +16,20 @@ def check_installed():
 
 
 def serialize(program: export.Exported) -> bytes:
-    """A program as bytes, without its derivatives.
+    """Returns a program as bytes, without its derivatives.
 
     Raises:
-      ValueError: flatbuffers is missing.
+      ValueError: flatbuffers is not installed.
     """
     check_installed()
     return bytes(program.serialize(vjp_order=0))
 
 
 def deserialize(content: bytes) -> export.Exported:
-    """The program in bytes of `serialize`.
+    """Returns the program from the bytes that `serialize` returned.
 
     Raises:
-      ValueError: flatbuffers is missing.
+      ValueError: flatbuffers is not installed.
     """
     check_installed()
     return export.deserialize(bytearray(content))

@@ -1,12 +1,13 @@
-"""A batch behind the named axis of a `jax.vmap`: all of it at once, and each example's own part of a result.
+"""Gathers the batch behind the named axis of a `jax.vmap`, and takes one example's part of a result.
 
-A layer that is one operation on a batch is called on one example at a time in Equinox. It gathers the batch and takes
-its own example from what it computes. Both are primitives, which `vmap` removes without any operation: JAX's own
-all-gather raises within `jax.shard_map`, and XLA would replicate the operand of an index over the devices. Under
-`jax.pmap` they are an all-gather and an index.
+Equinox calls a layer on one example at a time, but ConvNorm is one operation on the whole batch. So the layer gathers
+the batch and takes its own example from the output. Both are primitives that `jax.vmap` replaces by no operation at
+all. JAX's own operations would not do: `jax.lax.all_gather` raises within `jax.shard_map`, and XLA replicates the
+operand of an index over the devices. Under `jax.pmap` they are an all-gather and an index.
 """
 
 import functools
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +15,21 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 
-def index_in_batch(axis_name) -> jax.Array | None:
-    """Which example of the axis this is, int32; None where there is no such axis."""
+def index_in_batch(axis_name: Hashable) -> jax.Array | None:
+    """Returns this example's index along a named axis, int32; None where there is no such axis."""
     try:
         return jax.lax.axis_index(axis_name)
     except NameError:
         return None
 
 
-def whole_batch(x: jax.Array, index: jax.Array, axis_name) -> jax.Array:
-    """x of all examples of the axis, [B, ...]; `index` is `index_in_batch`."""
+def whole_batch(x: jax.Array, index: jax.Array, axis_name: Hashable) -> jax.Array:
+    """Returns x of all examples along the axis, [B, ...]; `index` comes from `index_in_batch`."""
     return _whole.bind(x, index, axis_name=axis_name)
 
 
 def own_example(batch: jax.Array, index: jax.Array) -> jax.Array:
-    """batch[index] of what was computed from `whole_batch`; `index` is `index_in_batch`."""
+    """Returns batch[index], for a batch computed from `whole_batch`; `index` comes from `index_in_batch`."""
     return _own.bind(batch, index)
 
 
@@ -43,7 +44,7 @@ def _taken(batch, index):
 
 def _batch_whole(arguments, axes, *, axis_name):
     (x, index), (axis_of_x, axis_of_index) = arguments, axes
-    if axis_of_index is None:  # another axis
+    if axis_of_index is None:  # this vmap is over another axis
         return _whole.bind(jnp.moveaxis(x, axis_of_x, 0), index, axis_name=axis_name), 1
     if axis_of_x is None:
         return jnp.broadcast_to(x, (*index.shape, *x.shape)), None

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.module import merge_param
+from jax.typing import DTypeLike
 
 from convnorm_jax.layers.channelwise import add_bias, channelwise_convolution, over_channels
 from convnorm_jax.layers.channelwise_norm import normalize_by_batch
@@ -13,43 +14,55 @@ from convnorm_jax.layers.dtypes import at_least_float32
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization over all axes but the last (Ioffe and Szegedy, arXiv 1502.03167).
+    r"""Batch normalization over all axes but the last.
 
-    As `flax.linen.BatchNorm`, but the running variance is the unbiased one, as in
-    PyTorch: the published statistics carry over both ways. The running statistics are float32 whatever
-    the input's dtype (float64 with `param_dtype=jnp.float64`), and an update never changes their dtype. Under
-    `jit` over a mesh they are those of the global batch.
+    .. math::
+        y = \frac{x - \mathrm{mean}(x)}{\sqrt{\mathrm{var}(x) + \epsilon}} \cdot scale + bias
+
+    It differs from `flax.linen.BatchNorm` in the running variance, which is the unbiased one, as in PyTorch: published
+    statistics can be imported and exported. The running statistics are float32 whatever the dtype of the input
+    (float64 with `param_dtype=jnp.float64`), and an update never changes their dtype. Under `jit` over a mesh they are
+    those of the global batch.
+
+    Source: Ioffe and Szegedy, `arXiv 1502.03167 <https://arxiv.org/abs/1502.03167>`__.
 
     Attributes:
-      use_running_average: normalize with the running statistics (here or in the call).
+      use_running_average: True normalizes with the running statistics. Give it here or in the call.
       momentum: share of the old running statistics that an update keeps.
       epsilon: added to the variance.
-      use_affine: learn a scale and a bias for every channel.
-      dtype: of the output; None keeps the input's.
+      use_affine: whether to learn a scale and a bias for every channel.
+      dtype: of the output; None keeps the dtype of the input.
+      param_dtype: of the parameters.
     """
 
     use_running_average: bool | None = None
     momentum: float = 0.9
     epsilon: float = 1e-5
     use_affine: bool = True
-    dtype: jnp.dtype | None = None
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x, use_running_average=None, channelwise=None, circular=False):
-        """Normalizes x, [..., C].
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        channelwise: tuple[jax.Array, jax.Array] | None = None,
+        circular: bool = False,
+    ) -> jax.Array:
+        """Returns x normalized, of the same shape.
 
         Args:
-          x: float. Statistics and arithmetic are float32 at least.
-          use_running_average: see above.
-          channelwise: (kernel [kh, kw, C], bias [C]) of a channel-wise convolution of x, [B, H, W, C], that comes
-            first, as in `ConvNorm`: its result need not exist in memory then.
-          circular: of that convolution.
+          x: [..., C], float. Statistics and arithmetic are float32 at least.
+          use_running_average: True at inference, False in training; None takes the attribute.
+          channelwise: kernel [kh, kw, C] and bias [C] of a channel-wise convolution that is applied to x, [B, H, W, C],
+            first, as in `ConvNorm`. Fused with the normalization, its output is not materialized.
+          circular: whether that convolution pads periodically.
         """
         use_running_average = merge_param('use_running_average', self.use_running_average, use_running_average)
-        channels, kept_as = x.shape[-1], at_least_float32(self.param_dtype)
-        mean_state = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), kept_as)
-        var_state = self.variable('batch_stats', 'var', jnp.ones, (channels,), kept_as)
+        channels, state_dtype = x.shape[-1], at_least_float32(self.param_dtype)
+        mean_state = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), state_dtype)
+        var_state = self.variable('batch_stats', 'var', jnp.ones, (channels,), state_dtype)
         scale = bias = None
         if self.use_affine:
             scale = self.param('scale', nn.initializers.ones, (channels,), self.param_dtype)
@@ -80,20 +93,20 @@ def batch_norm(
     use_running_average: bool,
     momentum: float,
     epsilon: float,
-    dtype: jnp.dtype | None = None,
+    dtype: DTypeLike | None = None,
     channelwise: tuple[jax.Array, jax.Array] | None = None,
     circular: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`BatchNorm` as a function.
+    """Batch normalization as a pure function; see `BatchNorm`.
 
     Args:
       x: [..., C], float.
       state: running 'mean' and 'var', [C].
-      scale, bias: [C], or None for 1 and 0.
+      scale, bias: [C]; None stands for 1 and 0.
       use_running_average, momentum, epsilon, dtype, channelwise, circular: see `BatchNorm`.
 
     Returns:
-      y, [..., C]; the new state, empty with `use_running_average`.
+      y, [..., C], and the new state; the state is empty with `use_running_average`.
     """
     channels, wide = x.shape[-1], at_least_float32(x.dtype)
     scale = jnp.ones(channels, wide) if scale is None else scale.astype(wide)

@@ -1,6 +1,6 @@
-"""The constant matrices of ConvNorm's bilinear algorithm, of which `frequency` says how they come about.
+"""The constant matrices A, B and C of the bilinear algorithm y = C ((A k) * (B x)), in float64.
 
-y = C ((A k) * (B x)), for every 2-D geometry of a layer, in float64.
+`frequency` derives them and computes with them. They depend on the 2-D geometry of a layer only.
 """
 
 import dataclasses
@@ -8,22 +8,25 @@ import functools
 
 import numpy as np
 
-# Up to this many grid points one matrix transforms the whole grid, above them two do, columns then rows. Separable
-# transforms are cheaper, but carry 15 to 40 % more products on small grids: both members of a pair w, -w at the
-# edges of the half plane.
+from convnorm_jax.layers.geometry import Geometry
+
+# Up to this many grid points one matrix transforms the whole grid; above, two matrices transform columns, then rows.
+# Separable transforms are cheaper, but on small grids they take 15 to 40 % more products over the channels: at the
+# edges of the half plane they hold both frequencies of a pair w, -w.
 DENSE_GRID_POINTS = 100
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """The constant matrices of a geometry, float64, with R rows of products.
+    """The constant matrices of a geometry, float64, for R products of each pair of channels and each image.
 
     Attributes:
       kernel: A, [R, kh * kw].
-      analysis: B, of rows, then of columns; or one of the flattened picture.
-      synthesis: C, of columns, then of rows; or one.
-      frequency: int32 [R], the place of each row's frequency on the flattened grid.
-      power: two rows for each place of the flattened grid, int32 [Hf * Wf, 2]: the mean of their squares is |K|^2.
+      analysis: B, as two matrices for the rows, then the columns, or as one matrix for the flattened image.
+      synthesis: C, as two matrices for the columns, then the rows, or as one matrix.
+      frequency: int32 [R], the index of each product's frequency on the flattened grid.
+      power: int32 [Hf * Wf, 2], for each frequency two rows of A: the mean of the squares of their products with the
+        kernel is the kernel's power at this frequency.
     """
 
     kernel: np.ndarray
@@ -34,13 +37,13 @@ class Plan:
 
 
 def _waves(frequencies, places, n):
-    """Cosines and sines of 2 pi w x / n, float64 [len(frequencies), len(places)]."""
+    """Returns cosines and sines of 2 pi w x / n, float64 [len(frequencies), len(places)]."""
     angle = 2 * np.pi * (np.outer(frequencies, places) % n) / n
     return np.cos(angle), np.sin(angle)
 
 
 def _grid_waves(frequencies, places, grid):
-    """As `_waves`, of pairs: [len(frequencies), len(rows) * len(columns)]."""
+    """Returns the same in two dimensions: [len(frequencies), len(rows) * len(columns)]."""
     (row_cos, row_sin), (column_cos, column_sin) = (
         _waves(w, x, n) for w, x, n in zip(np.transpose(frequencies), places, grid)
     )
@@ -50,14 +53,14 @@ def _grid_waves(frequencies, places, grid):
 
 
 def _rows_of_three(a, b, c):
-    """Rows a[0], b[0], c[0], a[1], ..."""
+    """Interleaves the rows of three matrices: a[0], b[0], c[0], a[1], ..."""
     return np.stack([a, b, c], axis=1).reshape(-1, a.shape[1])
 
 
 @functools.lru_cache(maxsize=256)
-def plan(geometry):
-    """The `Plan` of a `Geometry`."""
-    # Its indices are int32: they must not depend on whether 64-bit types are enabled.
+def plan(geometry: Geometry) -> Plan:
+    """Returns the constant matrices of a geometry in 2 dimensions."""
+    # The indices are int32, so that the program does not depend on whether 64-bit types are enabled.
     return _dense_plan(geometry) if _is_dense(geometry) else _separable_plan(geometry)
 
 
@@ -75,13 +78,14 @@ def _dense_plan(geometry):
     mirror = lambda u, v: (-u % height, -v % width)
     frequencies = [(u, v) for u in range(height) for v in range(width) if (u, v) <= mirror(u, v)]
     alone = np.array([w == mirror(*w) for w in frequencies])
-    rows = np.stack([np.ones_like(alone), ~alone, ~alone], axis=1).reshape(-1)  # a real number takes one product
+    # A frequency that is its own mirror has a real response, which takes one product instead of three.
+    rows = np.stack([np.ones_like(alone), ~alone, ~alone], axis=1).reshape(-1)
     cosine, sine = _grid_waves(frequencies, geometry.inputs, geometry.grid)
     analysis = _rows_of_three(cosine - sine, cosine, -sine)
     cosine, sine = _grid_waves(frequencies, geometry.kept, geometry.grid)
     share = (np.where(alone, 1, 2) / (height * width))[:, None]
     synthesis = _rows_of_three(share * (cosine - sine), -share * sine, -share * cosine)
-    first = np.cumsum(rows)[::3] - 1  # of each frequency, among the rows that stay
+    first = np.cumsum(rows)[::3] - 1  # each frequency's first row, among the rows that stay
     place = {w: i for i, w in enumerate(frequencies)}
     number = np.array([place[min((u, v), mirror(u, v))] for u in range(height) for v in range(width)])
     paired = ~alone[number]
@@ -120,9 +124,9 @@ def _separable_plan(geometry):
     )
 
 
-def products(geometry):
-    """R: how many products of numbers the algorithm takes for each pair of channels and each picture."""
+def products(geometry: Geometry) -> int:
+    """Returns R, the number of multiplications for each pair of channels and each image."""
     height, width = geometry.grid
     if _is_dense(geometry):
         return len(plan(geometry).frequency)
-    return 3 * (height // 2 + 1) * width  # without the matrices, which are large where the picture is
+    return 3 * (height // 2 + 1) * width  # counted without making the matrices, which are large for large images

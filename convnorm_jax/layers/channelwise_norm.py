@@ -1,17 +1,20 @@
-"""The channel-wise convolution and the normalization by batch statistics that follows it, as one operation.
+"""The channel-wise convolution and the batch normalization after it, as one operation.
+
+::
 
     u = channelwise(z, kernel) + bias
     y = (u - mean(u)) / sqrt(var(u) + epsilon) * scale + shift
 
-As one, because u need not exist in memory: each pass computes it from z again, and only z, mean and variance are kept
-for the backward pass. Gradients: Ioffe and Szegedy (arXiv 1502.03167), section 3, with both sums taken before
-anything is written.
+As one operation, u is never materialized: each pass recomputes it from z, and the residuals of the backward pass are z,
+the mean and the variance. The gradients are those of Ioffe and Szegedy (arXiv 1502.03167), section 3. Both of their
+sums are complete before anything is written.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from convnorm_jax.layers import channelwise, derivatives
 from convnorm_jax.layers.channelwise import over_channels
@@ -27,24 +30,27 @@ def normalize_by_batch(
     scale: jax.Array,
     shift: jax.Array,
     epsilon: float,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     circular: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(y, mean, var) of the equations above.
+    """Returns y, mean(u) and var(u) of the module's equations.
 
     Args:
-      z: [B, H, W, C], float; or any other number of spatial axes.
-      kernel: [kh, kw, C], of the same. bias: [C]. Both the channel-wise convolution's.
-      scale, shift: [C], BatchNorm's.
+      z: [B, H, W, C], float, or with another number of spatial axes.
+      kernel: of the channel-wise convolution, [kh, kw, C].
+      bias: of the channel-wise convolution, [C].
+      scale, shift: of the batch normalization, [C].
       epsilon: added to the variance.
       dtype: of y.
-      circular: of the channel-wise convolution.
+      circular: whether the channel-wise convolution pads periodically.
 
     Returns:
-      y, [B, H, W, C]; mean and (biased) variance of u over all axes but the last, [C], float32 at least.
+      y, [B, H, W, C], and the mean and biased variance of u over all axes but the last, [C], float32 at least.
     """
     bias, scale, shift = (a.astype(_wide(z)) for a in (bias, scale, shift))
-    return derivatives.call(_rule(epsilon, jnp.dtype(dtype).name, circular), z, kernel, bias, scale, shift)
+    rule = _rule(epsilon, jnp.dtype(dtype).name, circular)
+    y, mean, var = derivatives.call(rule, z, kernel, bias, scale, shift)
+    return y, mean, var
 
 
 @functools.lru_cache(maxsize=64)
@@ -56,7 +62,7 @@ def _rule(epsilon, dtype, circular):
         return _normalized(u, mean, var, scale, shift, epsilon).astype(dtype), mean, var
 
     def accelerated(z, kernel, bias, scale, shift):
-        """Three passes that read z: mean, variance, y."""
+        """Reads z in three passes: for the mean, the variance and y."""
         offset = over_channels(bias, z)
         mean = (channelwise.weighted_sum(z, kernel, circular) + offset).mean(_axes(z))
         var = jnp.square(_deviation_after(mean, z, kernel, circular, offset, mean)).mean(_axes(z))
@@ -90,13 +96,13 @@ def _normalized(u, mean, var, scale, shift, epsilon):
 
 
 def _deviation_after(other, z, kernel, circular, offset, mean):
-    """u less its mean, computed again from z, once `other` is there: or XLA keeps u of an earlier pass, in float32."""
+    """Recomputes u - mean from z, and only after `other`: otherwise XLA keeps u of an earlier pass, in float32."""
     z, _ = jax.lax.optimization_barrier((z, other))
     return channelwise.weighted_sum(z, kernel, circular) + (offset - over_channels(mean, z))
 
 
 def _cotangent_of_u(deviation, cotangent, scale, inverse, by_scale, by_shift, by_mean, by_var):
-    """The cotangent of u, from its deviation from the mean and that of y. by_scale, by_shift: the two sums."""
+    """The cotangent of u, from u - mean (`deviation`) and the cotangent of y. The two sums are by_scale, by_shift."""
     count = deviation.size // deviation.shape[-1]
     slope = (2 * by_var - scale * inverse**2 * by_scale) / count
     offset = (by_mean - scale * inverse * by_shift) / count
@@ -105,22 +111,21 @@ def _cotangent_of_u(deviation, cotangent, scale, inverse, by_scale, by_shift, by
 
 
 def _sums(deviation, cotangent, inverse):
-    """Gradients with respect to scale and shift, float32 at least."""
+    """The gradients with respect to scale and shift, float32 at least."""
     return inverse * (cotangent * deviation).sum(_axes(deviation)), cotangent.sum(_axes(deviation))
 
 
 def _gradients(wanted, epsilon, circular, z, kernel, bias, scale, shift, mean, var, cotangent, by_mean, by_var):
-    """On an accelerator: four passes, each of which reads arrays of the dtype of z."""
+    """For accelerators: four passes, each of which reads arrays in the dtype of z."""
     wide, inverse = _wide(z), jax.lax.rsqrt(var + epsilon)
     offset = over_channels(bias, z)
     cotangent = cotangent.astype(wide)
-    deviation = _deviation_after(
-        cotangent[(slice(1),) * z.ndim], z, kernel, circular, offset, mean
-    )  # a batch may be empty
+    first = cotangent[(slice(1),) * z.ndim]  # a slice, because a batch may be empty
+    deviation = _deviation_after(first, z, kernel, circular, offset, mean)
     by_scale, by_shift = _sums(deviation, cotangent, inverse)
     deviation = _deviation_after(by_shift, z, kernel, circular, offset, mean)
     of_u = _cotangent_of_u(deviation, cotangent, scale, inverse, by_scale, by_shift, by_mean, by_var)
-    # As an array: each of its k*k shifts would compute it again.
+    # Materialized: otherwise each of its k*k shifted readers would recompute it.
     of_u = jax.lax.optimization_barrier(of_u.astype(z.dtype))
     found = {}
     if 0 in wanted:
@@ -132,7 +137,7 @@ def _gradients(wanted, epsilon, circular, z, kernel, bias, scale, shift, mean, v
 
 
 def _gradients_cpu(wanted, epsilon, circular, z, kernel, bias, scale, shift, mean, var, cotangent, by_mean, by_var):
-    """The same for XLA:CPU, in an order that keeps its memory low."""
+    """The same for XLA:CPU, in an order that keeps the memory low."""
     wide, inverse = _wide(z), jax.lax.rsqrt(var + epsilon)
     cotangent = cotangent.astype(wide)
     z, cotangent = jax.lax.optimization_barrier((z, cotangent))
@@ -148,7 +153,8 @@ def _gradients_cpu(wanted, epsilon, circular, z, kernel, bias, scale, shift, mea
     if 0 in wanted:
         by_z = jax.lax.optimization_barrier(channelwise.transpose(of_u, kernel, circular).astype(z.dtype))
         if 1 in wanted:
-            # Only after it: XLA:CPU may put it off to the end of the backward pass, and keep what it is made of.
+            # After the kernel's gradient: XLA:CPU could defer that one to the end of the backward pass, and would keep
+            # its operands alive until then.
             by_z = materialize(by_z, found[1].ravel()[0])
         found[0] = by_z
     return tuple(found[i] for i in wanted)

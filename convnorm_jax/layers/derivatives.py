@@ -1,13 +1,14 @@
-"""Functions whose reverse-mode derivative is written by hand, and that stay differentiable in every mode.
+"""Functions with a hand-written reverse-mode derivative that remain differentiable in every mode.
 
-`jax.custom_vjp` rules out forward mode. Here the tangents of a function are one primitive that is linear in them: its
-transpose is the gradient that was written by hand, and in forward mode, and for higher derivatives, it is the tangent
-of an ordinary JAX function that computes the same. The gradient is told which arguments it is wanted for.
+`jax.custom_vjp` rules out forward mode. Here the tangents of a function are one primitive that is linear in them. Its
+transpose is the hand-written gradient. In forward mode, and for higher derivatives, it is the tangent of an ordinary
+JAX function that computes the same. The gradient is told with respect to which arguments it is needed.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +21,31 @@ from convnorm_jax.layers.platforms import by_platform
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A function with its derivative. All three functions are hashable and take the same arguments.
+    """A function with its derivative. All three functions must be hashable.
 
     Attributes:
-      function: (*arguments) -> tuple of arrays, as fast as it can be.
-      gradient: (arguments, outputs, cotangents, wanted) -> one array for each index in `wanted`, the gradient with
-        respect to that argument. `outputs` are those of the function that `kept` names.
-      ordinary: (*arguments) -> the same as `function`, of operations that JAX can differentiate in every mode.
-      kept: indices of the outputs that the gradient is given.
+      function: `(*arguments)` -> tuple of arrays, the fast form.
+      gradient: `(arguments, outputs, cotangents, wanted)` -> one array for each index in `wanted`, the gradient with
+        respect to that argument. `outputs` holds the outputs of the function whose indices are in `kept`.
+      ordinary: `(*arguments)` -> the same as `function`, by operations that JAX differentiates in every mode.
+      kept: indices of the outputs that the gradient receives.
     """
 
-    function: Callable
-    gradient: Callable
-    ordinary: Callable
+    function: Callable[..., tuple[jax.Array, ...]]
+    gradient: Callable[..., Sequence[jax.Array]]
+    ordinary: Callable[..., tuple[jax.Array, ...]]
     kept: tuple[int, ...] = ()
 
-    def tangents(self, primals, given, moved):
-        """Of the outputs, from those of the arguments in `moved`."""
+    def tangents(
+        self, primals: Sequence[jax.Array], given: Sequence[jax.Array], moved: Sequence[int]
+    ) -> tuple[jax.Array, ...]:
+        """Returns the tangents of the outputs.
+
+        Args:
+          primals: the arguments.
+          given: tangents of the arguments whose indices are in `moved`; the other tangents are zero.
+          moved: indices of arguments.
+        """
 
         def of_moved(*changed):
             full = list(primals)
@@ -48,12 +57,12 @@ class Rule:
 
 
 def call(rule: Rule, *arguments: jax.Array) -> tuple[jax.Array, ...]:
-    """`rule.function(*arguments)`, differentiated by the rule."""
+    """Returns `rule.function(*arguments)`, differentiated by the rule."""
     return _differentiable(rule)(*varying_alike(*arguments))
 
 
 def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays, all varying over the union of their mesh axes, so that `jax.shard_map` sums the gradients."""
+    """Returns the arrays, all varying over the union of their mesh axes, so that `jax.shard_map` sums the gradients."""
     axes = [_axes_varied_over(a) for a in arrays]
     union = frozenset().union(*axes)
     return tuple(_vary(a, tuple(sorted(union - own))) if union - own else a for a, own in zip(arrays, axes))
@@ -103,7 +112,7 @@ def _parts(arguments, rule, moved):
 
 
 def _by_ordinary(*arguments, rule, moved, like):
-    """Forward mode."""
+    """The tangents of the outputs in forward mode."""
     del like
     primals, _, given = _parts(arguments, rule, moved)
     return list(rule.tangents(primals, given, moved))
@@ -134,7 +143,7 @@ class _Mapped:
     """A rule under `jax.vmap`; tangents, outputs and gradients are mapped over their first axis."""
 
     rule: 'Rule | _Mapped'
-    axes: tuple[int | None, ...]  # of the arguments
+    axes: tuple[int | None, ...]  # of the arguments, as `in_axes` of `jax.vmap`
     kept_axes: tuple[int | None, ...]
 
     @property
@@ -156,7 +165,7 @@ def _batch(arguments, axes, *, rule, moved, like):
     front = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(arguments, axes)]
     axes = tuple(None if axis is None else 0 for axis in axes)
     count = len(arguments) - len(moved)
-    # All tangents are mapped, so that the transpose of what repeats one sums over the examples.
+    # Every tangent is broadcast over the examples, so that the transpose of the broadcast sums over them.
     for i in range(count, len(front)):
         if axes[i] is None:
             front[i] = jnp.broadcast_to(front[i], (size, *front[i].shape))
@@ -176,7 +185,10 @@ mlir.register_lowering(_tangent, mlir.lower_fun(_by_ordinary, multiple_results=T
 
 
 def by_platform_differentiable(cpu: Callable, accelerator: Callable) -> Callable:
-    """(*arrays) -> an array, by `cpu` or `accelerator`, which compute the same; each is differentiated by itself."""
+    """Returns a function of arrays that runs `cpu` or `accelerator`, by the platform of the program.
+
+    Both compute the same array, and each is differentiated on its own.
+    """
 
     def gradient(arguments, _, cotangents, wanted):
         forms = (functools.partial(_gradients_of, form, wanted) for form in (cpu, accelerator))
@@ -193,8 +205,14 @@ def _gradients_of(function, wanted, *given):
     return wanted_gradients(function, arguments, cotangent, wanted)
 
 
-def wanted_gradients(function: Callable, arguments: Sequence, cotangent, wanted: tuple[int, ...]) -> tuple:
-    """JAX's own gradients of `function(*arguments)` with respect to the arguments whose indices are in `wanted`."""
+def wanted_gradients(
+    function: Callable, arguments: Sequence[jax.Array], cotangent: Any, wanted: Sequence[int]
+) -> tuple[jax.Array, ...]:
+    """Returns JAX's own gradients of `function(*arguments)` with respect to the arguments whose indices are `wanted`.
+
+    Args:
+      cotangent: of the function's output, a pytree of the same structure.
+    """
 
     def of_wanted(*changed):
         full = list(arguments)

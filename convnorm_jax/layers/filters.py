@@ -1,20 +1,22 @@
-"""The normalization filter as products with constant matrices: crop(irfft2(V * rfft2(y))) for GPUs and TPUs.
+r"""The filter crop(irfft2(V * rfft2(y))) as products with constant matrices, for GPUs and TPUs.
 
-V is real and even, so no complex number is needed, and crop and stride drop rows of the last matrix: what is thrown
-away is never computed. The channels stay the last axis and the batch the first one throughout, so that nothing is
-transposed.
+V is real and even, so no complex number is needed. Cropping and striding drop rows of the last matrix, so dropped
+outputs are never computed. The channels stay the last axis and the batch the first, so nothing is transposed.
 
-- A small grid takes two matrices over its flattened points: with the discrete Hartley transform, whose matrix
-  C[w, n] = (cos + sin)(2 pi w n / N) / sqrt(N) is real, symmetric and its own inverse, the filter is C diag(V) C.
-- A larger one takes four: rows to the half of their frequencies (real and imaginary parts), columns, and back.
+- On a small grid two matrices transform the flattened grid. The matrix of the discrete Hartley transform is real,
+  symmetric and its own inverse, so the filter is :math:`C\,\mathrm{diag}(V)\,C` with
+  :math:`C_{\omega n} = (\cos + \sin)(2\pi\omega n / N) / \sqrt N`.
+- On a larger grid there are four matrices: rows to half of their frequencies (real and imaginary parts), columns, and
+  back.
 
-Products are in the dtype of y and accumulate in float32 at least. The gradient is JAX's own: the filter's transpose has
-the same form.
+Products are in the dtype of y and accumulate in float32 at least. The gradient is JAX's own, because the transpose of
+the filter has the same form.
 """
 
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +25,17 @@ import numpy as np
 from convnorm_jax.layers.dtypes import at_least_float32
 from convnorm_jax.layers.platforms import by_platform
 
-# Up to this many points one matrix transforms the whole grid: it moves half of the bytes that two matrices move, and
-# takes more operations. benchmarks/README.md has the measurements.
+# Up to this many points one matrix transforms the whole grid. Compared with two matrices it moves half of the bytes and
+# takes more operations. benchmarks/README.md, "accelerator", has the measurements.
 DENSE_POINTS = 400
 DENSE_POINTS_FLOAT32 = 100
 
-# float32 stays true float32: the default of a GPU is TF32, of a TPU bfloat16.
+# Products of float32 stay float32; the default is TF32 on a GPU and bfloat16 on a TPU.
 _EXACT = jax.lax.Precision.HIGHEST
 
 
 def filter_and_crop(y: jax.Array, v: jax.Array, kept: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
-    """irfft2(V * rfft2(y)) at the kept rows and columns.
+    """Returns irfft2(V * rfft2(y)) at the kept rows and columns.
 
     Args:
       y: [B, Hf, Wf, C], periodic on its own grid, any float dtype.
@@ -72,14 +74,14 @@ def _separable(y, v, kept, size):
 
 
 def _product(matrix, x, axis):
-    """`matrix` applied along an axis of x, accumulated in float32 at least, the dtype of x."""
+    """Applies `matrix` along an axis of x; accumulates in float32 at least, returns the dtype of x."""
     matrix, forms = jnp.asarray(matrix, x.dtype), (functools.partial(form, axis) for form in (_batched, _free))
     batched, free = forms
     return by_platform(matrix, x, cpu=batched, tpu=free, accelerator=batched)
 
 
 def _batched(axis, matrix, x):
-    # The matrix is broadcast over the batch: cuBLAS reads it with a stride of 0, and nothing is transposed.
+    # With the matrix broadcast over the batch, cuBLAS reads it with a stride of 0, and nothing is transposed.
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     matrix = jnp.broadcast_to(matrix, (*before, *matrix.shape))
     return _narrow(jnp.matmul, matrix, x.reshape(*before, x.shape[axis], math.prod(after))).reshape(
@@ -88,7 +90,7 @@ def _batched(axis, matrix, x):
 
 
 def _free(axis, matrix, x):
-    # A TPU's compiler chooses the layouts, with the batch inside; a batch of products would keep it outside.
+    # On a TPU XLA chooses layouts with the batch inside, which a batch of products would rule out.
     return jnp.moveaxis(_narrow(functools.partial(jnp.tensordot, axes=(1, axis)), matrix, x), 0, axis)
 
 
@@ -98,12 +100,14 @@ def _narrow(product, matrix, x):
 
 
 def power_spectrum(kernel: jax.Array, grid: tuple[int, ...], dilation: tuple[int, ...] | None = None) -> jax.Array:
-    """`spectral.power_spectrum` as one fused reduction over the input channels: no transform is materialized.
+    """Returns the power spectrum by one fused reduction over the input channels, which materializes no transform.
+
+    It computes the same as `spectral.power_spectrum`.
 
     Args:
-      kernel: [kh, kw, cin, cout], any float dtype; or any other number of spatial axes.
+      kernel: [kh, kw, cin, cout], any float dtype, or with another number of spatial axes.
       grid: (Hf, Wf).
-      dilation: from one tap to the next on each axis.
+      dilation: distance from one tap to the next on each axis.
 
     Returns:
       [Hf, Wf, cout], float32 at least.
@@ -119,17 +123,22 @@ def power_spectrum(kernel: jax.Array, grid: tuple[int, ...], dilation: tuple[int
     return 0.5 * (energy + jnp.roll(jnp.flip(energy, axes), 1, axes))  # |K(w)|^2 from both w and -w
 
 
-def points(*size, dilation=None):
-    """The places of a grid of this size, its points `dilation` apart, in the order of the flattened grid."""
+def points(*size: int, dilation: Sequence[int] | None = None) -> tuple[tuple[int, ...], ...]:
+    """Returns the positions of a grid's points, `dilation` apart, in the order of the flattened grid."""
     axes = (range(0, n * d, d) for n, d in zip(size, dilation or (1,) * len(size)))
     return tuple(itertools.product(*axes))
 
 
 @functools.lru_cache(maxsize=256)
-def hartley_columns(grid, taps):
-    """Columns of the orthonormal Hartley matrix of a grid, float64 [N, len(taps)].
+def hartley_columns(grid: tuple[int, ...], taps: tuple[tuple[int, ...], ...]) -> np.ndarray:
+    r"""Returns columns of the orthonormal Hartley matrix of a grid, float64 [N, len(taps)].
 
-    N = Hf * Wf counts the flattened grid; taps are the wanted points, one place for each axis.
+    .. math::
+        C_{\omega t} = (\cos + \sin)\Bigl(2\pi \sum_a \omega_a t_a / n_a\Bigr) / \sqrt N
+
+    Args:
+      grid: its size n, an int for each axis; N is the number of its points.
+      taps: the points t of the grid whose columns are returned, an int for each axis.
     """
     count = math.prod(grid)
     places = zip(np.unravel_index(np.arange(count), grid), np.array(taps).T, grid)
@@ -141,8 +150,8 @@ def hartley_columns(grid, taps):
 def _separable_matrices(height, width, rows, columns):
     """Float64 matrices [2 half, H], [2 W, 2 W], [2 kept columns, 2 W], [kept rows, 2 half]; half = height // 2 + 1.
 
-    A row's transform has the real and the imaginary part of each frequency one after the other, a column's all real
-    parts, then all imaginary ones: what the next product contracts is then one axis in memory.
+    The transform of a row alternates between the real and imaginary parts of its frequencies; the transform of a column
+    has all real parts, then all imaginary parts. So the next product always contracts a contiguous axis.
     """
     frequencies = np.arange(height // 2 + 1)
     cosine, sine = _waves(frequencies, np.arange(height), height)
@@ -158,6 +167,6 @@ def _separable_matrices(height, width, rows, columns):
 
 
 def _waves(a, b, n):
-    """Cosines and sines of 2 pi a b / n, float64 [len(a), len(b)]."""
+    """Returns cosines and sines of 2 pi a b / n, float64 [len(a), len(b)]."""
     angle = 2 * np.pi * (np.outer(a, b) % n) / n
     return np.cos(angle), np.sin(angle)

@@ -1,41 +1,46 @@
-"""ConvNorm wholly in the frequency domain: the fast form for XLA:CPU.
+r"""ConvNorm in the frequency domain: the fast form for XLA:CPU.
 
-A full convolution followed by the filter is, at every frequency w of the grid, a product of numbers:
+A full convolution followed by the filter is a product of numbers at every frequency of the grid:
 
-    Y[o](w) = V[o](w) sum_i X[i](w) K[i, o](w).
+.. math::
+    Y_o(\omega) = V_o(\omega) \sum_i X_i(\omega) K_{io}(\omega)
 
-The pictures are real, so half of the frequencies tell all, and a product of two complex numbers is
-three real ones (Gauss):
+Images are real, so half of the frequencies determine the others. A product of two complex numbers takes three real
+products (Gauss):
 
-    m1 = (Xr + Xi) Kr,   m2 = Xr (Ki - Kr),   m3 = Xi (Kr + Ki),   Yr = m1 - m3,   Yi = m1 + m2.
+.. math::
+    m_1 = (X_r + X_i) K_r, \quad m_2 = X_r (K_i - K_r), \quad m_3 = X_i (K_r + K_i), \quad
+    Y_r = m_1 - m_3, \quad Y_i = m_1 + m_2
 
-So the layer is what Winograd's convolutions are, a bilinear algorithm: y = C ((A k) * (B x)) with constant real
-matrices A, B, C (`bilinear` makes them) and about 1.5 products a grid point: a transform of the picture, a batch of
-matrix products over the channels (one for each row of A), the scale V, a transform back. Gauss's sums and differences
-are rows of the matrices, crop and stride are rows of C that are not there. For a 3x3 kernel that is 0.19 (34x34) to
-0.36 (6x6) of the direct convolution's multiplications, and the transforms do not depend on the number of channels on
-the other side.
+So the layer is a bilinear algorithm, as Winograd's convolutions are: y = C ((A k) * (B x)), with constant real matrices
+A, B and C (see `bilinear`) and about 1.5 products at each point of the grid. It transforms the image, multiplies
+matrices over the channels (one for each row of A), scales by V and transforms back. Gauss's sums and differences are
+rows of the matrices. Cropping and striding drop rows of C. For a 3x3 kernel this takes 0.19 (34x34) to 0.36 (6x6) of
+the direct convolution's multiplications.
 
-The only transposes are between two products: rows are transformed picture by picture, columns with the batch inside.
+The only transposes are between two products: rows are transformed image by image, columns with the batch inside.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from convnorm_jax.layers import bilinear, spectral
 from convnorm_jax.layers.dtypes import at_least_float32
+from convnorm_jax.layers.geometry import Geometry
 from convnorm_jax.layers.materialize import materialize
 
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-def kernel_filters(kernel, geometry):
-    """The kernel's side of the products, A k.
+def kernel_filters(kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """Returns the transform of the kernel, A k.
 
     Args:
       kernel: [kh, kw, cin, cout], any float dtype.
+      geometry: of the layer, in 2 dimensions.
 
     Returns:
       [R, cin, cout], float32 at least.
@@ -46,40 +51,43 @@ def kernel_filters(kernel, geometry):
     return flat.reshape(-1, *kernel.shape[2:])
 
 
-# `jit`, here and below: JAX traces and lowers it once for all layers of a shape.
+# Under `jit` JAX traces and lowers it once for all layers of a shape.
 @functools.partial(jax.jit, static_argnums=1)
-def power_spectrum(kernel, geometry):
-    """`spectral.power_spectrum` from `kernel_filters`, which XLA then computes but once for both.
+def power_spectrum(kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    r"""Returns the power spectrum, from `kernel_filters`, so that XLA computes the transform once for both.
 
-    A sum of squares, too: (Ki - Kr)^2 + (Kr + Ki)^2 = 2 |K|^2.
+    It is a sum of squares: :math:`(K_i - K_r)^2 + (K_r + K_i)^2 = 2 |K|^2`.
 
     Args:
       kernel: [kh, kw, cin, cout], any float dtype.
+      geometry: of the layer, in 2 dimensions.
 
     Returns:
       [Hf, Wf, cout], float32 at least.
     """
-    # The barrier keeps the filters' reshape out of the sum, which XLA:CPU then takes three times as long for.
+    # The barrier keeps the reshape out of the sum: fused, XLA:CPU takes three times as long.
     filters = jax.lax.optimization_barrier(kernel_filters(kernel, geometry))
     energy = jnp.square(filters).sum(axis=1)
     first, second = bilinear.plan(geometry).power.T
     return (0.5 * (energy[first] + energy[second])).reshape(*geometry.grid, -1)
 
 
-def on_rows(v, geometry):
-    """V of the grid, [Hf, Wf, cout], as a factor of each row's products, [R, 1, cout]."""
+def on_rows(v: jax.Array, geometry: Geometry) -> jax.Array:
+    """Returns V of the grid, [Hf, Wf, cout], as a factor of the products of each row of A, [R, 1, cout]."""
     return v.reshape(-1, 1, v.shape[-1])[bilinear.plan(geometry).frequency]
 
 
-def normalized_convolution(x, kernel, v, geometry, precision=None):
-    """Full convolution, irfft2(V * rfft2(.)) and crop: steps 1 to 4 of the layer.
+def normalized_convolution(
+    x: jax.Array, kernel: jax.Array, v: jax.Array, geometry: Geometry, precision: jax.lax.PrecisionLike = None
+) -> jax.Array:
+    """Returns the full convolution, filtered by V, cropped and strided.
 
     Args:
       x: [B, H, W, cin], float.
-      kernel: [kh, kw, cin, cout], float; not rounded to the dtype of x before its transform.
-      v: float32 or float64 [Hf, Wf, cout], even: v(w) = v(-w).
-      geometry: see `geometry.Geometry`.
-      precision: of the products over the channels; the transforms are exact, float32 inputs in true float32.
+      kernel: [kh, kw, cin, cout], float; it is not rounded to the dtype of x before its transform.
+      v: float32 or float64 [Hf, Wf, cout], even: V(w) = V(-w).
+      geometry: of the layer, in 2 dimensions.
+      precision: of the products over the channels. The transforms never round float32 to TF32 or bfloat16.
 
     Returns:
       [B, len(kept rows), len(kept columns), cout], the dtype of x. Products accumulate in float32 at least.
@@ -89,22 +97,36 @@ def normalized_convolution(x, kernel, v, geometry, precision=None):
     return filtered(x, kernel_filters(kernel, geometry), on_rows(v, geometry), geometry, precision)
 
 
-def gradients(x, kernel, v, cotangent, wanted, geometry, precision=None):
-    """Gradients of `normalized_convolution` with respect to x (0) and the kernel (1), those whose index is in `wanted`.
+def gradients(
+    x: jax.Array,
+    kernel: jax.Array,
+    v: jax.Array,
+    cotangent: jax.Array,
+    wanted: Sequence[int],
+    geometry: Geometry,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[jax.Array, ...]:
+    """Returns the gradients of `normalized_convolution` with respect to x (0) and the kernel (1).
 
-    The transform of the image is computed again instead of kept (it is 1.5 to 3 times the image), and the kernel's
-    side is made in the layout that the product wants.
+    The transform of the image is recomputed instead of kept (it is 1.5 to 3 times as large as the image), and the
+    transform of the kernel is made in the layout that the product needs.
+
+    Args:
+      x, kernel, v, geometry, precision: see `normalized_convolution`.
+      cotangent: of the output.
+      wanted: the indices, 0 or 1, of the gradients to return.
     """
     dtype, plan = kernel.dtype, bilinear.plan(geometry)
     kernel, v, size = _sized(kernel, v)
-    # Only once the cotangent is there: XLA would take the transform of the forward pass, and keep it until now.
+    # After the cotangent: otherwise XLA shares the transform with the forward pass, and keeps it until now.
     x, cotangent = jax.lax.optimization_barrier((x, cotangent))
     spectrum = _analyze(materialize(x, cotangent[:, :1, :1, :1]), plan.analysis)
     response = (_analyze(cotangent, _transposed(plan.synthesis)).astype(v.dtype) * on_rows(v, geometry)).astype(x.dtype)
     found = {}
     if 1 in wanted:
         by_kernel = _kernel_gradient(spectrum, response, plan, precision).reshape(kernel.shape)
-        # Only after it: XLA:CPU may put off the gradients of all kernels, and keep all responses until then.
+        # After the kernel's gradient: XLA:CPU could defer the gradients of all kernels, and would keep all responses
+        # until then.
         kernel = materialize(kernel, by_kernel[0, 0, 0, 0])
         found[1] = (by_kernel / size.astype(by_kernel.dtype)).astype(dtype)
     if 0 in wanted:
@@ -115,7 +137,7 @@ def gradients(x, kernel, v, cotangent, wanted, geometry, precision=None):
 
 
 def _sized(kernel, v):
-    """Kernel and V with filters of size 1, as `spectral.preconditioner` has them, and their sizes."""
+    """The kernel divided and V multiplied by each filter's size, as in `spectral.preconditioner`, and the sizes."""
     kernel = kernel.astype(at_least_float32(kernel.dtype))
     size = jax.lax.stop_gradient(spectral.filter_sizes(kernel)[0])
     return kernel / _as_last(size, 4), v * _as_last(size, 3).astype(v.dtype), _as_last(size, 4)
@@ -125,13 +147,19 @@ def _as_last(a, rank):
     return a.reshape((1,) * (rank - 1) + a.shape)
 
 
-def filtered(x, filters, scale, geometry, precision=None):
-    """Transform of the image, products over the channels, scale, transform back.
+def filtered(
+    x: jax.Array,
+    filters: jax.Array,
+    scale: jax.Array | float,
+    geometry: Geometry,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """Transforms the image, multiplies by the filters over the channels, scales, and transforms back.
 
     Args:
       x: [B, H, W, cin], float.
       filters: [R, cin, cout], see `kernel_filters`.
-      scale: of the products, [R, 1, cout], or 1.
+      scale: factor of the products, [R, 1, cout], or 1.
       geometry, precision: see `normalized_convolution`.
 
     Returns:
@@ -143,9 +171,9 @@ def filtered(x, filters, scale, geometry, precision=None):
 
 
 def _kernel_gradient(spectrum, response, plan, precision):
-    """A^T of the sums over the batch, [kh * kw, cin * cout]."""
-    # Where devices share the batch each sums its own part and goes back to the few taps with it: they then tell
-    # each other gradients of the kernel, not of its filters, which are R / (kh kw) times as large.
+    """The gradient with respect to the taps, A^T applied to sums over the batch, [kh * kw, cin * cout]."""
+    # Where the batch is sharded, each device applies A^T to its own sum. The devices then all-reduce gradients of the
+    # kernel, not of its transform, which is R / (kh kw) times as large.
     parts = _batch_shards(spectrum.shape[1])
     spectrum, response = (a.reshape(a.shape[0], parts, -1, a.shape[2]) for a in (spectrum, response))
     if parts == 1:
@@ -156,7 +184,7 @@ def _kernel_gradient(spectrum, response, plan, precision):
 
 
 def _batch_shards(batch):
-    """Over how many devices the batch is cut: the mesh in use (`jax.set_mesh`) has an axis 'data' of that size."""
+    """The number of shards of the batch: the size of the axis 'data' of the mesh in use (`jax.set_mesh`)."""
     mesh = jax.sharding.get_abstract_mesh()
     automatic = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types) if kind == jax.sharding.AxisType.Auto]
     shards = mesh.shape['data'] if 'data' in automatic else 1
@@ -164,13 +192,13 @@ def _batch_shards(batch):
 
 
 def _channels(equation, a, b, precision):
-    """A batch of matrix products over channels or pictures, accumulated in float32 at least."""
+    """A batch of matrix products over channels or images, accumulated in float32 at least."""
     wide = at_least_float32(a.dtype)
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=wide)
 
 
 def _analyze(x, matrices):
-    """[B, H, W, C] -> [R, B, C]: by rows, then by columns, or by one matrix."""
+    """Applies B, [B, H, W, C] -> [R, B, C], to rows, then columns, or as one matrix."""
     batch, height, width, channels = x.shape
     if len(matrices) == 1:
         return _batched(matrices[0], x.reshape(batch, height * width, channels)).swapaxes(0, 1)
@@ -181,7 +209,7 @@ def _analyze(x, matrices):
 
 
 def _synthesize(x, matrices, size):
-    """[R, B, C] -> [B, H, W, C] of `size` (H, W): by columns, then by rows, or by one matrix."""
+    """Applies C, [R, B, C] -> [B, H, W, C] of `size` (H, W), to columns, then rows, or as one matrix."""
     _, batch, channels = x.shape
     height, width = size
     if len(matrices) == 1:
@@ -194,15 +222,15 @@ def _synthesize(x, matrices, size):
 
 
 def _batched(matrix, x):
-    """matrix @ x[i] for every i, accumulated in float32 at least and rounded to the dtype of x."""
+    """Returns matrix @ x[i] for every i, accumulated in float32 at least and rounded to the dtype of x."""
     wide = at_least_float32(x.dtype)
-    # The matrix is repeated (it is small): for a product of one matrix with many XLA:CPU transposes the many.
+    # The small matrix is repeated, because for a product of one matrix with many XLA:CPU transposes the many.
     matrix = jnp.broadcast_to(jnp.asarray(matrix, x.dtype), (x.shape[0], *matrix.shape))
     return jnp.matmul(matrix, x, precision=_EXACT, preferred_element_type=wide).astype(x.dtype)
 
 
 def _transposed(matrices):
-    """The matrices of the adjoint, in its order."""
+    """The matrices of the adjoint, in the order in which it applies them."""
     return [matrix.T for matrix in reversed(matrices)]
 
 

@@ -1,14 +1,22 @@
-"""Where a convolution's pixels and taps lie, in 1, 2 or 3 spatial dimensions, and the arguments that say so."""
+"""The positions of a convolution's pixels and taps, in 1, 2 or 3 spatial dimensions, and checks of its arguments."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeGuard
 
 import jax
 import numpy as np
 
 from convnorm_jax.errors import UserError
 
-CIRCULAR = 'CIRCULAR'
+# One int for all spatial axes, or an int for each.
+Ints = int | Sequence[int]
+# A name, one int for all sides, or an int or a pair for each spatial axis.
+Padding = str | int | Sequence[int | Sequence[int]]
+# A pair for each spatial axis.
+Pairs = tuple[tuple[int, int], ...]
+
+CIRCULAR: Literal['CIRCULAR'] = 'CIRCULAR'
 
 _EXPECTED = {
     1: '[batch, width, channels]',
@@ -19,17 +27,22 @@ _EXPECTED = {
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Where a convolution's pixels and taps lie on the grid of its full convolution, axis by axis.
+    r"""The positions of a convolution's pixels and taps on the grid of its full convolution, axis by axis.
 
-    full[n] is the sum of x[i] * kernel[t] over all pixels i and taps t with inputs[i] + taps[t] = n, modulo the grid if
-    it is circular.
+    The full convolution at position n is the sum over the pixels i and taps t that meet there:
+
+    .. math::
+        full[n] = \sum_{inputs[i] + taps[t] = n} x[i]\, kernel[t],
+
+    modulo the size of the grid if the convolution is circular.
 
     Attributes:
       grid: size of the full convolution, an int for each spatial axis.
-      inputs, taps: for each axis a tuple of int: the place of each pixel, and of each tap.
-      kept: for each axis the places of the full convolution that the layer keeps.
-      groups: of channels, each with filters of its own.
-      circular: the image is periodic; else it is zero outside.
+      inputs: for each axis a tuple of int, the position of each pixel.
+      taps: for each axis a tuple of int, the position of each tap.
+      kept: for each axis the positions of the full convolution that the layer keeps.
+      groups: groups of channels, each with filters of its own.
+      circular: whether the image is periodic; otherwise it is zero outside.
     """
 
     grid: tuple[int, ...]
@@ -41,40 +54,40 @@ class Geometry:
 
     @property
     def rank(self) -> int:
-        """How many spatial axes there are."""
+        """The number of spatial axes."""
         return len(self.grid)
 
     @property
     def spans(self) -> tuple[int, ...]:
-        """Pixels from a kernel's first tap to its last, on each axis: its size, dilated."""
+        """The size of the dilated kernel: pixels from its first tap to its last, on each axis."""
         return tuple(max(taps) - min(taps) + 1 for taps in self.taps)
 
     @property
     def dilation(self) -> tuple[int, ...]:
-        """From one tap to the next, on each axis."""
+        """The distance from one tap to the next, on each axis."""
         return tuple(_step(taps) for taps in self.taps)
 
     @property
     def spread(self) -> tuple[int, ...]:
-        """From one pixel to the next on the grid, on each axis: the strides of a transposed convolution."""
+        """The distance from one pixel to the next on the grid, on each axis: a transposed convolution's strides."""
         return tuple(_step(places) for places in self.inputs)
 
     @property
     def mirrored(self) -> tuple[int, ...]:
-        """Axes whose taps run forwards, as a convolution's do; a cross-correlation's run backwards."""
+        """The axes whose taps run forwards, as in a convolution; in a cross-correlation they run backwards."""
         return tuple(axis for axis, taps in enumerate(self.taps) if len(taps) > 1 and taps[0] < taps[-1])
 
     @property
     def plain(self) -> bool:
-        """One group, no dilation, not circular."""
+        """Whether there is one group, no dilation and no circular padding."""
         return self.groups == 1 and not self.circular and set(self.dilation) == {1}
 
-    def flattened(self) -> 'Geometry':
-        """In 1 dimension: the same on an image with one row. Others are returned as they are."""
+    def with_one_row(self) -> 'Geometry':
+        """Returns a geometry in 1 dimension as one of images with a single row, another geometry as it is."""
         if self.rank != 1:
             return self
-        places = {name: ((0,), *getattr(self, name)) for name in ('inputs', 'taps', 'kept')}
-        return dataclasses.replace(self, grid=(1, *self.grid), **places)
+        inputs, taps, kept = (((0,), *places) for places in (self.inputs, self.taps, self.kept))
+        return dataclasses.replace(self, grid=(1, *self.grid), inputs=inputs, taps=taps, kept=kept)
 
 
 def _step(places):
@@ -85,20 +98,21 @@ def of_convolution(
     image_size: Sequence[int],
     kernel_size: Sequence[int],
     strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]],
+    padding: Literal['CIRCULAR'] | Pairs,
     dilation: Sequence[int] | None = None,
     groups: int = 1,
 ) -> Geometry:
-    """Of a convolution in the sense of `jax.lax.conv`, a cross-correlation.
+    """Returns the geometry of a convolution in the sense of `jax.lax.conv`, a cross-correlation.
 
     Args:
+      image_size, kernel_size, strides: an int for each axis.
       padding: as `canonical_padding` returns it.
-      The others: ints for each axis; `groups` as `feature_group_count`.
+      dilation: an int for each axis, or None for 1.
+      groups: groups of channels, flax's `feature_group_count`.
     """
     dilation = dilation or (1,) * len(image_size)
     spans = dilated_size(kernel_size, dilation)
-    circular = padding == CIRCULAR
-    if circular:  # as flax pads: (K-1)//2 before
+    if padding == CIRCULAR:  # as flax pads: (K-1)//2 before
         grid = tuple(image_size)
         kept = tuple(
             tuple((place + k // 2) % n for place in range(0, n, s)) for n, k, s in zip(image_size, spans, strides)
@@ -115,7 +129,7 @@ def of_convolution(
         taps=tuple(tuple(range(k - 1, -1, -d)) for k, d in zip(spans, dilation)),  # mirrored
         kept=kept,
         groups=groups,
-        circular=circular,
+        circular=padding == CIRCULAR,
     )
 
 
@@ -123,11 +137,18 @@ def of_transposed_convolution(
     image_size: Sequence[int],
     kernel_size: Sequence[int],
     strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
+    padding: Pairs,
     dilation: Sequence[int] | None = None,
     groups: int = 1,
 ) -> Geometry:
-    """Of a transposed convolution, `padding` cropped from its full size (n-1)*s + K, as PyTorch's."""
+    """Returns the geometry of a transposed convolution, as PyTorch defines it.
+
+    Args:
+      image_size, kernel_size, strides: an int for each axis.
+      padding: what is cropped from the full size (n-1)*s + K, as `canonical_transposed_padding` returns it.
+      dilation: an int for each axis, or None for 1.
+      groups: groups of channels.
+    """
     dilation = dilation or (1,) * len(image_size)
     spans = dilated_size(kernel_size, dilation)
     grid = transposed_grid_size(image_size, spans, strides)
@@ -141,26 +162,32 @@ def of_transposed_convolution(
 
 
 def dilated_size(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
-    """(k - 1) * d + 1 on each axis."""
+    """Returns the size of a dilated kernel, (k - 1) * d + 1 on each axis."""
     return tuple((k - 1) * d + 1 for k, d in zip(kernel_size, dilation))
 
 
-def transposed_grid_size(image_size, kernel_size, strides):
-    """Size of the full transposed convolution: (n - 1) * stride + kernel on each axis."""
+def transposed_grid_size(
+    image_size: Sequence[int], kernel_size: Sequence[int], strides: Sequence[int]
+) -> tuple[int, ...]:
+    """Returns the size of the full transposed convolution, (n - 1) * stride + kernel on each axis."""
     return tuple((n - 1) * s + k for n, k, s in zip(image_size, kernel_size, strides))
 
 
-def canonical_padding(padding, image_size, kernel_size, strides):
-    """Padding as pairs, ((top, bottom), (left, right)) in 2 dimensions, or 'CIRCULAR'.
+def canonical_padding(
+    padding: Padding, image_size: Sequence[int], kernel_size: Sequence[int], strides: Sequence[int]
+) -> Literal['CIRCULAR'] | Pairs:
+    """Returns a padding as a pair for each axis, ((top, bottom), (left, right)) in 2 dimensions, or 'CIRCULAR'.
 
     Args:
-      padding: 'SAME' or 'VALID' (as in `jax.lax`), 'CIRCULAR', one int for all sides, or an int or a pair an axis.
-      image_size, strides: ints for each axis. kernel_size: the same, dilated.
+      padding: 'SAME' or 'VALID' (as in `jax.lax`), 'CIRCULAR', one int for all sides, or an int or a pair for each
+        axis.
+      image_size, strides: an int for each axis.
+      kernel_size: of the dilated kernel, an int for each axis.
 
     Raises:
-      ValueError: another form, or a padding outside 0 ... k-1, which ConvNorm's crop of
-        the full convolution cannot give.
+      ValueError: another form, or a padding outside 0 ... k-1, which a crop of the full convolution cannot give.
     """
+    pairs: Sequence[Sequence[int]]
     if isinstance(padding, str) and padding == CIRCULAR:
         return CIRCULAR
     if isinstance(padding, str) and padding in ('SAME', 'VALID'):
@@ -181,12 +208,14 @@ def canonical_padding(padding, image_size, kernel_size, strides):
     return tuple((int(a), int(b)) for a, b in pairs)
 
 
-def canonical_transposed_padding(padding, image_size, kernel_size, strides):
-    """Padding as pairs for each axis: what is cropped from the full transposed convolution.
+def canonical_transposed_padding(
+    padding: Padding, image_size: Sequence[int], kernel_size: Sequence[int], strides: Sequence[int]
+) -> Pairs:
+    """Returns the padding of a transposed convolution, what is cropped from the full one, as a pair for each axis.
 
     Args:
       padding: an int, or an int or a pair for each axis.
-      image_size, kernel_size, strides: ints for each axis.
+      image_size, kernel_size, strides: an int for each axis.
 
     Raises:
       ValueError: another form, a padding outside 0 ... k-1, or nothing left.
@@ -206,13 +235,13 @@ def canonical_transposed_padding(padding, image_size, kernel_size, strides):
     return tuple((int(a), int(b)) for a, b in pairs)
 
 
-def by_x(size):
-    """A size for a message: '32x32'."""
+def by_x(size: Iterable[int]) -> str:
+    """Returns a size as text for a message, such as '32x32'."""
     return 'x'.join(map(str, size))
 
 
-def is_int(value):
-    """Whether it is an int, Python's or NumPy's; bool is none."""
+def is_int(value: Any) -> TypeGuard[int]:
+    """Returns whether a value is an int of Python or NumPy; a bool does not count."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
@@ -220,25 +249,34 @@ def _axes(rank):
     return {1: 'the axis', 2: 'each of the two axes', 3: 'each of the three axes'}[rank]
 
 
-def padding_pairs(padding, rank=2, names=()):
-    """Padding as a pair for each of `rank` axes, from an int, or an int or a pair for each axis.
+def padding_pairs(padding: Padding, rank: int = 2, names: Sequence[str] = ()) -> Sequence[Sequence[int]]:
+    """Returns a padding as a pair for each of `rank` axes.
+
+    Args:
+      padding: an int, or an int or a pair for each axis.
+      rank: number of spatial axes.
+      names: of the paddings that the caller accepts as well, for the message.
 
     Raises:
-      ValueError: anything else; `names` are those that it could also have had.
+      ValueError: anything else.
     """
     sides = [padding] * rank if is_int(padding) else padding
     if isinstance(sides, Sequence) and not isinstance(sides, str) and len(sides) == rank:
         pairs = [(p, p) if is_int(p) else p for p in sides]
-        if all(isinstance(p, Sequence) and len(p) == 2 and all(map(is_int, p)) for p in pairs):
-            return pairs
+        found = [p for p in pairs if isinstance(p, Sequence) and len(p) == 2 and all(map(is_int, p))]
+        if len(found) == rank:
+            return found
     others = ''.join(f'{name!r}, ' for name in names)
     raise UserError(f'padding={padding!r}: expected {others}an int or a pair for {_axes(rank)}')
 
 
-def ints_for_axes(value, name, rank=2):
-    """A kernel size, strides, a dilation or an image size as `rank` positive ints, from one int or `rank`.
+def ints_for_axes(value: Ints | None, name: str, rank: int = 2) -> tuple[int, ...]:
+    """Returns a kernel size, strides, a dilation or an image size as `rank` positive ints.
 
-    None is ones, but for the size of a kernel or an image.
+    Args:
+      value: one int for all axes, or an int for each. None stands for 1, except for the size of a kernel or an image.
+      name: of the argument, for the message.
+      rank: number of spatial axes.
 
     Raises:
       ValueError: anything else.
@@ -252,25 +290,25 @@ def ints_for_axes(value, name, rank=2):
     return tuple(int(v) for v in ints)
 
 
-def spatial_axes(kernel_size) -> int:
-    """How many spatial axes a kernel size is of; 2 for one int, and for what is no size at all."""
+def spatial_axes(kernel_size: Ints) -> int:
+    """Returns the number of spatial axes of a kernel size: 2 for one int, and for anything that is no kernel size."""
     count = len(kernel_size) if isinstance(kernel_size, Sequence) else 2
     return count if count in (1, 3) else 2
 
 
-def check_shape(shape, kernel_size):
-    """Raises ValueError unless `shape` is one of a batch of images with an axis for each of `kernel_size`."""
+def check_shape(shape: Sequence[int], kernel_size: Sequence[int]) -> None:
+    """Raises ValueError unless `shape` is the shape of a batch of images with as many axes as `kernel_size` has."""
     if len(shape) != len(kernel_size) + 2:
         raise UserError(
             f'x.shape={tuple(shape)}: expected {_EXPECTED[len(kernel_size)]} with kernel_size={tuple(kernel_size)}'
         )
 
 
-def channels_in_a_group(groups, features_in, features):
-    """Input channels of each group of a convolution.
+def channels_in_a_group(groups: int, features_in: int, features: int) -> int:
+    """Returns the number of input channels in each group of a convolution.
 
     Raises:
-      ValueError: a number of groups that does not divide the channels of both sides.
+      ValueError: a number of groups that does not divide both the input and the output channels.
     """
     if not is_int(features_in) or features_in < 1:
         raise UserError(f'{features_in!r} input channels: expected a positive int')
@@ -282,6 +320,7 @@ def channels_in_a_group(groups, features_in, features):
     return features_in // groups
 
 
-def pair_of_ints(value, name):
-    """`ints_for_axes` of 2 axes."""
-    return ints_for_axes(value, name, 2)
+def pair_of_ints(value: Ints | None, name: str) -> tuple[int, int]:
+    """Returns `ints_for_axes` for 2 axes."""
+    height, width = ints_for_axes(value, name, 2)
+    return height, width

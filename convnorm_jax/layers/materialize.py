@@ -1,4 +1,4 @@
-"""When XLA:CPU computes an array, and how often."""
+"""Makes XLA:CPU compute an array once, and when its producers can be freed."""
 
 import jax
 import jax.numpy as jnp
@@ -6,31 +6,34 @@ import jax.numpy as jnp
 from convnorm_jax.layers.platforms import by_platform
 
 
-def materialize(x, other):
-    """x, as an array of its own and only after `other`, so that XLA:CPU neither recomputes nor keeps its producers.
+def materialize(x: jax.Array, other: jax.Array) -> jax.Array:
+    """Materializes x after `other`, so that XLA:CPU neither recomputes its producers nor keeps them alive.
 
-    It would recompute a chain of cheap elementwise operations in each operation that reads the result, within
-    transposes too, element by element (a layer's whole normalization: 109 ms where the transpose takes 1). A division
-    is too expensive for that, in its eyes, and barriers are gone by then. So this divides by 1, which XLA cannot know.
-    For programs of the CPU only: callers are their platform's form, see `platforms`.
+    XLA:CPU recomputes a chain of cheap elementwise operations in every operation that reads the result, even element by
+    element within a transpose. It never recomputes a division, and it removes barriers before it fuses. So x is divided
+    by a 1 that XLA cannot recognize. This is for programs for the CPU only, see `platforms`. benchmarks/README.md,
+    "step", has the measurements.
 
     Args:
       x: an array.
-      other: a scalar or an array of the rank of x that broadcasts with it. Where it is NaN, so is the result.
+      other: a scalar, or an array of the rank of x that broadcasts with it. Where it is NaN, so is the result.
+
+    Returns:
+      x, unchanged where `other` is not NaN.
     """
-    # (Not a finite number for NaN: XLA would multiply by the reciprocals of both.)
+    # NaN, not another finite number: with two finite constants XLA would multiply by their reciprocals.
     one = jnp.where(other == other, 1.0, jnp.nan).astype(x.dtype)
     one = jax.lax.stop_gradient(one)
-    # The product is a second reader of the divisor: without one XLA makes of the division a product with 1 / one, which
-    # is cheap enough for it to recompute x in every reader (ResNet-18's step then takes 4 to 5 % longer).
+    # The product is a second reader of the divisor. Without it XLA replaces the division by a product with 1 / one,
+    # which is cheap enough to be recomputed in every reader.
     return x * one / one
 
 
 @jax.custom_jvp
-def materialized_output(x, other):
-    """x, a layer's output: what a backward pass needs of it, as a ReLU's mask, is then read and not recomputed.
+def materialized_output(x: jax.Array, other: jax.Array) -> jax.Array:
+    """Materializes x, a layer's output, so that the backward pass (a ReLU's mask) reads it instead of recomputing it.
 
-    Its derivative is that of x alone. On accelerators it is x itself.
+    The derivative is that of x alone. On accelerators the result is x itself.
     """
     return by_platform(x, other, cpu=materialize, accelerator=lambda x, other: x)
 

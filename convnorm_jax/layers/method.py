@@ -1,32 +1,34 @@
 """Chooses the algorithm of ConvNorm's normalized convolution on a CPU by problem size, from measurements."""
 
-from convnorm_jax.layers import bilinear
+from typing import Any, Literal
 
+from convnorm_jax.layers import bilinear
+from convnorm_jax.layers.geometry import Geometry
+
+Method = Literal['frequency', 'spatial', 'reference']
 METHODS = ('frequency', 'spatial', 'reference')
 
-# From this batch on the products over the channels outweigh the kernel's filters, which do not depend on it.
+# From this batch size on, the products over the channels cost more than the transform of the kernel, whose cost does
+# not depend on the batch.
 LEAST_BATCH = 8
 
-# Both methods transform as many pictures, the frequency domain to half as many numbers again: with few channels, in
-# which there are no products to save, that costs more than it spares on large grids. Four layers in a row, batch 64,
-# forward and backward, frequency / spatial (2-core CPU):
-#   channels  8     16    32    64
-#   32x32     1.20  1.12  0.97  0.69
-#   16x16     0.89  0.87  0.64  0.51
-#   8x8       0.92  0.70  0.64  0.53
-FEW_CHANNELS = 40  # of both sides together
+# With few channels and large grids the transforms of the frequency domain, which are half as large again, cost more
+# than the products over the channels save. benchmarks/README.md, "layer", has the measurements.
+FEW_CHANNELS = 40  # input and output channels together
 LARGE_GRID = 400  # points
 
-# Numbers in the filters (4 bytes each, and twice that in a backward pass) up to which they are held.
+# The largest number of entries of the transformed kernel: 4 bytes each, and twice that in a backward pass.
 MOST_FILTERS = 2**27
 
 
-def choose_method(geometry, batch, features_in, features):
-    """'frequency' or 'spatial', the one that is expected to be faster.
+def choose_method(
+    geometry: Geometry, batch: int | Any, features_in: int, features: int
+) -> Literal['frequency', 'spatial']:
+    """Returns the method that is expected to be faster on a CPU.
 
     Args:
-      geometry: see `geometry.Geometry`, in 2 dimensions.
-      batch: images; a symbolic dimension (`jax.export`) counts as a large batch.
+      geometry: of the layer, in 2 dimensions.
+      batch: number of images; a symbolic dimension of `jax.export` counts as a large batch.
       features_in, features: channels.
     """
     if geometry.groups > 1:

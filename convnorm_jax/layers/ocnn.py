@@ -1,12 +1,14 @@
 """Orthogonal convolutions by a penalty on the kernels (OCNN, Wang et al., arXiv 1911.12207).
 
-A regulariser for any net: `make_ocnn_penalty` finds the kernels by their paths. The
-penalties are Frobenius norms, not squared, as the published code has them.
+The penalty works for any net: `make_ocnn_penalty` finds the kernels by their paths. The penalties are Frobenius norms,
+not squared, as in the published code.
 """
 
 import collections
 import itertools
 import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,51 +17,55 @@ from flax import linen as nn
 from flax import traverse_util
 
 from convnorm_jax.errors import UserError
-from convnorm_jax.layers.geometry import ints_for_axes
+from convnorm_jax.layers.geometry import Ints, ints_for_axes
 from convnorm_jax.layers.orthogonal import as_matrix
 from convnorm_jax.layers.spectral import is_pointwise
 
+Lags = Literal['published', 'paper']
 LAGS = ('published', 'paper')
 
-# Which kernels `default_pattern` takes. With basic blocks, as published for ResNet-18 and -34:
-# every block's first convolution and the shortcuts. VGG, SimpleCNN: all convolutions. The
-# second SimpleCNN: all but the 5x5 of its stem. Nothing is published of the others: all convolutions of
-# SequenceCNN, all but the stem of MobileNet.
+# The kernels that `default_pattern` takes. ResNets with basic blocks, as published for ResNet-18 and -34: every block's
+# first convolution and the shortcuts. VGG and SimpleCNN: all convolutions. The second SimpleCNN: all but the 5x5 stem.
+# Nothing is published for the others: all convolutions of SequenceCNN, all but the stem of MobileNet.
 _BASIC = r'(layer\d+_\d+/(conv1|shortcut)|(conv|depthwise|pointwise)\d+_\d+|conv[2-9])/(conv/)?kernel'
-# With bottlenecks, as published for ResNet-50: all convolutions but the stem.
+# ResNets with bottlenecks, as published for ResNet-50: all convolutions but the stem.
 _BOTTLENECK = r'layer\d+_\d+/(conv[123]|shortcut)/(conv/)?kernel'
 
 _MOST_LISTED = 8
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-def deconvolution_penalty(kernel, strides=1, lags='published', groups=1):
-    """How far a convolution is from having orthonormal outputs.
+def deconvolution_penalty(kernel: jax.Array, strides: Ints = 1, lags: Lags = 'published', groups: int = 1) -> jax.Array:
+    r"""Returns how far a convolution is from having orthonormal outputs.
 
-    With C(d)[o, p] = sum over u, i of kernel[u + d, i, o] kernel[u, i, p], the correlation of
-    two filters a lag of d pixels apart, it is sqrt(sum over lags of |C(d) - I(d)|^2), where
-    I(d) is the identity at one lag and zero at the others.
+    .. math::
+        \sqrt{\sum_d \|C(d) - I(d)\|_F^2}, \qquad C(d)_{op} = \sum_{u, i} k_{io}(u + d)\, k_{ip}(u)
 
-    With lags='paper' these are all multiples of the stride at which two filters overlap, and
-    the identity stands at lag 0. It is then |M M^T - I| / sqrt(number of output pixels), with M
-    the matrix of the strided convolution on a torus of at least 2k - 1 pixels. 'published' is what
-    the authors' code computes for every kernel size, and what published figures rest on:
-    pixels -1, -1 + stride ... up to 1, the identity at the middle one of them, the later of
-    two: with stride 1 the lags -1, 0 and 1, with stride 2 the lags -1 and 1, the identity at 1.
+    where C(d) holds the correlations of two filters d pixels apart, and I(d) is the identity at one lag d and zero at
+    the others.
 
-    Filters of different groups have no channel in common, and no correlation: the sum is over pairs of a group.
+    With lags='paper' the lags are all multiples of the stride at which two filters overlap, and the identity is at lag
+    0. The penalty is then :math:`\|M M^T - I\|_F` divided by the square root of the number of output pixels, with M the
+    matrix of the strided convolution on a torus of at least 2k - 1 pixels. lags='published' is what the authors' code
+    computes for every kernel size, and what the published figures use: the lags -1, -1 + stride, ... up to 1, with the
+    identity at the middle one, the later of two. With stride 1 these are -1, 0 and 1; with stride 2 they are -1 and 1,
+    and the identity is at 1.
+
+    Filters of different groups have no channel in common and no correlation, so only pairs within a group count.
+
+    Source: Wang et al., `arXiv 1911.12207 <https://arxiv.org/abs/1911.12207>`__.
 
     Args:
-      kernel: [kh, kw, cin / groups, cout], any float dtype; or any other number of spatial axes.
-      strides: int or (sh, sw).
-      lags: one of `LAGS`.
-      groups: of channels.
+      kernel: [kh, kw, cin / groups, cout], any float dtype, or with another number of spatial axes.
+      strides: an int, or an int for each axis.
+      lags: 'published' or 'paper'.
+      groups: groups of channels.
 
     Returns:
-      float32 scalar. Its gradient is finite everywhere, and 0 where the penalty is.
+      float32 scalar. The gradient is finite everywhere, and 0 where the penalty is 0.
 
     Raises:
-      ValueError: an unknown `lags`, strides that are none.
+      ValueError: unknown `lags`; strides that are not positive ints.
     """
     if lags not in LAGS:
         raise UserError(f'lags={lags!r}: expected one of {LAGS}')
@@ -67,7 +73,7 @@ def deconvolution_penalty(kernel, strides=1, lags='published', groups=1):
     kernel = kernel.astype(jnp.float32).reshape(*kernel.shape[:-1], groups, -1)
     axes = [_axis_lags(k, s, lags) for k, s in zip(sizes, ints_for_axes(strides, 'strides', len(sizes)))]
     centre = tuple(lag[len(lag) // 2] for lag in axes)
-    # C(-d) is the transpose of C(d): one of the two is enough.
+    # C(-d) is the transpose of C(d), so one of the two is enough.
     counts = collections.Counter(_half(lag) for lag in itertools.product(*axes) if lag != centre)
     energy = _energy(_correlation(kernel, _half(centre)) - jnp.eye(kernel.shape[-1]))
     for lag, count in counts.items():
@@ -75,18 +81,21 @@ def deconvolution_penalty(kernel, strides=1, lags='published', groups=1):
     return _root(energy)
 
 
-def matrix_penalty(kernel, groups=1):
-    """|W^T W - I|, or |W W^T - I| if that matrix is the smaller, W the kernel as a matrix.
+def matrix_penalty(kernel: jax.Array, groups: int = 1) -> jax.Array:
+    r"""Returns how far the matrix W of a kernel is from being orthogonal.
 
-    The right condition for 1x1 kernels, and for strides not below the kernel's size. Of a grouped convolution W is
-    the matrix with a block for each group.
+    .. math::
+        \|W^T W - I\|_F \quad\text{or, if that matrix is smaller,}\quad \|W W^T - I\|_F
+
+    This is the right condition for 1x1 kernels, and for strides not below the kernel's size. For a grouped convolution
+    W has a block for each group.
 
     Args:
-      kernel: [kh, kw, cin / groups, cout], any float dtype; or any other number of spatial axes.
-      groups: of channels.
+      kernel: [kh, kw, cin / groups, cout], any float dtype, or with another number of spatial axes.
+      groups: groups of channels.
 
     Returns:
-      float32 scalar. Its gradient is finite everywhere, and 0 where the penalty is.
+      float32 scalar. The gradient is finite everywhere, and 0 where the penalty is 0.
     """
     matrix = as_matrix(kernel)
     matrix = matrix.reshape(groups, -1, matrix.shape[1])
@@ -95,27 +104,26 @@ def matrix_penalty(kernel, groups=1):
     return _root(_energy(gram - jnp.eye(gram.shape[-1])))
 
 
-def default_pattern(params):
-    """The pattern of the published choice of kernels; see `_BASIC` and `_BOTTLENECK`.
+def default_pattern(params: Mapping[str, Any]) -> str:
+    """Returns the pattern of the published choice of kernels, for `kernel_paths`.
 
-    ResNet-18 and -34: the first 3x3 of every block and the 1x1 shortcuts. Bottleneck ResNets:
-    every convolution but the stem. VGG and the small nets: all 3x3 kernels.
+    ResNet-18 and -34: the first 3x3 of every block and the 1x1 shortcuts. Bottleneck ResNets: every convolution but the
+    stem. VGG and the small nets: all 3x3 kernels.
     """
     bottleneck = any(re.fullmatch(r'layer\d+_\d+/conv3/.*', path) for path in _kernels(params))
     return _BOTTLENECK if bottleneck else _BASIC
 
 
-def kernel_paths(params, pattern=None):
-    """Paths of the convolution kernels that a pattern matches, sorted.
+def kernel_paths(params: Mapping[str, Any], pattern: str | None = None) -> tuple[str, ...]:
+    """Returns the paths of the convolution kernels that a pattern matches, sorted.
 
     Args:
       params: the net's parameters, or their shapes.
-      pattern: regular expression for the whole path, the names joined by '/', as in
-        'layer1_0/conv1/conv/kernel'; None is `default_pattern`. Only leaves named 'kernel' with
-        one to three spatial axes are candidates.
+      pattern: regular expression for the whole path, with the names joined by '/', as in 'layer1_0/conv1/conv/kernel';
+        None takes `default_pattern`. Only leaves named 'kernel' with one to three spatial axes are candidates.
 
     Raises:
-      ValueError: it matches none, or is no regular expression.
+      ValueError: the pattern matches no kernel, or is not a regular expression.
     """
     candidates = sorted(_kernels(params))
     pattern = default_pattern(params) if pattern is None else pattern
@@ -132,18 +140,25 @@ def kernel_paths(params, pattern=None):
     return found
 
 
-def convolution_strides(model, input_shape, *inputs):
-    """{path of its kernel: strides} of every convolution of a net; Args as `convolution_geometry`."""
+def convolution_strides(model: nn.Module, input_shape: Sequence[int], *inputs: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the strides of every convolution of a net, by the path of its kernel.
+
+    The arguments are those of `convolution_geometry`.
+    """
     return {path: strides for path, (strides, _) in convolution_geometry(model, input_shape, *inputs).items()}
 
 
-def convolution_geometry(model, input_shape, *inputs):
-    """{path of its kernel: (strides, groups of channels)} of every convolution of a net, found by tracing it.
+def convolution_geometry(
+    model: nn.Module, input_shape: Sequence[int], *inputs: Any
+) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Returns the strides and the groups of every convolution of a net, by the path of its kernel.
+
+    The net is traced, not computed.
 
     Args:
       model: a Linen module that can be initialized with images and `inputs` only.
-      input_shape: [H, W, C].
-      inputs: arrays, or their shapes, that the net takes behind the images.
+      input_shape: of an image, [H, W, C].
+      *inputs: arrays, or their shapes, that the net takes after the images.
     """
     found = {}
 
@@ -157,7 +172,7 @@ def convolution_geometry(model, input_shape, *inputs):
     images = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     with nn.intercept_methods(record):
         variables = jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x), images, *inputs)
-    # A block around a convolution has its strides too, but no kernel.
+    # A block around a convolution has strides too, but no kernel.
     kernels = _kernels(variables['params'])
     return {
         path: (_strides(strides, path, kernels[path]), groups)
@@ -166,31 +181,37 @@ def convolution_geometry(model, input_shape, *inputs):
     }
 
 
-def make_ocnn_penalty(params, *, strides, pattern=None, lags='published', groups=None):
-    """The penalty of a net: the sum, without weights, over the kernels that a pattern matches.
+def make_ocnn_penalty(
+    params: Mapping[str, Any],
+    *,
+    strides: Mapping[str, Ints],
+    pattern: str | None = None,
+    lags: Lags = 'published',
+    groups: Mapping[str, int] | None = None,
+) -> Callable[[Mapping[str, Any]], jax.Array]:
+    """Returns the penalty of a net, the unweighted sum over the kernels that a pattern matches.
 
-    1x1 kernels get `matrix_penalty`, larger ones `deconvolution_penalty`. The published
-    training loss is mean cross-entropy + lambda * penalty; lambda was 1e-4 in the reported
-    run, 1e-3 in the published config.
+    1x1 kernels take `matrix_penalty`, larger ones `deconvolution_penalty`. The published training loss is mean
+    cross-entropy + lambda * penalty; lambda is 1e-4 in the reported run and 1e-3 in the published config.
 
     Args:
       params: the net's parameters, or their shapes.
-      strides: {path: int or (sh, sw)}, as `convolution_strides` gives; at least for the
-        matched kernels above 1x1.
+      strides: {path: an int or an int for each axis}, as `convolution_strides` returns, at least for the matched
+        kernels above 1x1.
       pattern: see `kernel_paths`.
       lags: see `deconvolution_penalty`.
-      groups: {path: groups of channels}; kernels that are not in it have one.
+      groups: {path: groups of channels}; other kernels have one group.
 
     Returns:
-      A pure function params -> float32 scalar.
+      A pure function of the parameters that returns a float32 scalar.
 
     Raises:
-      ValueError: a pattern that matches none, strides that are missing, unknown `lags`.
+      ValueError: a pattern that matches no kernel; missing strides; unknown `lags`.
     """
     if lags not in LAGS:
         raise UserError(f'lags={lags!r}: expected one of {LAGS}')
     kernels, groups = _kernels(params), groups or {}
-    of_path = {}
+    of_path: dict[str, tuple[int, ...] | None] = {}  # None takes `matrix_penalty`
     for path in kernel_paths(params, pattern):
         if is_pointwise(kernels[path]):
             of_path[path] = None
@@ -216,20 +237,20 @@ def _strides(strides, path, kernel):
 
 
 def _kernels(params):
-    """{path: leaf} of the leaves named 'kernel' with one to three spatial axes."""
+    """The leaves named 'kernel' with one to three spatial axes, by their paths."""
     flat = traverse_util.flatten_dict(params)
     found = {'/'.join(path): leaf for path, leaf in flat.items() if path[-1] == 'kernel'}
     return {path: leaf for path, leaf in found.items() if len(leaf.shape) in (3, 4, 5)}
 
 
 def _axis_lags(size, stride, lags):
-    """Lags along an axis, rising."""
+    """The lags along an axis, ascending."""
     reach = 1 if lags == 'published' else (size - 1) // stride * stride
     return range(-reach, reach + 1, stride)
 
 
 def _half(lag):
-    """The lag or its negative, the same for both."""
+    """Whichever of the lag and its negative represents both."""
     return max(lag, tuple(-d for d in lag))
 
 
@@ -248,6 +269,6 @@ def _energy(x):
 
 
 def _root(energy):
-    """Square root whose gradient at zero is 0."""
+    """The square root, with a gradient of 0 at zero."""
     dead = energy < np.finfo(np.float32).tiny
     return jnp.where(dead, 0.0, jnp.sqrt(jnp.where(dead, 1.0, energy)))

@@ -1,16 +1,15 @@
-"""The one operation of ConvNorm and ConvNormTranspose, and which implementation of it runs.
+"""The normalized convolution of ConvNorm and ConvNormTranspose, and the choice between its implementations.
 
-| method | what it is | where |
-|---|---|---|
-| 'reference' | the paper's lines, by FFT | `reference` |
-| 'spatial' | a convolution, then the filter as products with small matrices | here and `filters` |
-| 'frequency' | all in the frequency domain, with XLA:CPU in mind | `frequency` |
+- Method 'reference' is the paper's equations by FFT, see `reference`.
+- Method 'spatial' is a convolution, then the filter as products with small matrices, see `filters`.
+- Method 'frequency' computes all in the frequency domain, in a form for XLA:CPU, see `frequency`.
 
-None, the default, is 'spatial' in a program for a GPU or a TPU; in one for the CPU `method.choose_method` decides by
-size. All are the same up to rounding, and all can be differentiated in every mode.
+None, the default, takes 'spatial' in a program for a GPU or a TPU, and what `method.choose_method` chooses by size in
+one for a CPU. All give the same up to rounding, and all can be differentiated in every mode.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from convnorm_jax.errors import UserError
 from convnorm_jax.layers import convolution, derivatives, filters, frequency, reference, spectral
 from convnorm_jax.layers.dtypes import at_least_float32, widened
 from convnorm_jax.layers.geometry import Geometry
-from convnorm_jax.layers.method import choose_method
+from convnorm_jax.layers.method import Method, choose_method
 from convnorm_jax.layers.platforms import by_platform
 
 
@@ -29,22 +28,28 @@ def normalized_convolution(
     kernel: jax.Array,
     v: jax.Array,
     geometry: Geometry,
-    method: str | None = None,
+    method: Method | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
-    """Full convolution, irfft2(V * rfft2(.)), crop and stride: steps 1 to 4 of the layer.
+    r"""Returns the full convolution, filtered by V, cropped and strided.
+
+    .. math::
+        z_o = S\,F^{-1}\bigl(V_o\, F \textstyle\sum_i x_i * k_{io}\bigr)
 
     Args:
       x: [B, H, W, cin], float; B may be a symbolic dimension.
       kernel: [kh, kw, cin, cout], float.
-      v: the preconditioner, float32 or float64 [Hf, Wf, cout], even. A constant to differentiation.
-      geometry: see `geometry.Geometry`.
-      method: one of `method.METHODS`, or None to choose by platform and size.
-      precision: of the convolution or of the products over the channels. Transforms are exact: float32 is not rounded
-        to TF32 or bfloat16.
+      v: the preconditioner, float32 or float64 [Hf, Wf, cout], even: V(w) = V(-w). A constant to differentiation.
+      geometry: of the layer, which holds the crop and the stride S.
+      method: 'spatial', 'frequency' or 'reference'; None chooses by platform and size.
+      precision: of the convolution or of the products over the channels. The transforms never round float32 to TF32 or
+        bfloat16.
 
     Returns:
       [B, len(kept rows), len(kept columns), cout], the dtype of x.
+
+    Raises:
+      ValueError: a method that this geometry does not have.
     """
     kernel = widened(kernel, x.dtype)
     v = jax.lax.stop_gradient(v).astype(at_least_float32(x.dtype))
@@ -53,30 +58,35 @@ def normalized_convolution(
     if method == 'reference' or geometry.rank == 3:
         return reference.normalized_convolution(x, kernel, v, geometry, precision)
     if geometry.rank == 1:
-        x, kernel, v, geometry = x[:, None], kernel[None], v[None], geometry.flattened()
+        x, kernel, v, geometry = x[:, None], kernel[None], v[None], geometry.with_one_row()
         return normalized_convolution(x, kernel, v, geometry, method, precision)[:, 0]
     on_cpu = method or choose_method(geometry, x.shape[0], *kernel.shape[2:])
     on_accelerator = method or 'spatial'
     return derivatives.call(_rule(geometry, precision, on_cpu, on_accelerator), x, kernel, v)[0]
 
 
-def preconditioner(kernel: jax.Array, geometry: Geometry, method: str | None = None, batch: int = 1) -> jax.Array:
-    """V = (power spectrum)^(-1/2) of every output channel's filter, see `spectral.preconditioner`.
+def preconditioner(
+    kernel: jax.Array, geometry: Geometry, method: Method | None = None, batch: int | Any = 1
+) -> jax.Array:
+    """Returns V, the inverse square root of each output channel's power spectrum, see `spectral.preconditioner`.
 
-    A filter of a grouped convolution sees its own group's input channels, and its power is summed over these.
+    In a grouped convolution the power is summed over the input channels of the filter's own group.
 
     Args:
       kernel: [kh, kw, cin, cout], float.
-      geometry, method: see `normalized_convolution`.
-      batch: of the images that it is for. Where they are convolved in the frequency domain, V shares the filters'
-        transforms.
+      geometry: of the layer.
+      method: see `normalized_convolution`.
+      batch: number of images. Where they are convolved in the frequency domain, V shares the transforms of the kernel.
 
     Returns:
-      float32 or float64 [Hf, Wf, cout], or [1, 1, cout] of a 1x1 kernel. A constant to differentiation.
+      float32 or float64 [Hf, Wf, cout], or [1, 1, cout] for a 1x1 kernel. A constant to differentiation.
+
+    Raises:
+      ValueError: a method that this geometry does not have.
     """
     _check_method(method, geometry)
     if geometry.rank == 1:
-        return preconditioner(kernel[None], geometry.flattened(), method, batch)[0]
+        return preconditioner(kernel[None], geometry.with_one_row(), method, batch)[0]
     on_cpu = method or ('spatial' if geometry.rank == 3 else choose_method(geometry, batch, *kernel.shape[2:]))
     return _preconditioner(jax.lax.stop_gradient(kernel), geometry, on_cpu)
 
@@ -128,7 +138,7 @@ def _rule(geometry, precision, on_cpu, on_accelerator):
 
 
 class _Spatial:
-    """A convolution in the dtype of x, then the filter."""
+    """The method 'spatial' for accelerators: a convolution in the dtype of x, then the filter."""
 
     @staticmethod
     def forward(x, kernel, v, geometry, precision):
@@ -139,7 +149,7 @@ class _Spatial:
         full = functools.partial(reference.full_convolution, geometry=geometry, precision=precision)
         rounded, found = kernel.astype(x.dtype), {}
         filtered = functools.partial(filters.filter_and_crop, v=v, kept=geometry.kept)
-        # `eval_shape`: the mesh axes that it varies over are part of an array's type, too.
+        # `eval_shape`, because the mesh axes that an array varies over are part of its type too.
         (of_full,) = jax.linear_transpose(filtered, jax.eval_shape(full, x, rounded))(cotangent)
         if 0 in wanted:
             (found[0],) = jax.linear_transpose(lambda x: full(x, rounded), x)(of_full)
@@ -156,10 +166,10 @@ def _spatial(x, kernel, v, geometry, precision):
 
 
 def _padded_first(x, kernel, geometry, precision):
-    """`reference.full_convolution`, whose gradient with respect to the kernel cuDNN has a kernel for.
+    """`reference.full_convolution` in a form whose gradient with respect to the kernel is fast with cuDNN.
 
-    With a padding of k-1 the cotangent is larger than x; XLA then exchanges the two, and what is left is a convolution
-    with a window of the size of the image, with both transposed before it. So half of the padding is an array.
+    With a padding of k-1 the cotangent is larger than x. XLA then exchanges the two, transposes both, and convolves
+    with a window of the size of the image. So half of the padding is a padded array.
     """
     inside = [(k - 1) // 2 for k in kernel.shape[:2]]
     edges = [(k - 1 - p, k - 1 - p, s - 1) for k, p, s in zip(kernel.shape[:2], inside, geometry.spread)]
@@ -175,7 +185,7 @@ def _padded_first(x, kernel, geometry, precision):
 
 
 class _SpatialOnCpu:
-    """The same with the convolutions of `convolution`, which XLA:CPU differentiates well."""
+    """The method 'spatial' for the CPU, with the convolutions that XLA:CPU differentiates well."""
 
     @staticmethod
     def forward(x, kernel, v, geometry, precision):

@@ -1,11 +1,12 @@
-"""Reparametrized kernels: spectral norm, ONI, OWN and weight norm, pure functions of arrays.
+"""Reparametrized kernels (ONI, OWN and weight norm) as pure functions of arrays.
 
-Kernels are [kh, kw, cin, cout], or have 1 or 3 spatial axes; of a grouped convolution cin counts
-one group's inputs. What counts as a filter's vector is PyTorch's: the matrix of a kernel has one
-row for each output channel, flattened as (cin, kh, kw), so that published singular vectors carry
-over. Statistics are float32 whatever the kernel's dtype, and every product is a true float32 one
-on accelerators too.
+Kernels are [kh, kw, cin, cout], or have 1 or 3 spatial axes. In a grouped convolution cin is the number of one group's
+input channels. The matrix of a kernel is PyTorch's: one row for each output channel, flattened as (cin, kh, kw), so
+that published singular vectors can be imported. Statistics are float32 whatever the dtype of the kernel, and products
+of float32 stay float32 on accelerators too.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,174 +14,67 @@ import numpy as np
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers.channelwise import over_channels
-from convnorm_jax.layers.reference import layouts
 
 _EXACT = jax.lax.Precision.HIGHEST
-
-# More power iterations than this go through a loop, fewer are unrolled.
-_MOST_UNROLLED = 2
 
 # Eigenvalues below this share of the largest one are rounding errors in float32.
 _RELATIVE_FLOOR = 1e-7
 
 
-def as_matrix(kernel):
-    """float32 [cout, cin * kh * kw] of a kernel, a row for each output channel."""
+def as_matrix(kernel: jax.Array) -> jax.Array:
+    """Returns a kernel as a matrix, float32 [cout, cin * kh * kw], with a row for each output channel."""
     spatial = range(kernel.ndim - 2)
     return kernel.astype(jnp.float32).transpose(-1, -2, *spatial).reshape(kernel.shape[-1], -1)
 
 
-def as_kernel(matrix, shape):
-    """The kernel of `shape` whose `as_matrix` is `matrix`."""
+def as_kernel(matrix: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Returns the kernel of a shape from its matrix, the inverse of `as_matrix`."""
     *kernel_size, cin, cout = shape
     return matrix.reshape(cout, cin, *kernel_size).transpose(*range(2, len(shape)), 1, 0)
-
-
-def normalized(x, eps=1e-12):
-    """x / max(||x||, eps), x an array of any shape."""
-    return x / jnp.maximum(jnp.sqrt(jnp.square(x).sum()), eps)
-
-
-def safe_divisor(x, eps=1e-12):
-    """x, and 1 where |x| < eps: what a kernel of zeros is divided by."""
-    return jnp.where(jnp.abs(x) < eps, 1.0, x)
-
-
-# --- spectral norm ---------------------------------------------------------------------------
-
-
-def reshaped_operator(kernel):
-    """The linear map v -> `as_matrix(kernel)` v: PyTorch's notion of a convolution's matrix."""
-    matrix = as_matrix(kernel)
-    return lambda v: jnp.dot(matrix, v, precision=_EXACT)
-
-
-def convolution_operator(kernel, strides=(1, 1), padding='SAME', groups=1):
-    """The linear map of the convolution itself, [H, W, cin] -> [H', W', cout], float32.
-
-    Args:
-      kernel: [kh, kw, cin, cout].
-      strides, padding, groups: see `convolve`.
-    """
-    kernel = kernel.astype(jnp.float32)
-    return lambda v: convolve(v[None], kernel, strides, padding, _EXACT, groups)[0]
-
-
-def convolve(x, kernel, strides=(1, 1), padding='SAME', precision=None, groups=1):
-    """Cross-correlation of x, [B, H, W, cin], or with 1 or 3 spatial axes.
-
-    Args:
-      padding: as in `jax.lax.conv_general_dilated`, or 'CIRCULAR' as in `flax.linen.Conv`:
-        the picture is periodic, (k-1)//2 before and k//2 after.
-      groups: of channels, flax's `feature_group_count`.
-    """
-    if padding == 'CIRCULAR':
-        pads = [((k - 1) // 2, k // 2) for k in kernel.shape[:-2]]
-        x = jnp.pad(x, [(0, 0), *pads, (0, 0)], mode='wrap')
-        padding = 'VALID'
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        strides,
-        padding,
-        dimension_numbers=layouts(kernel.ndim - 2),
-        feature_group_count=groups,
-        precision=precision,
-    )
-
-
-def power_iteration(operator, u, v, iterations=1, eps=1e-12):
-    """(u, v) nearer to the operator's leading left and right singular vectors.
-
-    One iteration is v = normalized(A^T u), then u = normalized(A v): that of
-    `torch.nn.utils.spectral_norm`. A zero, of a kernel of zeros, is not taken: nothing would
-    lead away from it. Not meant to be differentiated.
-
-    Args:
-      operator: linear map from arrays of v's shape to arrays of u's shape.
-      u, v: float32.
-      iterations: how many; 0 returns u and v. eps: see `normalized`.
-    """
-
-    def step(_, pair):
-        u, v = pair
-        # Of the vjp only the transpose is used: a linear map has the same one everywhere.
-        v = _moved(v, jax.vjp(operator, v)[1](u)[0], eps)
-        return _moved(u, operator(v), eps), v
-
-    if iterations > _MOST_UNROLLED:
-        return jax.lax.fori_loop(0, iterations, step, (u, v))
-    for i in range(iterations):
-        u, v = step(i, (u, v))
-    return u, v
-
-
-def _moved(old, new, eps):
-    return jnp.where(jnp.any(new != 0), normalized(new, eps), old)
-
-
-def norm_estimate(operator, u, v):
-    """<u, A v> with u and v constant to differentiation: the norm of A once they have converged.
-
-    For unit u and v never above the norm. Its gradient with respect to A is u v^T.
-    """
-    u, v = jax.lax.stop_gradient((u, v))
-    return (u * operator(v)).sum()
-
-
-def convolution_norm(kernel, image_size, strides=(1, 1), padding='SAME', iterations=100, key=None):
-    """Operator norm of a convolution on pictures of a given size, by power iteration.
-
-    An estimate from below, to be reported as measured: it is exact in the limit only.
-
-    Args:
-      kernel: [kh, kw, cin, cout], any float dtype.
-      image_size: (H, W).
-      strides, padding: see `convolve`.
-      iterations: power iterations.
-      key: of the random start; None is a fixed one.
-
-    Returns:
-      float32 scalar, differentiable with respect to the kernel.
-    """
-    operator = convolution_operator(kernel, strides, padding)
-    constant = convolution_operator(jax.lax.stop_gradient(kernel), strides, padding)
-    key = jax.random.key(0) if key is None else key
-    v = normalized(jax.random.normal(key, (*image_size, kernel.shape[2]), jnp.float32))
-    u, v = power_iteration(constant, normalized(constant(v)), v, iterations)
-    return norm_estimate(operator, u, v)
 
 
 # --- ONI: orthogonalization by Newton's iteration --------------------------------------------
 
 
-def oni(kernel, iterations=3, groups=1, eps=1e-5, rows=None, bounded_columns=False):
-    """Kernel with nearly orthonormal filters by Newton's iteration (Huang et al., arXiv 2004.00887).
+def oni(
+    kernel: jax.Array,
+    iterations: int = 3,
+    groups: int = 1,
+    eps: float = 1e-5,
+    rows: bool | None = None,
+    bounded_columns: bool = False,
+) -> jax.Array:
+    r"""Returns a kernel with nearly orthonormal filters, by Newton's iteration.
 
-    With Z the centred filters, each row minus its mean, B = (Z Z^T)^(-1/2) by
-    B <- 1.5 B - 0.5 B^3 S from the identity, and the result is B Z. With more filters than
-    weights in each, the columns are treated instead: Z (Z^T Z)^(-1/2).
+    Z holds the centred filters, each row minus its mean. The result is B Z with
 
-    As published, S is divided by its Frobenius norm before the iteration in the case of
-    rows only. In that of columns it is not, but the result still is divided by the norm's
-    square root: the columns are orthogonal but not orthonormal, and the iteration diverges
-    (to values of 1e4 and more after three steps) where Z^T Z has an eigenvalue well above 3.
-    `bounded_columns` divides in both cases.
+    .. math::
+        B \approx S^{-1/2}, \quad S = Z Z^T + \epsilon I, \qquad
+        B \leftarrow \tfrac32 B - \tfrac12 B^3 S \text{ from } I
+
+    With more filters than weights in each, the columns are orthogonalized instead: Z B with S = Z^T Z + eps I.
+
+    As published, S is divided by its Frobenius norm before the iteration for rows, but not for columns, although the
+    result is divided by the square root of the norm in both cases. So the columns are orthogonal but not orthonormal,
+    and where Z^T Z has an eigenvalue well above 3 the iteration diverges (to values of 1e4 and more after three
+    iterations). `bounded_columns` divides in both cases.
+
+    Source: Huang et al., `arXiv 2004.00887 <https://arxiv.org/abs/2004.00887>`__.
 
     Args:
       kernel: [kh, kw, cin, cout], any float dtype.
-      iterations: of Newton, the paper's T. Few: 6 bring well-conditioned filters to within
-        1e-6, and from about 10 on rounding errors grow in float32, the more so for columns.
-      groups: of consecutive filters, each treated by itself; a divisor of cout.
+      iterations: number of Newton iterations, the paper's T. Take few: 6 bring well-conditioned filters to within 1e-6,
+        and from about 10 on rounding errors grow in float32, more so for columns.
+      groups: number of groups of consecutive filters, each orthogonalized on its own; a divisor of cout.
       eps: added to the diagonal of S.
-      rows: True treats rows, False columns; None takes rows if cout <= cin * kh * kw.
+      rows: True orthogonalizes rows, False columns; None takes rows if cout <= cin * kh * kw.
       bounded_columns: see above.
 
     Returns:
       float32 [kh, kw, cin, cout].
 
     Raises:
-      ValueError: groups that do not divide cout, negative iterations.
+      ValueError: groups that do not divide cout; negative iterations.
     """
     if iterations < 0:
         raise UserError(f'iterations={iterations}: expected 0 or more')
@@ -202,7 +96,7 @@ def oni(kernel, iterations=3, groups=1, eps=1e-5, rows=None, bounded_columns=Fal
 
 
 def _centred_groups(matrix, groups):
-    """[groups, cout / groups, fan_in], every row minus its mean."""
+    """Returns the rows minus their means, [groups, cout / groups, fan_in]."""
     cout = matrix.shape[0]
     if groups < 1 or cout % groups:
         raise UserError(f'groups={groups}: expected a divisor of features={cout}')
@@ -217,20 +111,24 @@ def _product(equation, a, b):
 # --- OWN: orthogonalization by an eigendecomposition -----------------------------------------
 
 
-def own(kernel, groups=1):
-    """Kernel with orthonormal filters, (Z Z^T)^(-1/2) Z (Huang et al., arXiv 1709.06079).
+def own(kernel: jax.Array, groups: int = 1) -> jax.Array:
+    r"""Returns a kernel with orthonormal filters.
 
-    Z are the centred filters, each row minus its mean. They can be orthonormal only if a
-    group has fewer filters than a filter has weights; in a larger group some are not, and
-    stay finite, where the published code divides by zero.
+    .. math::
+        W = (Z Z^T)^{-1/2} Z
+
+    Z holds the centred filters, each row minus its mean. They can be orthonormal only if a group has fewer filters than
+    a filter has weights. In a larger group some are not, but all are finite, where the published code divides by zero.
+
+    Source: Huang et al., `arXiv 1709.06079 <https://arxiv.org/abs/1709.06079>`__.
 
     Args:
       kernel: [kh, kw, cin, cout], any float dtype.
-      groups: of consecutive filters, each treated by itself; a divisor of cout.
+      groups: number of groups of consecutive filters, each orthogonalized on its own; a divisor of cout.
 
     Returns:
-      float32 [kh, kw, cin, cout]. Its gradient is exact and finite for repeated
-      eigenvalues too; its second derivatives are not.
+      float32 [kh, kw, cin, cout]. The gradient is exact and finite for repeated eigenvalues too; second derivatives are
+      not.
 
     Raises:
       ValueError: groups that do not divide cout.
@@ -241,12 +139,16 @@ def own(kernel, groups=1):
 
 
 @jax.custom_jvp
-def inverse_sqrt(s):
-    """s^(-1/2) of symmetric positive matrices, float32 [..., n, n].
+def inverse_sqrt(s: jax.Array) -> jax.Array:
+    r"""Returns the inverse square roots of symmetric positive matrices, float32 [..., n, n].
 
-    Eigenvalues below 1e-7 of the largest one count as that; a matrix of zeros gives the
-    identity. The derivative is that of the matrix function (Daleckii and Krein), which,
-    unlike that of the eigenvectors, needs no gap between eigenvalues.
+    Eigenvalues are at least 1e-7 of the largest one, and a matrix of zeros gives the identity. The derivative is that
+    of the matrix function (Daleckii and Krein), which needs no gap between eigenvalues, unlike that of the
+    eigenvectors. With :math:`S = U \Lambda U^T` it is
+
+    .. math::
+        d(S^{-1/2}) = U \Bigl(\frac{\lambda_i^{-1/2} - \lambda_j^{-1/2}}{\lambda_i - \lambda_j}
+            (U^T dS\, U)_{ij}\Bigr) U^T
     """
     roots, vectors = _eigen_roots(s)
     return _product('...ij,...kj->...ik', vectors / roots[..., None, :], vectors)
@@ -260,13 +162,13 @@ def _inverse_sqrt_jvp(primals, tangents):
     a, b = roots[..., :, None], roots[..., None, :]
     ds = 0.5 * (ds + ds.swapaxes(-1, -2))
     inner = _product('...ji,...jk->...ik', vectors, _product('...ij,...jk->...ik', ds, vectors))
-    # (a^-1 - b^-1) / (a^2 - b^2), without the difference.
+    # This is (a^-1 - b^-1) / (a^2 - b^2), without the differences, for the roots a and b of two eigenvalues.
     inner = -inner / (a * b * (a + b))
     return value, _product('...ij,...kj->...ik', _product('...ij,...jk->...ik', vectors, inner), vectors)
 
 
 def _eigen_roots(s):
-    """(square roots of the eigenvalues [..., n], eigenvectors in columns [..., n, n])."""
+    """Returns the square roots of the eigenvalues, [..., n], and the eigenvectors in columns, [..., n, n]."""
     values, vectors = jnp.linalg.eigh(s)
     largest = values[..., -1:]
     dead = largest < np.finfo(np.float32).tiny
@@ -277,20 +179,26 @@ def _eigen_roots(s):
 # --- weight norm -----------------------------------------------------------------------------
 
 
-def filter_norms(kernel):
-    """Norm of every output channel's filter, float32 [cout]; its gradient at a zero filter is 0."""
+def filter_norms(kernel: jax.Array) -> jax.Array:
+    """Returns the norm of every output channel's filter, float32 [cout]; the gradient at a filter of zeros is 0."""
     energy = jnp.square(kernel.astype(jnp.float32)).sum(tuple(range(kernel.ndim - 1)))
     dead = energy < np.finfo(np.float32).tiny
     return jnp.where(dead, 0.0, jnp.sqrt(jnp.where(dead, 1.0, energy)))
 
 
-def weight_norm(kernel, scale):
-    """scale * kernel / ||kernel|| for each output channel (Salimans and Kingma, arXiv 1602.07868).
+def weight_norm(kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    r"""Returns a kernel whose filters have given norms.
 
-    That of `torch.nn.utils.weight_norm` with dim=0. A filter of zeros stays zero.
+    .. math::
+        w_o = g_o\, k_o / \|k_o\|
+
+    It is that of `torch.nn.utils.weight_norm` with dim=0. A filter of zeros stays zero.
+
+    Source: Salimans and Kingma, `arXiv 1602.07868 <https://arxiv.org/abs/1602.07868>`__.
 
     Args:
-      kernel: [kh, kw, cin, cout], any float dtype. scale: [cout].
+      kernel: k, [kh, kw, cin, cout], any float dtype.
+      scale: g, [cout].
 
     Returns:
       float32 [kh, kw, cin, cout].

@@ -1,12 +1,14 @@
-"""ConvNorm's normalized convolution as the paper writes it: the file to read first (arXiv 2103.00673).
+"""ConvNorm's normalized convolution as the paper writes it (arXiv 2103.00673): the file to read first.
+
+::
 
     y = full convolution of x with the kernel                 [B, Hf, Wf, cout]
     V[o](w) = (sum_i |fft2(kernel[i, o])(w)|^2)^(-1/2)        the preconditioner, a constant to differentiation
     output = irfft2(V * rfft2(y)), then crop and stride
 
-Every line is an ordinary JAX operation, so this form is differentiable in every mode and runs everywhere. `operation`
+Every line is an ordinary JAX operation, so this form runs everywhere and is differentiable in every mode. `operation`
 chooses between it and the faster forms, which compute the same: `filters` (a convolution, and the filter as products
-with small matrices) and `frequency` (all of it in the frequency domain, for XLA:CPU).
+with small matrices) and `frequency` (all in the frequency domain, for XLA:CPU).
 """
 
 import jax
@@ -20,13 +22,13 @@ from convnorm_jax.layers.geometry import Geometry
 def normalized_convolution(
     x: jax.Array, kernel: jax.Array, v: jax.Array, geometry: Geometry, precision: jax.lax.PrecisionLike = None
 ) -> jax.Array:
-    """Full convolution, irfft2(V * rfft2(.)), crop and stride.
+    """Returns the full convolution, filtered by V, cropped and strided.
 
     Args:
-      x: [B, H, W, cin], float; or any other number of spatial axes, here and below.
-      kernel: [kh, kw, cin / groups, cout], float; rounded to the dtype of x.
-      v: [Hf, Wf, cout], real and even.
-      geometry: where the pixels and the taps lie on the grid, and what is kept of it.
+      x: [B, H, W, cin], float, or with another number of spatial axes, here and below.
+      kernel: [kh, kw, cin / groups, cout], float; it is rounded to the dtype of x.
+      v: [Hf, Wf, cout], real and even: V(w) = V(-w).
+      geometry: the positions of pixels and taps on the grid, and which positions of the grid are kept.
       precision: of the convolution.
 
     Returns:
@@ -45,13 +47,14 @@ def normalized_convolution(
 def full_convolution(
     x: jax.Array, kernel: jax.Array, geometry: Geometry, precision: jax.lax.PrecisionLike = None
 ) -> jax.Array:
-    """Convolution with every tap that touches a pixel, at stride 1: zero padding K-1 on each side, K = (k-1) d + 1.
+    """Returns the full convolution: stride 1, and zero padding K-1 on each side with K = (k-1) d + 1.
 
-    Or, of a periodic image (`geometry.circular`), its last K-1 pixels before the first one.
+    A periodic image (`geometry.circular`) is padded with its last K-1 pixels before the first one instead.
 
     Args:
-      x: [B, H, W, cin]. kernel: [kh, kw, cin / groups, cout], the dtype of x.
-      geometry: its `inputs` may lie `stride` apart, as a transposed convolution's do; its `taps` run backwards for a
+      x: [B, H, W, cin].
+      kernel: [kh, kw, cin / groups, cout], the dtype of x.
+      geometry: its `inputs` may be `stride` apart, as in a transposed convolution; its `taps` run backwards for a
         cross-correlation, forwards for a convolution.
 
     Returns:
@@ -75,14 +78,19 @@ def full_convolution(
 
 
 def layouts(rank: int) -> tuple[str, str, str]:
-    """Of image, kernel and output for `jax.lax.conv_general_dilated`: channels last."""
+    """Returns the layouts of image, kernel and output for `jax.lax.conv_general_dilated`, with channels last."""
     axes = 'DHW'[-rank:]
     return f'N{axes}C', f'{axes}IO', f'N{axes}C'
 
 
 def power_spectrum(kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    """sum_i |fft2(kernel[..., i, o])(w)|^2 on the full grid, [Hf, Wf, cout]; kernel: [kh, kw, cin / groups, cout]."""
-    for axis, (taps, n) in enumerate(zip(geometry.taps, geometry.grid)):  # each tap to its place on the grid
+    """Returns the power spectrum `sum_i |fft2(kernel[..., i, o])(w)|^2` on the full grid, [Hf, Wf, cout].
+
+    Args:
+      kernel: [kh, kw, cin / groups, cout], float.
+      geometry: of the layer.
+    """
+    for axis, (taps, n) in enumerate(zip(geometry.taps, geometry.grid)):  # each tap to its position on the grid
         places = np.equal.outer(np.arange(n), np.array(taps) % n).astype(kernel.dtype)
         kernel = jnp.moveaxis(jnp.tensordot(places, kernel, (1, axis), precision='highest'), 0, axis)
     return jnp.square(jnp.abs(jnp.fft.fftn(kernel, axes=tuple(range(geometry.rank))))).sum(axis=-2)

@@ -1,39 +1,44 @@
-"""DCGAN: a generator of transposed convolutions, a discriminator of strided ones (arXiv 1511.06434).
+"""DCGAN: a generator of transposed convolutions and a discriminator of strided ones (Radford et al., arXiv 1511.06434).
 
-Where they differ from the paper: pictures of 8, 16 and 32 pixels leave the first stages of 64
-out, width for width; the first layer is a transposed convolution of the latent, which is what the
-paper's linear layer and reshape are; with classes, the label's embedding stands beside the
-latent, and the discriminator projects (arXiv 1802.05637). With layers that act on the kernel, such
-as spectral norm, the discriminator's first layer is one too: without it nothing would bound the net.
+Differences from the paper:
+
+- For images of 8, 16 and 32 pixels the first stages of the net for 64 are left out, together with their widths.
+- The first layer is a transposed convolution of the latent, which equals the paper's linear layer and reshape.
+- With classes, the embedding of the label is concatenated with the latent, and the discriminator projects
+  (arXiv 1802.05637).
+- With layers that act on the kernel, such as spectral norm, so does the discriminator's first layer; otherwise nothing
+  would bound the net.
 """
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from convnorm_jax.models.projection import ProjectionHead, check_latents, check_pictures, one_hot_labels
 
-# The paper's start of all weights.
+# The paper's initial values of all weights.
 _INIT = nn.initializers.normal(0.02)
 
-# Size of the pictures -> how many times 4x4 is doubled.
+# For each image size, how many times the 4x4 start is doubled.
 STAGES = {8: 1, 16: 2, 32: 3, 64: 4}
 GENERATOR_WIDTH, DISCRIMINATOR_WIDTH = 128, 64
 
 
 class DCGANGenerator(nn.Module):
-    """Latents -> pictures: transposed convolutions 4x4, the first to 4x4 pixels, the others doubling; tanh.
+    """The generator: 4x4 transposed convolutions, the first to 4x4 pixels, the others doubling the size; then tanh.
 
     Attributes:
-      picture_shape: (H, W, C).
+      picture_shape: (H, W, C) of the images.
       latent: length of a latent.
-      layer: constructor of transposed convolution + normalization, see `layers.factory`.
-      plain_layer: that of the last one.
-      dense: constructor of the embedding, used with classes.
+      layer: constructor of a transposed convolution with normalization, see `layers.factory`.
+      plain_layer: constructor of the last transposed convolution.
+      dense: constructor of the label's embedding.
       widths: output channels of every layer but the last.
-      num_classes: 0 for no classes; labels are not looked at then.
-      dtype: of the computation; the pictures are float32.
+      num_classes: number of classes; with 0 labels are ignored.
+      dtype: of the computation. The images are float32.
     """
 
     picture_shape: Sequence[int]
@@ -43,20 +48,25 @@ class DCGANGenerator(nn.Module):
     dense: Callable[..., nn.Module]
     widths: Sequence[int]
     num_classes: int = 0
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, z, labels=None, train=False):
-        """z [B, latent], labels int [B] or None -> pictures in [-1, 1], float32 [B, H, W, C].
+    def __call__(self, z: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """Returns images in [-1, 1], float32 [B, H, W, C].
+
+        Args:
+          z: latents, [B, latent].
+          labels: int [B], or None without classes.
+          train: whether layers update their statistics.
 
         Raises:
-          ValueError: z of another shape; no labels where there are classes.
+          ValueError: z of another shape; with classes, no labels or labels of another shape.
         """
         check_latents(z, self.latent)
         z = z.astype(self.dtype or z.dtype)
         if self.num_classes:
             one_hot = one_hot_labels(labels, self.num_classes, z.shape[0], z.dtype)
-            # As large as the latent's own entries.
+            # The entries of the embedding are as large as those of the latent.
             embed = self.dense(
                 self.latent, use_bias=False, train=train, kernel_init=nn.initializers.normal(1), name='embedding'
             )
@@ -73,16 +83,16 @@ class DCGANGenerator(nn.Module):
 
 
 class DCGANDiscriminator(nn.Module):
-    """Pictures -> logits: convolutions 4x4 that halve the picture, each with leaky ReLU; a linear layer at 4x4.
+    """The discriminator: 4x4 convolutions that halve the image, each with leaky ReLU; a linear layer at 4x4 pixels.
 
     Attributes:
-      picture_shape: (H, W, C).
-      layer: constructor of convolution + normalization.
-      first_layer: that of the first one, see `layers.factory.make_edge_layer`.
-      dense: constructor of the linear layer and the embedding.
+      picture_shape: (H, W, C) of the images.
+      layer: constructor of a convolution with normalization.
+      first_layer: constructor of the first convolution, see `layers.factory.make_edge_layer`.
+      dense: constructor of the linear layer and the label's embedding.
       widths: output channels of every convolution.
-      num_classes: 0 for no classes; labels are not looked at then.
-      dtype: of the computation; the logits are float32.
+      num_classes: number of classes; with 0 labels are ignored.
+      dtype: of the computation. The logits are float32.
     """
 
     picture_shape: Sequence[int]
@@ -91,14 +101,19 @@ class DCGANDiscriminator(nn.Module):
     dense: Callable[..., nn.Module]
     widths: Sequence[int]
     num_classes: int = 0
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x, labels=None, train=False):
-        """Pictures [B, H, W, C], labels int [B] or None -> logits, float32 [B].
+    def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """Returns logits, float32 [B].
+
+        Args:
+          x: images, [B, H, W, C].
+          labels: int [B], or None without classes.
+          train: whether layers update their statistics.
 
         Raises:
-          ValueError: pictures of another shape; no labels where there are classes.
+          ValueError: images of another shape; with classes, no labels or labels of another shape.
         """
         check_pictures(x, self.picture_shape)
         x = x.astype(self.dtype or x.dtype)

@@ -1,6 +1,10 @@
-"""A net's name -> generator and discriminator."""
+"""Makes the generator and the discriminator of a GAN from the name of a net and of its layers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
+from flax import linen as nn
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers.factory import (
@@ -18,51 +22,56 @@ GANS = ('sngan', 'dcgan')
 
 
 def create_gan(
-    name,
+    name: str,
     *,
-    picture_shape,
-    latent=128,
-    num_classes=0,
-    generator_layer=None,
-    discriminator_layer='spectralnorm',
-    generator_width=None,
-    discriminator_width=None,
-    generator_options=None,
-    discriminator_options=None,
-    dense='spectralnorm',
-    dtype='float32',
-):
-    """A generator and a discriminator.
+    picture_shape: Sequence[int],
+    latent: int = 128,
+    num_classes: int = 0,
+    generator_layer: str | None = None,
+    discriminator_layer: str = 'spectralnorm',
+    generator_width: int | None = None,
+    discriminator_width: int | None = None,
+    generator_options: Mapping[str, Any] | None = None,
+    discriminator_options: Mapping[str, Any] | None = None,
+    dense: str = 'spectralnorm',
+    dtype: str = 'float32',
+) -> tuple[nn.Module, nn.Module]:
+    """Returns the generator and the discriminator of a GAN, two Linen modules.
 
-    `generator.apply(variables, z, labels, train=False)` gives pictures in [-1, 1], float32
-    [B, H, W, C], of latents z [B, latent]; `discriminator.apply(variables, images, labels,
-    train=False)` gives float32 logits [B]. labels are int32 [B], or None; without classes they are
-    not looked at. With train=True both change 'batch_stats': BatchNorm's statistics, spectral
-    norm's singular vectors, ConvNorm's spectra.
+    `generator.apply(variables, z, labels, train=False)` returns images in [-1, 1], float32 [B, H, W, C], for latents z,
+    [B, latent]. `discriminator.apply(variables, images, labels, train=False)` returns float32 logits, [B]. labels are
+    int32 [B] or None, and ignored without classes. With train=True both update 'batch_stats': BatchNorm's statistics,
+    spectral norm's singular vectors, ConvNorm's spectra.
 
     Args:
       name: one of `GANS`: residual nets ('sngan'), or strided convolutions ('dcgan').
-      picture_shape: (H, W, C), H = W one of 8, 16, 32, 64, and 48 with 'sngan'.
+      picture_shape: (H, W, C) of the images. H = W is 8, 16, 32 or 64, or with 'sngan' 48.
       latent: length of a latent.
-      num_classes: of a conditional GAN, or 0.
-      generator_layer: one of `layers.factory.LAYERS`. None is the net's own: with 'sngan' 'none',
-        whose blocks have their BatchNorm before the convolutions; with 'dcgan' 'batchnorm'.
-      discriminator_layer: the same of all the discriminator's convolutions; with 'dcgan' the first is
-        plain where the layer normalizes activations only.
-      generator_width, discriminator_width: of the widest stage with 'sngan' (None is the
-        published net's: 256 and 128 up to 32x32, then 512 and 1024, 1024 and 1024), of the narrowest with
-        'dcgan' (None is 128 and 64).
-      generator_options, discriminator_options: of the layers, see `layers.factory.LAYER_OPTIONS`.
-        `use_batch_norm` is False unless given, but in DCGAN's generator, whose layers are all
-        the normalization it has.
-      dense: of the discriminator's linear layer and embedding, one of `layers.factory.DENSE_LAYERS`.
-      dtype: 'float32' or 'bfloat16', of the computation; parameters and statistics are float32.
-
-    Returns:
-      (generator, discriminator), Linen modules.
+      num_classes: number of classes of a conditional GAN, or 0.
+      generator_layer: one of `layers.LAYERS`. None takes the net's own: with 'sngan' 'none', because its blocks have
+        their BatchNorm before the convolutions; with 'dcgan' 'batchnorm'.
+      discriminator_layer: one of `layers.LAYERS`, for all convolutions of the discriminator. With 'dcgan' the first one
+        is plain if the layer only normalizes activations.
+      generator_width, discriminator_width: channels of the widest stage with 'sngan', of the narrowest with 'dcgan'.
+        None takes the published widths: with 'sngan' 256 and 128 up to 32x32, then 512 and 1024, 1024 and 1024; with
+        'dcgan' 128 and 64.
+      generator_options, discriminator_options: of the layers, see `layers.factory.LAYER_OPTIONS`. The default of
+        `use_batch_norm` is False, except in the generator of 'dcgan', which has no other normalization.
+      dense: one of `layers.DENSE_LAYERS`, for the discriminator's linear layer and the label's embedding.
+      dtype: of the computation, 'float32' or 'bfloat16'. Parameters and statistics are float32.
 
     Raises:
-      ValueError: an unknown name or option, or a size or width the net can not have.
+      ValueError: an unknown name or option; a size or width that the net cannot have.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from convnorm_jax.models import create_gan
+      >>> generator, discriminator = create_gan('dcgan', picture_shape=(8, 8, 1), latent=16, generator_width=8)
+      >>> z = jnp.ones((4, 16))
+      >>> variables = generator.init(jax.random.key(0), z)
+      >>> generator.apply(variables, z).shape
+      (4, 8, 8, 1)
     """
     if name not in GANS:
         raise UserError(f'model.name={name!r}: expected one of {GANS}')
@@ -73,7 +82,7 @@ def create_gan(
     latent, num_classes = whole_number('latent', latent, 1), whole_number('num_classes', num_classes, 0)
     generator_width = whole_number('generator_width', generator_width, 1, "the net's own")
     discriminator_width = whole_number('discriminator_width', discriminator_width, 1, "the net's own")
-    common = dict(picture_shape=picture_shape, num_classes=num_classes, dtype=jnp.dtype(dtype))
+    common: dict[str, Any] = dict(picture_shape=picture_shape, num_classes=num_classes, dtype=jnp.dtype(dtype))
     build = _sngan if name == 'sngan' else _dcgan
     return build(
         common,
@@ -138,7 +147,7 @@ def _dcgan(common, latent, g_layer, d_layer, g_width, d_width, g_options, d_opti
 
 
 def _without_batch_norm(layer, options):
-    """The options with no BatchNorm behind the layer's convolution, unless they ask for it."""
+    """Returns the options with use_batch_norm=False, unless they give it or the layer does not have it."""
     return {'use_batch_norm': False, **options} if 'use_batch_norm' in LAYER_OPTIONS.get(layer, ()) else options
 
 

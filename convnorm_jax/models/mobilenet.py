@@ -1,10 +1,11 @@
-"""Depthwise-separable nets, MobileNet (Howard et al., arXiv 1704.04861), with the strides that 32x32 images have."""
+"""MobileNet, a depthwise-separable net (Howard et al., arXiv 1704.04861), with strides for 32x32 images."""
 
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from convnorm_jax.models.resnet import linear
 
@@ -14,17 +15,18 @@ DEPTH = (1, 2, 2, 6, 2)
 class MobileNet(nn.Module):
     """A 3x3 layer, then pairs of a 3x3 depthwise and a 1x1 layer, each followed by the activation.
 
-    The published net but for its stem, whose stride is 1 here, not 2: its thirteen pairs are stages of 1, 2, 2, 6 and
-    2, each of twice the channels of the one before, from twice the stem's on. All stages but the first begin with a
-    stride of 2, in the depthwise layer. A global average pool and a linear layer end it.
+    It is the published net with a stem of stride 1 instead of 2. The thirteen pairs form stages of 1, 2, 2, 6 and 2
+    pairs. The first stage has twice the channels of the stem, and each further stage twice those of the stage before.
+    All stages but the first start with a stride of 2, in the depthwise layer. The net ends with a global average pool
+    and a linear layer.
 
     Attributes:
-      num_classes: logits.
-      layer: constructor of convolution + normalization, see `layers.factory`.
+      num_classes: number of logits.
+      layer: constructor of a convolution with normalization, see `layers.factory`.
       activation: constructor of the activation.
       width: channels of the stem, 32 as published.
-      depth: pairs of each stage.
-      dtype: of the linear layer's computation; the logits are float32.
+      depth: number of pairs of each stage.
+      dtype: of the linear layer's computation. The logits are float32.
     """
 
     num_classes: int
@@ -32,11 +34,11 @@ class MobileNet(nn.Module):
     activation: Callable[..., nn.Module]
     width: int = 32
     depth: Sequence[int] = DEPTH
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Images [B, H, W, C] -> logits [B, num_classes], float32."""
+        """Returns logits, float32 [B, num_classes], for images [B, H, W, C]."""
         x = self._apply(x, self.width, (3, 3), 'conv1', padding=1, train=train)
         for i, pairs in enumerate(self.depth):
             for j in range(pairs):

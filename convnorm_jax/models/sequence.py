@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from convnorm_jax.models.resnet import linear
 
@@ -13,18 +14,18 @@ DEPTH = (2, 2, 2)
 
 
 class SequenceCNN(nn.Module):
-    """Stages of layers with 3 taps over the rows of an image; a mean over the rows; one linear layer.
+    """Stages of layers with 3 taps over the rows of an image, a mean over the rows, and a linear layer.
 
-    An image [H, W, C] is a sequence of H rows with W * C features each. Each stage has twice the channels of the one
-    before, and all but the first begin with a stride of 2. As in `PlainNet`, plain convolutions have a bias.
+    An image [H, W, C] is a sequence of H rows with W * C features each. Each stage has twice the channels of the stage
+    before, and all but the first start with a stride of 2. Plain convolutions have a bias, as in `PlainNet`.
 
     Attributes:
-      num_classes: logits.
-      layer: constructor of convolution + normalization, see `layers.factory`.
+      num_classes: number of logits.
+      layer: constructor of a convolution with normalization, see `layers.factory`.
       activation: constructor of the activation.
       width: channels of the first stage.
-      depth: layers of each stage.
-      dtype: of the linear layer's computation; the logits are float32.
+      depth: number of layers of each stage.
+      dtype: of the linear layer's computation. The logits are float32.
     """
 
     num_classes: int
@@ -32,11 +33,11 @@ class SequenceCNN(nn.Module):
     activation: Callable[..., nn.Module]
     width: int = WIDTH
     depth: Sequence[int] = DEPTH
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Images [B, H, W, C] -> logits [B, num_classes], float32."""
+        """Returns logits, float32 [B, num_classes], for images [B, H, W, C]."""
         x = x.reshape(*x.shape[:2], -1)
         for i, layers in enumerate(self.depth):
             for j in range(layers):

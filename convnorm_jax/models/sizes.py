@@ -1,21 +1,24 @@
-"""Sizes of a net as a user may give them, Python's ints or NumPy's, as Python's."""
+"""Checks of a net's sizes, which a user may give as ints of Python or NumPy."""
+
+from collections.abc import Mapping
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from convnorm_jax.errors import UserError
 
 
-def whole_number(name, value, least, or_none=''):
-    """A size as an int; None stays None where `or_none` says what it stands for.
+def whole_number(name: str, value: Any, least: int, or_none: str = '') -> Any:
+    """Returns a size as an int, or None where that is allowed.
 
     Args:
       name: of the option, for the message.
-      value: int, NumPy integer, or None.
-      least: smallest one allowed.
-      or_none: what None is, e.g. "the net's own"; '' where it is not allowed.
+      value: an int of Python or NumPy, or None.
+      least: the smallest allowed size.
+      or_none: what None stands for, such as "the net's own"; '' does not allow None.
 
     Raises:
-      ValueError: anything else.
+      ValueError: another value.
     """
     if value is None and or_none:
         return None
@@ -25,11 +28,11 @@ def whole_number(name, value, least, or_none=''):
     return int(value)
 
 
-def is_whole_number(value):
-    """Whether a value is an int, Python's or NumPy's; bool is none."""
+def is_whole_number(value: Any) -> TypeGuard[int]:
+    """Returns whether a value is an int of Python or NumPy; a bool does not count."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def plain_options(options):
-    """Options of a layer, NumPy's integers as Python's."""
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a layer with NumPy's integers converted to int."""
     return {name: int(value) if isinstance(value, np.integer) else value for name, value in options.items()}

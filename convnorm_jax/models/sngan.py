@@ -1,10 +1,12 @@
-"""SNGAN: residual generator and discriminator (arXiv 1802.05957), with classes cGAN-PD (arXiv 1802.05637).
+"""SNGAN, a residual generator and discriminator (arXiv 1802.05957), and with classes cGAN-PD (arXiv 1802.05637).
 
-As torch_mimicry has them, which differs from the paper in the upsampling: bilinear, not nearest.
-Differences from torch_mimicry: the linear layers' biases start at 0, the scales of the
-conditional BatchNorm at 1, and the discriminator's shortcuts see the block's input, as in the paper: there
-a ReLU in place has rectified it before (see `rectified_shortcuts`). Pictures of 8 and 16 pixels
-are ours, made like those of 32.
+The nets are those of torch_mimicry, which upsample bilinearly, where the paper takes the nearest pixel. Differences
+from torch_mimicry:
+
+- The biases of linear layers start at 0, and the scales of the conditional BatchNorm at 1.
+- The shortcuts of the discriminator see the input of the block, as in the paper. In torch_mimicry an in-place ReLU has
+  rectified it before (see `rectified_shortcuts`).
+- The nets for 8 and 16 pixels, which torch_mimicry does not have, are made like that for 32.
 """
 
 import math
@@ -13,13 +15,15 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from convnorm_jax.layers.conditional_norm import ConditionalBatchNorm
+from convnorm_jax.layers.initializers import Initializer
 from convnorm_jax.models.projection import ProjectionHead, check_latents, check_pictures
 
-# Size of the pictures -> (side of the generator's first picture, its width, what divides that
-# width in each block), (the discriminator's width, what divides it and whether it halves the
-# picture, for each block).
+# For each image size: of the generator the side and the channels of its first feature map, and the divisor of these
+# channels in each block; of the discriminator the channels, and for each block their divisor and whether it halves the
+# image.
 GENERATORS = {
     8: (4, 256, (1,)),
     16: (4, 256, (1, 1)),
@@ -37,8 +41,8 @@ DISCRIMINATORS = {
 }
 
 
-def xavier(gain=1.0):
-    """Initializer: Xavier's uniform times `gain`, as `torch.nn.init.xavier_uniform_`."""
+def xavier(gain: float = 1.0) -> Initializer:
+    """Returns the initializer of Xavier's uniform distribution times `gain`, as `torch.nn.init.xavier_uniform_`."""
     return nn.initializers.variance_scaling(gain**2, 'fan_avg', 'uniform')
 
 
@@ -46,7 +50,7 @@ _RESIDUAL, _SHORTCUT = xavier(math.sqrt(2)), xavier()
 
 
 def _upsample(x):
-    """Twice as large, bilinear between the pixels' centres (PyTorch's align_corners=False)."""
+    """Doubles the size, bilinear between the centres of the pixels (PyTorch's align_corners=False)."""
     batch, height, width, channels = x.shape
     return jax.image.resize(x, (batch, 2 * height, 2 * width, channels), 'bilinear')
 
@@ -61,7 +65,7 @@ class GeneratorBlock(nn.Module):
     Attributes:
       features: output channels.
       layer: constructor of the convolutions, see `layers.factory`.
-      num_classes: of the conditional BatchNorm, or 0.
+      num_classes: number of classes of the conditional BatchNorm, or 0.
     """
 
     features: int
@@ -69,7 +73,9 @@ class GeneratorBlock(nn.Module):
     num_classes: int = 0
 
     @nn.compact
-    def __call__(self, x, labels, train):
+    def __call__(self, x: jax.Array, labels: jax.Array | None, train: bool) -> jax.Array:
+        """Applies the block, [B, H, W, C] -> [B, 2 H, 2 W, features]."""
+
         def norm(name):
             return ConditionalBatchNorm(self.num_classes, use_running_average=not train, name=name)
 
@@ -81,20 +87,20 @@ class GeneratorBlock(nn.Module):
         y = _upsample(nn.relu(norm('norm1')(x, labels)))
         y = conv(3, 'conv1', _RESIDUAL)(y)
         y = conv(3, 'conv2', _RESIDUAL)(nn.relu(norm('norm2')(y, labels)))
-        # A 1x1 convolution of the plain kind and the upsampling change places freely; others see the size.
+        # The order matters: a plain 1x1 convolution commutes with the upsampling, but other layers depend on the size.
         return y + conv(1, 'shortcut', _SHORTCUT)(_upsample(x))
 
 
 class DiscriminatorBlock(nn.Module):
-    """ReLU, 3x3, ReLU, 3x3, average pool; the shortcut is 1x1 and pooled, or nothing.
+    """ReLU, 3x3, ReLU, 3x3, average pool; the shortcut is 1x1 and pooled, or the identity.
 
     Attributes:
-      features: output channels; the first convolution keeps the input's number.
+      features: output channels; the first convolution keeps the number of input channels.
       layer: constructor of the convolutions.
-      downsample: halve the picture.
-      first: of the net ("optimized" in the published code): without the first ReLU, the
-        first convolution already widens, and the shortcut pools before its convolution.
-      rectified_shortcut: the shortcut sees the input behind the first ReLU.
+      downsample: whether the block halves the image.
+      first: whether it is the first block of the net ("optimized" in the published code). Then there is no first ReLU,
+        the first convolution already has `features` channels, and the shortcut pools before its convolution.
+      rectified_shortcut: whether the shortcut sees the input after the first ReLU.
     """
 
     features: int
@@ -104,7 +110,9 @@ class DiscriminatorBlock(nn.Module):
     rectified_shortcut: bool = False
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Applies the block, [B, H, W, C] -> [B, H', W', features]."""
+
         def conv(features, size, name, init):
             return self.layer(
                 features, (size, size), padding=size // 2, use_bias=True, train=train, kernel_init=init, name=name
@@ -122,21 +130,21 @@ class DiscriminatorBlock(nn.Module):
 
 
 class SNGANGenerator(nn.Module):
-    """Latents -> pictures: a linear layer, `GeneratorBlock`s, BatchNorm, ReLU, 3x3, tanh.
+    """The generator: a linear layer, blocks (`GeneratorBlock`), BatchNorm, ReLU, 3x3, tanh.
 
-    The first and the last layer are plain ones, and the last BatchNorm knows no classes.
+    The first and the last layer are plain, and the last BatchNorm does not depend on the class.
 
     Attributes:
-      picture_shape: (H, W, C).
+      picture_shape: (H, W, C) of the images.
       latent: length of a latent.
       layer: constructor of the blocks' convolutions.
-      plain_layer: that of the last one.
+      plain_layer: constructor of the last convolution.
       dense: constructor of the first layer.
-      bottom: side of the first picture.
-      width: its channels.
+      bottom: side of the first feature map.
+      width: channels of the first feature map.
       widths: output channels of each block.
-      num_classes: 0 for no classes; labels are not looked at then.
-      dtype: of the computation; the pictures are float32.
+      num_classes: number of classes; with 0 labels are ignored.
+      dtype: of the computation. The images are float32.
     """
 
     picture_shape: Sequence[int]
@@ -148,14 +156,19 @@ class SNGANGenerator(nn.Module):
     width: int
     widths: Sequence[int]
     num_classes: int = 0
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, z, labels=None, train=False):
-        """z [B, latent], labels int [B] or None -> pictures in [-1, 1], float32 [B, H, W, C].
+    def __call__(self, z: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """Returns images in [-1, 1], float32 [B, H, W, C].
+
+        Args:
+          z: latents, [B, latent].
+          labels: int [B], or None without classes.
+          train: whether layers update their statistics.
 
         Raises:
-          ValueError: z of another shape; no labels where there are classes.
+          ValueError: z of another shape; with classes, no labels or labels of another shape.
         """
         check_latents(z, self.latent)
         x = self.dense(self.bottom**2 * self.width, train=train, name='linear')(z.astype(self.dtype or z.dtype))
@@ -176,17 +189,17 @@ class SNGANGenerator(nn.Module):
 
 
 class SNGANDiscriminator(nn.Module):
-    """Pictures -> logits: `DiscriminatorBlock`s, ReLU, sum over the picture, a linear layer, a projection.
+    """The discriminator: blocks (`DiscriminatorBlock`), ReLU, a sum over the image, a linear layer and a projection.
 
     Attributes:
-      picture_shape: (H, W, C).
+      picture_shape: (H, W, C) of the images.
       layer: constructor of all convolutions.
-      dense: constructor of the linear layer and the embedding.
-      blocks: (output channels, whether it halves the picture) of each block.
-      num_classes: 0 for no classes; labels are not looked at then.
-      dtype: of the computation; the logits are float32.
-      rectified_shortcuts: torch_mimicry's shortcuts, exactly; `create_gan` leaves it out, `discriminator.clone(
-        rectified_shortcuts=True)` sets it.
+      dense: constructor of the linear layer and the label's embedding.
+      blocks: output channels of each block, and whether it halves the image.
+      num_classes: number of classes; with 0 labels are ignored.
+      dtype: of the computation. The logits are float32.
+      rectified_shortcuts: True takes exactly torch_mimicry's shortcuts. `create_gan` does not set it;
+        `discriminator.clone(rectified_shortcuts=True)` does.
     """
 
     picture_shape: Sequence[int]
@@ -194,15 +207,20 @@ class SNGANDiscriminator(nn.Module):
     dense: Callable[..., nn.Module]
     blocks: Sequence[tuple[int, bool]]
     num_classes: int = 0
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
     rectified_shortcuts: bool = False
 
     @nn.compact
-    def __call__(self, x, labels=None, train=False):
-        """Pictures [B, H, W, C], labels int [B] or None -> logits, float32 [B].
+    def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """Returns logits, float32 [B].
+
+        Args:
+          x: images, [B, H, W, C].
+          labels: int [B], or None without classes.
+          train: whether layers update their statistics.
 
         Raises:
-          ValueError: pictures of another shape; no labels where there are classes.
+          ValueError: images of another shape; with classes, no labels or labels of another shape.
         """
         check_pictures(x, self.picture_shape)
         x = x.astype(self.dtype or x.dtype)

@@ -1,13 +1,16 @@
-"""`convnormalize` for Flax NNX: ConvNorm in place of the convolutions of a model.
+"""`convnormalize` for Flax NNX: replaces the convolutions of a model by ConvNorm.
+
+::
 
     model, report = convnormalize(ResNet(rngs=nnx.Rngs(0)), images, rngs=nnx.Rngs(1))
     print(report)
 
-The geometry of the convolutions is in `geometry`, what all libraries share in `convnorm_jax.conversion`.
+`geometry` reads the geometry of the convolutions; `convnorm_jax.conversion` holds what all libraries share.
 """
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from flax import nnx
@@ -17,10 +20,10 @@ from convnorm_jax.conversion import Found, Refused, Report
 from convnorm_jax.dataflow import Call
 from convnorm_jax.layers import core
 from convnorm_jax.nnx.geometry import geometry_of
-from convnorm_jax.nnx.layers import ConvNorm, ConvNormTranspose
+from convnorm_jax.nnx.layers import ConvNorm, ConvNormTranspose, _NormalizedConvolution
 
 _CONVOLUTIONS = (nnx.Conv, nnx.ConvTranspose)
-# They change the kernel of the layer inside before they call it.
+# These change the kernel of the layer inside before they call it.
 _WRAPPERS = tuple(getattr(nnx, name) for name in ('SpectralNorm', 'WeightNorm') if hasattr(nnx, name))
 
 
@@ -29,44 +32,56 @@ def convnormalize(
     images: jax.Array | jax.ShapeDtypeStruct,
     *,
     rngs: nnx.Rngs,
-    where: Callable[[str], bool] | str | None = None,
+    where: Callable[[str], Any] | str | None = None,
     norms: type | tuple[type, ...] = (nnx.BatchNorm,),
-    call: Callable | None = None,
-    **options,
+    call: Callable[[Any, Any], Any] | None = None,
+    **options: Any,
 ) -> tuple[nnx.Module, Report]:
-    """The model with a ConvNorm in place of every convolution and of the normalization that follows it.
+    """Returns the model with a ConvNorm in place of every convolution and the normalization after it.
 
-    Which normalization follows which convolution is read off a trace of `call`: one goes into a ConvNorm if its input
-    is the output of one convolution, and nothing else takes that output. The ConvNorm is then at the normalization's
-    place, where `train()`, `eval()` and `use_running_average` reach it, and at the convolution's there is nothing. A
-    convolution alone becomes a ConvNorm without BatchNorm, which keeps no state: its spectrum is always that of its
-    kernel (spectrum='exact'). Layers that cannot be replaced stay; the report says why.
+    A trace of `call` shows which normalization follows which convolution. A normalization becomes part of a ConvNorm if
+    its input is the output of one convolution and nothing else reads that output. The ConvNorm takes the place of the
+    normalization, where `train()`, `eval()` and `use_running_average` reach it, and an identity takes the place of the
+    convolution. A convolution alone becomes a ConvNorm without BatchNorm and without state: its spectrum is always that
+    of its kernel (spectrum='exact'). Layers that cannot be replaced stay, and the report says why.
 
-    The new model is another function: train it. What it keeps are the kernels, the bias of a convolution as
-    `affine_bias`, and the scale, bias, momentum and epsilon of a BatchNorm, not its running statistics, which are those
-    of other arrays. The model that is given is not changed.
+    The new model is another function, so train it. It keeps the kernels, the bias of a convolution as `affine_bias`,
+    and the scale, bias, momentum and epsilon of a BatchNorm. It does not keep running statistics, which are those of
+    other arrays. The given model does not change.
 
     Args:
+      model: with convolutions `nnx.Conv` or `nnx.ConvTranspose`.
       images: an example batch, or its shape and dtype.
       rngs: its stream 'params' gives the initial values of the channel-wise convolutions.
-      where: which convolutions, a function of a path such as 'layers/0/conv1', or a regular expression that is searched
-        in it; None is all.
-      norms: types of normalizations to replace; others stay behind their ConvNorm.
-      call: (model, images) -> anything: how the model is called, if not as model(images).
-      options: of every ConvNorm: use_affine, momentum, spectrum, method, batch_norm_momentum, batch_norm_epsilon,
+      where: which convolutions to replace: a function of a path such as 'layers/0/conv1', or a regular expression that
+        is searched in the path. None replaces all.
+      norms: types of normalizations to replace; others stay after their ConvNorm.
+      call: `(model, images)` -> anything, how the model is called, if not as model(images).
+      **options: of every ConvNorm: use_affine, momentum, spectrum, method, batch_norm_momentum, batch_norm_epsilon,
         dtype, precision.
 
     Returns:
-      The new model, and the report: `print(report)`.
+      The new model, and the report; `print(report)` shows a table.
 
     Raises:
-      UserError: no convolution in the model, or `where` chooses none; an unknown option; a model whose code depends on
+      ValueError: no convolution in the model, or `where` chooses none; an unknown option; a model whose code depends on
         the shape of an array between a convolution and its normalization.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from convnorm_jax.nnx import convnormalize
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Conv(3, 16, (3, 3), rngs=rngs), nnx.BatchNorm(16, rngs=rngs), nnx.relu)
+      >>> model, report = convnormalize(model, jnp.ones((8, 32, 32, 3)), rngs=nnx.Rngs(1))
+      >>> print(report)
+      replaced (1):
+        layers/0 + layers/1  ConvNorm 3x3, 3 -> 16
     """
     norms = norms if isinstance(norms, tuple) else (norms,)
     conversion.check_options(options)
     call = call or (lambda model, images: model(images))
-    # The paths are those of the model itself: a clone has its attributes in another order.
+    # Paths are taken from the model itself, because the attributes of a clone are in another order.
     layers = dict(enumerate(_layers(model, norms)))
     found = {
         n: Found('/'.join(map(str, path)), type(layer).__name__, refusal)
@@ -89,17 +104,17 @@ def convnormalize(
 
 
 class Identity(nnx.Module):
-    """Where a convolution was that is part of the ConvNorm behind it. It ignores further arguments."""
+    """Takes the place of a convolution that became part of the ConvNorm after it. It ignores further arguments."""
 
-    def __call__(self, inputs: jax.Array, *args, **kwargs) -> jax.Array:
-        """The input."""
+    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """Returns the input."""
         return inputs
 
 
-class _Stateless:
-    """A ConvNorm at the place of a convolution: called as one, with any batch axes, and without state."""
+class _Stateless(_NormalizedConvolution):
+    """A ConvNorm in the place of a convolution: called as one, with any batch axes, and without state."""
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array) -> jax.Array:  # type: ignore[override]  # called as a convolution is
         rank = self.settings.rank
         if inputs.ndim == rank + 2:
             return super().__call__(inputs, use_running_average=True)
@@ -116,17 +131,18 @@ class StatelessConvNormTranspose(_Stateless, ConvNormTranspose):
     """A ConvNormTranspose without BatchNorm and running spectrum; see `convnormalize`."""
 
 
-class BatchNormedConvNorm(ConvNorm, nnx.BatchNorm):
-    """A ConvNorm at the place of a BatchNorm, for code that looks for `nnx.BatchNorm` among its layers."""
+class BatchNormedConvNorm(ConvNorm, nnx.BatchNorm):  # type: ignore[misc]  # a BatchNorm for isinstance only
+    """A ConvNorm in the place of a BatchNorm, for code that looks for `nnx.BatchNorm` among its layers."""
 
 
-class BatchNormedConvNormTranspose(ConvNormTranspose, nnx.BatchNorm):
-    """A ConvNormTranspose at the place of a BatchNorm, for code that looks for `nnx.BatchNorm` among its layers."""
+class BatchNormedConvNormTranspose(ConvNormTranspose, nnx.BatchNorm):  # type: ignore[misc]  # for isinstance only
+    """A ConvNormTranspose in the place of a BatchNorm, for code that looks for `nnx.BatchNorm` among its layers."""
 
 
-def _layers(model, norms) -> Iterator[tuple[tuple, nnx.Module, str]]:
-    """(path, layer, refusal) of each convolution and normalization, a shared one once."""
-    owners, found = {}, []
+def _layers(model, norms) -> Iterator[tuple[tuple, Any, str]]:
+    """Yields path, layer and refusal of each convolution and normalization, a shared one once."""
+    owners: dict[int, list[nnx.Module]] = {}
+    found: list[tuple[tuple, Any, str]] = []
     for path, node, parent in _walk(model, (), None, set()):
         if not isinstance(node, nnx.Module):
             continue
@@ -137,7 +153,7 @@ def _layers(model, norms) -> Iterator[tuple[tuple, nnx.Module, str]]:
         if isinstance(node, _CONVOLUTIONS):
             refusal = '' if own in (nnx.Conv.__call__, nnx.ConvTranspose.__call__) else 'a class with its own __call__'
             if isinstance(parent, _WRAPPERS):
-                refusal = f'{type(parent).__name__} around it has a hand in its kernel'
+                refusal = f'{type(parent).__name__} around it changes its kernel'
             found.append((path, node, refusal))
         elif isinstance(node, norms) and not isinstance(node, (ConvNorm, ConvNormTranspose)):
             refusal = '' if own in {kind.__call__ for kind in norms} else 'a class with its own __call__'
@@ -163,7 +179,7 @@ def _children(node):
 
 
 def _walk(node, path, parent, seen):
-    """(path, node, parent) of all modules and containers, each once."""
+    """Yields path, node and parent of all modules and containers, each once."""
     if id(node) in seen:
         return
     seen.add(id(node))
@@ -178,7 +194,7 @@ def _at(node, path):
 
 
 def _replaced(node, new, seen):
-    """The same with the modules in `new`, {id: module}, in place of those."""
+    """Replaces, in place, the modules whose ids are keys of `new` by its values; returns the node."""
     if id(node) in new:
         return new[id(node)]
     if id(node) in seen or not _children(node):
@@ -202,7 +218,7 @@ def _replaced(node, new, seen):
 
 @functools.lru_cache(maxsize=256)
 def _spied(kind):
-    """A subclass that marks the layer's output, or its input if it is a normalization."""
+    """Returns a subclass that marks its output, or for a normalization its input."""
 
     def of_convolution(self, *args, **kwargs):
         given = args[0] if args else kwargs['inputs']
@@ -223,7 +239,7 @@ def _spied(kind):
 
 
 def _trace(model, numbers, call, images):
-    """The flow through the model, and the shapes of its outputs."""
+    """Returns the flow through the model and the shapes of its outputs."""
     spy = nnx.clone(model)
     for path, number in numbers.items():
         layer = _at(spy, path)
@@ -242,7 +258,7 @@ def _trace(model, numbers, call, images):
 
 
 def _shapes(model, call, images):
-    """Of the arrays that the call returns."""
+    """Returns the shapes of the arrays that the call returns."""
     graph, state = nnx.split(model)
     y = jax.eval_shape(lambda state, images: _arrays(call(nnx.merge(graph, state), images)), state, images)
     return [leaf.shape for leaf in y]
@@ -256,7 +272,7 @@ def _build(conv, norm, calls, rngs, options):
     transposed = isinstance(conv, nnx.ConvTranspose)
     rank = len(conv.kernel_size)
     sizes = sorted({call.input[-rank - 1 : -1] for call in calls})
-    given = {**geometry_of(conv, transposed, sizes), 'dtype': conv.dtype, 'precision': conv.precision}
+    given = {**geometry_of(conv, sizes), 'dtype': conv.dtype, 'precision': conv.precision}
     given['param_dtype'] = conv.kernel.dtype
     batch_norm = norm is not None
     running = options.get('spectrum') == 'running'
@@ -284,7 +300,7 @@ def _build(conv, norm, calls, rngs, options):
     known = _known(conv, norm, transposed)
     for name, value in core.draw_params(layer.settings, conv.in_features, rngs.params, known).items():
         setattr(layer, name, nnx.Param(value))
-    if not (transposed and conv.transpose_kernel):  # the same axes: of the same type, with the same metadata
+    if not (transposed and conv.transpose_kernel):  # with the same axes it keeps the type and metadata of the variable
         layer.kernel = nnx.clone(conv).kernel
         layer.kernel[...] = known['kernel']
     if batch_norm or running:
@@ -293,11 +309,11 @@ def _build(conv, norm, calls, rngs, options):
 
 
 def _known(conv, norm, transposed):
-    """The parameters of the ConvNorm that the two layers have values for."""
+    """Returns the parameters of the ConvNorm that the two layers have values for."""
     kernel = conv.kernel[...]
     if transposed and conv.transpose_kernel:
         kernel = kernel.swapaxes(-1, -2)
-    elif transposed:  # lax correlates, a transposed convolution of PyTorch and ours convolves
+    elif transposed:  # `jax.lax` cross-correlates, where a transposed convolution of PyTorch and ours convolves
         kernel = jax.numpy.flip(kernel, tuple(range(len(conv.kernel_size))))
     variables = {
         'affine_bias': conv.bias,

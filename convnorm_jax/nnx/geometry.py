@@ -1,6 +1,7 @@
 """The geometry of Flax NNX's convolutions in the terms of a ConvNorm."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from flax import nnx
@@ -11,11 +12,15 @@ from convnorm_jax.conversion import Refused
 from convnorm_jax.layers import geometry
 
 
-def geometry_of(conv: nnx.Conv | nnx.ConvTranspose, transposed: bool, sizes: Sequence[tuple[int, ...]]) -> dict:
-    """strides, padding, kernel_dilation and feature_group_count of a ConvNorm, for images of these sizes.
+def geometry_of(conv: nnx.Conv | nnx.ConvTranspose, sizes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """Returns strides, padding, kernel_dilation and feature_group_count of the ConvNorm for a convolution.
+
+    Args:
+      conv: the convolution.
+      sizes: of the images that it is called on.
 
     Raises:
-      Refused: there are none.
+      Refused: no ConvNorm has the geometry of this convolution.
     """
     rank = len(conv.kernel_size)
     if not 1 <= rank <= 3:
@@ -29,13 +34,14 @@ def geometry_of(conv: nnx.Conv | nnx.ConvTranspose, transposed: bool, sizes: Seq
     strides = geometry.ints_for_axes(conv.strides, 'strides', rank)
     dilation = geometry.ints_for_axes(conv.kernel_dilation, 'kernel_dilation', rank)
     spans = geometry.dilated_size(conv.kernel_size, dilation)
-    given = {'strides': strides, 'kernel_dilation': dilation}
-    padding = conv.padding
+    given: dict[str, Any] = {'strides': strides, 'kernel_dilation': dilation}
+    padding: Any = conv.padding
+    transposed = isinstance(conv, nnx.ConvTranspose)
     if padding == 'CAUSAL':
         raise Refused(conversion.CAUSAL)
     if padding == 'REFLECT' or (transposed and padding == 'CIRCULAR'):
         raise Refused(f'padding={padding!r}' + (' of a transposed convolution' if transposed else ''))
-    if transposed:
+    if isinstance(conv, nnx.ConvTranspose):
         return {**given, 'padding': _crop(padding, conv.kernel_size, spans, strides, dilation)}
     if set(geometry.ints_for_axes(conv.input_dilation, 'input_dilation', rank)) != {1}:
         raise Refused(f'input_dilation={conv.input_dilation}')
@@ -53,7 +59,7 @@ def _crop(padding, kernel_size, spans, strides, dilation):
     """What `jax.lax.conv_transpose` crops from the full transposed convolution."""
     if not isinstance(padding, str):
         return conversion.transposed_crop(spans, geometry.padding_pairs(padding, len(spans)))
-    # The padding that it computes, asked for rather than computed again.
+    # Read off a trace, because JAX does not export the function that computes this padding.
     x, kernel = (jax.ShapeDtypeStruct(shape, 'float32') for shape in ((1, *spans, 1), (*kernel_size, 1, 1)))
     traced = jax.make_jaxpr(lambda x, k: lax.conv_transpose(x, k, strides, padding, rhs_dilation=dilation))(x, kernel)
     found = next(e for e in traced.jaxpr.eqns if e.primitive.name == 'conv_general_dilated')

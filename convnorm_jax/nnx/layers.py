@@ -1,55 +1,62 @@
 """ConvNorm and ConvNormTranspose for Flax NNX.
 
-from convnorm_jax.nnx import ConvNorm
-layer = ConvNorm(3, 64, (3, 3), image_size=(32, 32), rngs=nnx.Rngs(0))
-y = layer(images)      # training: the running statistics are updated
-layer.eval()           # inference from now on, as for nnx.BatchNorm
+::
+
+    from convnorm_jax.nnx import ConvNorm
+
+    layer = ConvNorm(3, 64, (3, 3), image_size=(32, 32), rngs=nnx.Rngs(0))
+    y = layer(images)      # training: the running statistics are updated
+    layer.eval()           # inference from now on, as for nnx.BatchNorm
 """
 
-from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.layers import core
+from convnorm_jax.layers.geometry import Ints, Padding
+from convnorm_jax.layers.method import Method
+from convnorm_jax.layers.settings import Settings, SpectrumMode
 
 _STATE = ('preconditioner', 'count', 'mean', 'var')
 
 
 class _NormalizedConvolution(nnx.Module):
-    """What the two layers share; see `ConvNorm`."""
+    """The base class of both layers; `ConvNorm` documents the arguments."""
 
-    _transposed = False
+    _transposed: ClassVar[bool] = False
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] = 1,
+        kernel_size: Ints,
+        strides: Ints = 1,
         *,
-        padding: str | int | Sequence = 'SAME',
-        kernel_dilation: int | Sequence[int] = 1,
+        padding: Padding = 'SAME',
+        kernel_dilation: Ints = 1,
         feature_group_count: int = 1,
-        image_size: int | Sequence[int] | None = None,
+        image_size: Ints | None = None,
         use_affine: bool = True,
         use_batch_norm: bool = True,
         use_running_average: bool = False,
         momentum: float | None = None,
-        spectrum: str = 'running',
-        method: str | None = None,
+        spectrum: SpectrumMode = 'running',
+        method: Method | None = None,
         batch_norm_momentum: float = 0.9,
         batch_norm_epsilon: float = 1e-5,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         precision: jax.lax.PrecisionLike = None,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         self.in_features, self.out_features = in_features, out_features
         self.use_running_average = use_running_average
-        self.settings = core.Settings(
+        self.settings = Settings(
             features=out_features,
             kernel_size=kernel_size,
             strides=strides,
@@ -83,15 +90,15 @@ class _NormalizedConvolution(nnx.Module):
             setattr(self, name, nnx.BatchStat(value))
 
     def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
-        """Applies the layer.
+        """Applies the layer to a batch of images.
 
         Args:
-          x: [B, *spatial, in_features], float.
-          use_running_average: True at inference, False in training; None is the attribute, which `train()` and
+          x: `[B, *spatial, in_features]`, float.
+          use_running_average: True at inference, False in training; None takes the attribute, which `train()` and
             `eval()` set.
 
         Returns:
-          [B, *spatial', out_features].
+          `[B, *spatial', out_features]`.
 
         Raises:
           ValueError: x of another rank or number of channels, or of another size than the running spectrum.
@@ -101,10 +108,11 @@ class _NormalizedConvolution(nnx.Module):
         self.settings.check_shape(x.shape)
         if x.shape[-1] != self.in_features:
             raise UserError(f'x.shape={x.shape}: expected in_features={self.in_features} channels')
-        if self.preconditioner is None and not (use_running_average and self._needs_no_state()):
-            self._make_state(x.shape[1:-1], x.shape[0])
-        params = {name: getattr(self, name)[...] for name in self._params}
         variables = {name: getattr(self, name) for name in _STATE}
+        if variables['preconditioner'] is None and not (use_running_average and self._needs_no_state()):
+            self._make_state(x.shape[1:-1], x.shape[0])
+            variables = {name: getattr(self, name) for name in _STATE}
+        params = {name: getattr(self, name)[...] for name in self._params}
         state = {name: value[...] for name, value in variables.items() if value is not None}
         y, state = core.apply(self.settings, params, state, x, use_running_average=use_running_average)
         if not use_running_average:
@@ -117,44 +125,61 @@ class _NormalizedConvolution(nnx.Module):
 
 
 class ConvNorm(_NormalizedConvolution):
-    """Convolution whose output channels are normalized by their power spectrum, for Flax NNX.
+    """A convolution whose output channels are normalized by their power spectrum, for Flax NNX.
 
-    Stands in for "convolution, then normalization". The same as `convnorm_jax.ConvNorm` (Linen), which has the
-    mathematics and the meaning of each argument. Parameters are `nnx.Param`; the running spectrum, its number of
-    updates and BatchNorm's running mean and variance are `nnx.BatchStat`.
+    It replaces a convolution and the normalization after it, and computes the same as `convnorm_jax.ConvNorm` (Linen),
+    which documents the mathematics. Parameters are `nnx.Param`. The running spectrum, its number of updates, and
+    BatchNorm's running mean and variance are `nnx.BatchStat`.
 
     Args:
-      in_features, out_features: channels.
-      kernel_size: (kw,), (kh, kw) or (kd, kh, kw); an int is a square of 2 spatial axes.
-      strides: int, or an int for each axis.
-      image_size: of the images, without channels, int or an int for each spatial axis: the running spectrum has one
-        value for each of their
-        frequencies. None takes the size of the first batch, which must then be seen outside of transformations that
-        cannot add to a module's state.
-      use_running_average: inference. `layer.train()` and `layer.eval()` set it.
+      in_features: input channels.
+      out_features: output channels.
+      kernel_size: (kw,), (kh, kw) or (kd, kh, kw), for 1, 2 or 3 spatial axes; one int k is (k, k).
+      strides: an int, or an int for each axis.
+      image_size: size of the images without channels, an int or an int for each spatial axis. The running spectrum has
+        one value for each of their frequencies. None takes the size of the first batch; call the layer on it outside of
+        transformations that cannot add to a module's state.
+      use_running_average: True at inference. `layer.train()` and `layer.eval()` set it.
       rngs: its stream 'params' gives the initial values.
-      The others: see `convnorm_jax.ConvNorm`.
+      padding, kernel_dilation, feature_group_count, use_affine, use_batch_norm: see `convnorm_jax.ConvNorm`.
+      momentum, spectrum, method, batch_norm_momentum, batch_norm_epsilon: see `convnorm_jax.ConvNorm`.
+      dtype, param_dtype, precision: see `convnorm_jax.ConvNorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from convnorm_jax.nnx import ConvNorm
+      >>> layer = ConvNorm(3, 16, (3, 3), strides=2, image_size=(32, 32), rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((8, 32, 32, 3))).shape
+      (8, 16, 16, 16)
+      >>> layer.preconditioner.shape
+      (34, 34, 16)
     """
 
 
 class ConvNormTranspose(_NormalizedConvolution):
-    """`ConvNorm` for transposed convolutions; the same as `convnorm_jax.ConvNormTranspose` (Linen).
+    """A transposed convolution whose output channels are normalized by their power spectrum, for Flax NNX.
 
-    Args: see `ConvNorm`. `padding` is an int, or an int or a pair for each axis, cropped from the output as by
-      PyTorch's ConvTranspose2d.
+    It computes the same as `convnorm_jax.ConvNormTranspose` (Linen), which documents the mathematics.
+
+    Args:
+      in_features, out_features, kernel_size, strides, rngs: see `ConvNorm`.
+      padding: what is cropped from the output, as by PyTorch's ConvTranspose2d: an int, or an int or a pair for each
+        axis.
+      **options: further arguments of `ConvNorm`.
     """
 
-    _transposed = True
+    _transposed: ClassVar[bool] = True
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] = 2,
+        kernel_size: Ints,
+        strides: Ints = 2,
         *,
-        padding: int | Sequence = 1,
+        padding: Padding = 1,
         rngs: nnx.Rngs,
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         super().__init__(in_features, out_features, kernel_size, strides, padding=padding, rngs=rngs, **options)

@@ -1,13 +1,14 @@
-"""Pictures as PNG files: learning curves, attacked images, robustness, spectra of layers,
-runs compared, what a GAN draws.
+"""Figures as PNG files: learning curves, attacked images, robustness, spectra of layers,
+comparisons of runs, images of a GAN.
 
-Each function writes one file (200 dpi; a temporary file, then a rename, so that a reader never
-sees half a picture), creates its folder, and returns its path. Nothing here touches pyplot or the
-matplotlib backend of the program around it.
+Each function writes one file of 200 dpi (under a temporary name, then renamed, so that a reader never
+sees half of it), makes its folder, and returns its path. Nothing here uses pyplot or changes the
+matplotlib backend of the calling program.
 """
 
 from convnorm_jax.plots.attacks import MAX_COLUMNS, attack_grid
 from convnorm_jax.plots.comparison import accuracy_against
+from convnorm_jax.plots.corruptions import corruption_pictures, corruption_table
 from convnorm_jax.plots.figure import BLUE, GREY, VERMILLION
 from convnorm_jax.plots.generative import (
     MAX_STEPS,
@@ -20,8 +21,6 @@ from convnorm_jax.plots.generative import (
 from convnorm_jax.plots.operators import layer_operators
 from convnorm_jax.plots.robustness import (
     attack_bars,
-    corruption_pictures,
-    corruption_table,
     epsilon_curve,
     query_curve,
     wilson_interval,

@@ -1,4 +1,4 @@
-"""Attacked images and what the net says of them."""
+"""Attacked images and the net's predictions for them."""
 
 import os
 import pathlib
@@ -25,43 +25,45 @@ def attack_grid(
     epsilon: float,
     title: str | None = None,
 ) -> pathlib.Path:
-    """The first eight images: clean, then per attack the attacked one and its perturbation.
+    """Draws the first eight images: the clean ones, then for each attack the attacked ones and their perturbations.
 
     Args:
       clean: float [N, H, W, C] in [0, 1], C of 1 or 3.
-      attacked: the same images under each attack, by its name; or one array for a lone attack.
-      labels: int [N], the true classes, above each column.
+      attacked: the same images under each attack, by its name; or one array for a single attack.
+      labels: int [N], the true classes, written above the columns.
       clean_predictions: int [N].
       attacked_predictions: int [N] under each name of `attacked`; or one array.
       class_names: name of each class.
       path: the PNG to write.
-      epsilon: above 0, in pixel units of [0, 1]; perturbations of +-epsilon fill the grey range.
+      epsilon: above 0, in pixel units of [0, 1]; perturbations of +-epsilon span the grey range.
       title: text above the grid.
+
+    Returns:
+      The path.
 
     Raises:
       ValueError: epsilon not above 0; attacks without predictions; images of unequal shapes.
     """
-    attacked = _by_name(attacked)
-    attacked_predictions = _by_name(attacked_predictions)
-    _check_grid(clean, attacked, attacked_predictions, epsilon)
+    attacks, predictions = _by_name(attacked), _by_name(attacked_predictions)
+    _check_grid(clean, attacks, predictions, epsilon)
     clean = np.asarray(clean, np.float32)
     noise_name = f'perturbation\n±{_epsilon_text(epsilon)} shown as\nblack to white'
-    picture_rows = [('clean', clean, clean_predictions)]
-    for name, images in attacked.items():
+    rows: list[tuple[str, np.ndarray, np.ndarray | None]] = [('clean', clean, clean_predictions)]
+    for name, images in attacks.items():
         noise = 0.5 + (np.asarray(images, np.float32) - clean) / (2 * epsilon)
-        picture_rows.append((name, images, attacked_predictions[name]))
-        picture_rows.append((noise_name, noise, None))
+        rows.append((name, images, predictions[name]))
+        rows.append((noise_name, noise, None))
     columns = min(len(clean), MAX_COLUMNS)
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(1.1 + 0.95 * columns, 0.3 + 1.14 * len(picture_rows), title)
-        grid = figure.subplots(len(picture_rows), columns, squeeze=False)
-        for axes_row, (name, images, predictions) in zip(grid, picture_rows, strict=True):
-            _draw_pictures(axes_row, name, images, predictions, labels, class_names)
+        figure = new_figure(1.1 + 0.95 * columns, 0.3 + 1.14 * len(rows), title)
+        grid = figure.subplots(len(rows), columns, squeeze=False)
+        for axes_row, (name, images, predicted) in zip(grid, rows, strict=True):
+            _draw_images(axes_row, name, images, predicted, labels, class_names)
         _draw_header(grid[0], labels, class_names)
         return write(figure, path)
 
 
-def _by_name(value):
+def _by_name(value: Mapping[str, np.ndarray] | np.ndarray) -> dict[str, np.ndarray]:
     return dict(value) if isinstance(value, Mapping) else {'attacked': value}
 
 
@@ -89,11 +91,11 @@ def _draw_header(axes_row, labels, class_names):
 
 
 def _name_size(class_names):
-    """Font size (points) at which the longest name fits the width of a picture."""
+    """Font size (points) at which the longest name is as wide as an image."""
     return min(9.0, 110 / max(len(name) + 2 for name in class_names))
 
 
-def _draw_pictures(axes_row, name, images, predictions, labels, class_names):
+def _draw_images(axes_row, name, images, predictions, labels, class_names):
     axes_row[0].set_ylabel(name, rotation=0, ha='right', va='center', labelpad=8)
     for index, axes in enumerate(axes_row):
         image = np.clip(np.asarray(images[index], np.float32), 0, 1)

@@ -1,4 +1,4 @@
-"""Runs side by side: accuracy against a setting, one line for each method, with error bars."""
+"""Comparison of runs: accuracy against a setting, one line for each method, with error bars."""
 
 import math
 import os
@@ -14,12 +14,12 @@ from matplotlib.transforms import ScaledTranslation
 from convnorm_jax.errors import UserError
 from convnorm_jax.plots.figure import BLUE, GREEN, ORANGE, PURPLE, SKY, STYLE, VERMILLION, new_figure, write
 
-# Colour and marker change together, so that a line is known in black and white, too.
+# Colour and marker change together, so that lines are distinct in black and white too.
 _COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 _MARKERS = ('o', 's', '^', 'D', 'v', 'P')
 _DASHES = ('-', '--', ':')
 MAX_COLUMNS = 3
-_DODGE, _MOST_DODGE = 3.5, 14  # points between the error bars of two lines, and of the outermost
+_DODGE, _MOST_DODGE = 3.5, 14  # points between the error bars of neighbouring lines, and of the outermost lines
 
 Point = tuple[float, float, float | None]
 
@@ -31,7 +31,11 @@ def accuracy_against(
     x_name: str,
     title: str | None = None,
 ) -> pathlib.Path:
-    """Accuracy (%) against a numeric setting: a panel for each measure, a line for each method.
+    """Draws accuracy (%) against a numeric setting: a panel for each measure, a line for each method.
+
+    Error bars are +- one standard deviation. The lines are shifted by a few points of print, so that their
+    bars do not cover each other. Settings that span more than a factor of 30
+    get a logarithmic axis. Each panel shows at least 4 % of accuracy, so that small differences look small.
 
     Args:
       panels: by the measure's name (above its panel), then by the method's name (in the legend),
@@ -40,16 +44,15 @@ def accuracy_against(
       x_name: name of the setting.
       title: text above the panels.
 
-    Error bars are +- one standard deviation; so that they do not cover each other, the lines are
-    drawn a few points of print beside one another. Settings spread over more than a factor of 30
-    get a logarithmic axis. No panel shows less than 4 %, so that a difference of nothing looks so.
+    Returns:
+      The path.
 
     Raises:
       ValueError: no panel, or a panel without a point.
     """
-    for name, methods in panels.items():
-        if not any(methods.values()):
-            raise UserError(f'panels[{name!r}]={methods!r}: expected at least one point')
+    for name, panel in panels.items():
+        if not any(panel.values()):
+            raise UserError(f'panels[{name!r}]={panel!r}: expected at least one point')
     if not panels:
         raise UserError('panels={}: expected at least one')
     methods = list(dict.fromkeys(name for panel in panels.values() for name in panel))
@@ -92,7 +95,7 @@ def _draw_panel(figure, axes, panel, methods):
             continue
         x, mean, deviation = np.array([[math.nan if v is None else v for v in point] for point in points], float).T
         shift = ScaledTranslation((index - (len(methods) - 1) / 2) * dodge, 0, figure.dpi_scale_trans)
-        # Error bars of zero length would only show as a dash through the marker.
+        # An error bar of zero length would be drawn as a dash through the marker.
         bars = np.where(deviation > 0, deviation, np.nan)
         axes.errorbar(x, mean, bars, transform=axes.transData + shift, capsize=2.5, elinewidth=1, **_look(index))
     _scale_settings(axes, sorted({point[0] for points in panel.values() for point in points}))
@@ -115,7 +118,7 @@ def _scale_settings(axes, settings):
 
 
 def _scale_accuracy(axes, panel):
-    """At least 4 % of accuracy, and never much beyond 0 and 100 %."""
+    """Shows at least 4 % of accuracy, and little beyond 0 and 100 %."""
     points = [point for points in panel.values() for point in points]
     low = min(mean - (deviation or 0) for _, mean, deviation in points)
     high = max(mean + (deviation or 0) for _, mean, deviation in points)

@@ -1,7 +1,9 @@
-"""What every picture shares: style, colours, a figure outside pyplot, and its PNG file."""
+"""What all figures share: style, colours, a figure without pyplot, and its PNG file."""
 
 import os
 import pathlib
+import textwrap
+from typing import Any
 
 import jax
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -9,12 +11,14 @@ from matplotlib.figure import Figure
 
 from convnorm_jax.files import write_atomically, written
 
-# Okabe and Ito's colours, told apart with any kind of colour blindness.
+# Okabe and Ito's colours, which are distinct under every kind of colour blindness.
 BLUE, VERMILLION, GREY = '#0072B2', '#D55E00', '#6B6B6B'
 GREEN, ORANGE, PURPLE, SKY = '#009E73', '#E69F00', '#CC79A7', '#56B4E9'
 
-# To be given to `matplotlib.rc_context` around the whole of a drawing, writing included.
-STYLE = {
+_COLUMN_WIDTH = 3.5  # inches
+
+# Pass it to `matplotlib.rc_context` around all drawing and writing. Any: matplotlib types every key by name.
+STYLE: Any = {
     'font.family': 'DejaVu Sans',
     'font.size': 9,
     'axes.titlesize': 10,
@@ -32,7 +36,13 @@ STYLE = {
 
 
 def new_figure(width: float, height: float, title: str | None = None) -> Figure:
-    """A figure of its own (inches), outside pyplot, laid out so that no text is clipped."""
+    """Makes a figure without pyplot, with a layout that clips no text.
+
+    Args:
+      width: inches.
+      height: inches.
+      title: text above the figure.
+    """
     figure = Figure(figsize=(width, height), layout='constrained')
     FigureCanvasAgg(figure)
     if title:
@@ -40,14 +50,25 @@ def new_figure(width: float, height: float, title: str | None = None) -> Figure:
     return figure
 
 
+def column_figure(height: float, title: str | None) -> Figure:
+    """Makes a figure as wide as a column of a paper, with the title broken into lines that fit.
+
+    Args:
+      height: inches, without the title.
+      title: text above the figure.
+    """
+    lines = textwrap.wrap(title or '', 38)
+    return new_figure(_COLUMN_WIDTH, height + 0.19 * len(lines), '\n'.join(lines))
+
+
 def write(figure: Figure, path: str | os.PathLike) -> pathlib.Path:
     """Writes a figure as a PNG of 200 dpi and returns its path.
 
-    The folder is made; the file appears whole, by a rename, or not at all.
+    Makes the folder. The file is written under a temporary name and renamed, so a reader never sees half of it.
     """
     path = pathlib.Path(path)
     if jax.process_index():
-        return path  # of many processes, one writes
+        return path  # one process of a run writes
     with written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=200))

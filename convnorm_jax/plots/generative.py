@@ -1,4 +1,4 @@
-"""What a GAN draws, and how its training went."""
+"""Images of a GAN, and the curves of its training."""
 
 import math
 import os
@@ -15,8 +15,8 @@ from convnorm_jax.plots.images import Caption, enlargement, mosaic, pixels, text
 
 MAX_STEPS = 8  # rows of `sample_progress`
 _PROGRESS_COLUMNS = 10
-_SIDE_BY_SIDE = 64  # pictures on each side of `real_and_fake`
-_PICTURE = 128  # pixels of the file that a small picture is enlarged to: 0.64 inches
+_SIDE_BY_SIDE = 64  # images on each side of `real_and_fake`
+_IMAGE = 128  # pixels of the file that a small image is enlarged to: 0.64 inches
 _GAP = 6
 
 
@@ -28,14 +28,17 @@ def sample_grid(
     title: str | None = None,
     labels: Sequence | None = None,
 ) -> pathlib.Path:
-    """Pictures in rows, each pixel a square.
+    """Draws images in rows, each pixel as a square.
 
     Args:
       images: [N, H, W, C], floats in [0, 1] or uint8, C of 1 or 3.
       path: the PNG to write.
-      columns: pictures in a row.
+      columns: images in a row.
       title: text above the grid.
-      labels: N names or numbers, each under its picture.
+      labels: N names or numbers, written below the images.
+
+    Returns:
+      The path.
 
     Raises:
       ValueError: images of another shape, dtype or range; columns below 1; not N labels.
@@ -44,9 +47,10 @@ def sample_grid(
     if columns < 1:
         raise UserError(f'columns={columns}: expected at least 1')
     if labels is not None and len(labels) != len(images):
-        raise UserError(f'labels={len(labels)} in number: expected {len(images)}, one for each picture')
-    columns, captions, row_gap = min(columns, len(images)), [], _GAP
-    factor = enlargement(images.shape[1:3], _PICTURE)
+        raise UserError(f'len(labels)={len(labels)}: expected {len(images)}, one for each image')
+    columns, row_gap = min(columns, len(images)), _GAP
+    captions: list[Caption] = []
+    factor = enlargement(images.shape[1:3], _IMAGE)
     height, width = (factor * side for side in images.shape[1:3])
     if labels is not None:
         names = [str(label) for label in labels]
@@ -63,14 +67,17 @@ def sample_grid(
 def sample_progress(
     progress: Sequence[tuple[int, np.ndarray]], path: str | os.PathLike, title: str | None = None
 ) -> pathlib.Path:
-    """What the same latents became at several steps of the training: a row for each step.
+    """Draws the images of the same latents at several steps of the training: a row for each step.
 
     Args:
       progress: (step, images [N, H, W, C] as in `sample_grid`), of one shape; the first ten
-        pictures are shown. Of more than `MAX_STEPS` steps the first, the last, and others
+        images are shown. Of more than `MAX_STEPS` steps the first, the last, and others
         evenly between them are shown.
       path: the PNG to write.
       title: text above the rows.
+
+    Returns:
+      The path.
 
     Raises:
       ValueError: no step, or images of another or of unequal shapes, dtype or range.
@@ -85,7 +92,7 @@ def sample_progress(
         if images.shape != shape:
             raise UserError(f'images at step {step}: shape {images.shape}, expected {shape} as at step {rows[0][0]}')
     columns = min(shape[0], _PROGRESS_COLUMNS)
-    factor = enlargement(shape[1:3], _PICTURE)
+    factor = enlargement(shape[1:3], _IMAGE)
     height = factor * shape[1]
     sheet = mosaic(np.concatenate([images[:columns] for _, images in rows]), columns, factor=factor, gaps=(_GAP, _GAP))
     captions = [
@@ -97,20 +104,23 @@ def sample_progress(
 
 
 def interpolation_grid(rows: np.ndarray, path: str | os.PathLike, title: str | None = None) -> pathlib.Path:
-    """What the generator makes on the way from one latent to another: a row for each pair.
+    """Draws the generator's images on the way from one latent to another: a row for each pair.
 
     Args:
       rows: [R, N, H, W, C], floats in [0, 1] or uint8, N points from the first latent to the second.
       path: the PNG to write.
       title: text above the rows.
 
+    Returns:
+      The path.
+
     Raises:
       ValueError: another shape, dtype or range.
     """
     rows = pixels(rows, 'rows', rank=5)
     count, columns = rows.shape[:2]
-    factor = enlargement(rows.shape[2:4], _PICTURE)
-    # Without gaps inside a row, so that the eye follows it.
+    factor = enlargement(rows.shape[2:4], _IMAGE)
+    # A row has no gaps, so that the change is easy to follow.
     strip = rows.reshape(count * columns, *rows.shape[2:])
     sheet = mosaic(strip, columns, factor=factor, gaps=(14, 0))
     width, side = sheet.shape[1], factor * rows.shape[3]
@@ -123,23 +133,27 @@ def interpolation_grid(rows: np.ndarray, path: str | os.PathLike, title: str | N
 def real_and_fake(
     real: np.ndarray, fake: np.ndarray, path: str | os.PathLike, title: str | None = None
 ) -> pathlib.Path:
-    """Pictures of the data on the left, of the generator on the right, as many of each, at most 64.
+    """Draws images of the data on the left and as many of the generator on the right, at most 64 of each.
 
     Args:
-      real, fake: [N, H, W, C] each, as in `sample_grid`, of one size of picture.
+      real: [N, H, W, C], as in `sample_grid`.
+      fake: [N, H, W, C], as in `sample_grid`, of the same H and W.
       path: the PNG to write.
       title: text above both.
+
+    Returns:
+      The path.
 
     Raises:
       ValueError: another or unequal sizes, another dtype or range.
     """
     sides = pixels(real, 'real'), pixels(fake, 'fake')
     if sides[0].shape[1:3] != sides[1].shape[1:3]:
-        shapes = f'{np.shape(fake)}: expected pictures as large as those of real, {np.shape(real)}'
+        shapes = f'{np.shape(fake)}: expected images as large as those of real, {np.shape(real)}'
         raise UserError(f'fake.shape={shapes}')
     count = min(len(sides[0]), len(sides[1]), _SIDE_BY_SIDE)
     columns = math.ceil(math.sqrt(count))
-    factor = enlargement(sides[0].shape[1:3], 0.75 * _PICTURE)
+    factor = enlargement(sides[0].shape[1:3], 0.75 * _IMAGE)
     left, right = (mosaic(images[:count], columns, factor=factor, gaps=(4, 4)) for images in sides)
     between = np.full((len(left), 40, 3), 255, np.uint8)
     sheet = np.concatenate([left, between, right], 1)
@@ -163,30 +177,32 @@ def gan_curves(
     title: str | None = None,
     score_names: Sequence[str] | Mapping[str, str] = (),
 ) -> pathlib.Path:
-    """Losses of both nets, mean logits of real and generated pictures, and each score, against the step.
+    """Draws losses of both nets, mean logits of real and generated images, and each score, against the step.
+
+    A line of more than 100 points is drawn faintly, with its running median over a twentieth of
+    them, and the vertical axis shows its middle 98 %, so that a few spikes do not flatten the rest.
 
     Args:
       rows: as read from metrics.csv: numbers or text under `step`, `discriminator_loss`,
-        `generator_loss`, `real_logit`, `fake_logit` and the names of the scores. What is missing,
-        None or '' is left out, and the line goes on over it.
+        `generator_loss`, `real_logit`, `fake_logit` and the names of the scores. A missing entry,
+        None or '' is left out, and the line continues across it.
       path: the PNG to write.
       title: text above the panels.
-      score_names: columns with scores, a panel for each that has any number; as a mapping, with
-        what their axes say.
+      score_names: columns with scores, one panel for each that has any number; a mapping also gives
+        the texts of their axes.
 
-    A line of more than 100 points is drawn faintly, with its running median over a twentieth of
-    them, and the vertical axis shows the middle 98 % of it, with some room: a few spikes must not
-    flatten the rest.
+    Returns:
+      The path.
 
     Raises:
       ValueError: no row with a step.
     """
     steps = _column(rows, 'step')
     if not np.isfinite(steps).any():
-        raise UserError(f'rows={len(rows)} in number: expected one with a step')
+        raise UserError(f'len(rows)={len(rows)}: expected one with a step')
     scores = dict(score_names) if isinstance(score_names, Mapping) else {name: _words(name) for name in score_names}
     scores = {name: text for name, text in scores.items() if np.isfinite(_column(rows, name)).any()}
-    panels = [
+    panels: list[tuple[str, dict[str, tuple[str | None, str]]]] = [
         ('loss', {'discriminator_loss': ('discriminator', VERMILLION), 'generator_loss': ('generator', BLUE)}),
         ('mean logit', {'real_logit': ('real', GREEN), 'fake_logit': ('generated', PURPLE)}),
     ]
@@ -209,7 +225,7 @@ def gan_curves(
 
 
 def _column(rows, key):
-    """One float per row, NaN for what is missing or empty."""
+    """One float per row, NaN for a missing or empty entry."""
     values = (row.get(key) for row in rows)
     return np.array([math.nan if value in (None, '') else float(value) for value in values])
 
@@ -243,11 +259,11 @@ def _draw_lines(axes, steps, rows, lines):
     if low < 0 < high:
         axes.axhline(0, color=GREY, lw=0.8, zorder=1)
     if axes.get_legend_handles_labels()[0]:
-        # Above the panel: the lines are all over it.
+        # Above the panel, which the lines fill.
         axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, borderpad=0.1)
 
 
 def _running_median(values, reach):
-    """Median of each value and the `reach` ones on either side; of those there are, at the ends."""
+    """Median of each value and the `reach` values on either side, or as many as there are at the ends."""
     padded = np.pad(values, reach, constant_values=np.nan)
     return np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1), axis=-1)

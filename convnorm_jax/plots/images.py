@@ -1,9 +1,10 @@
-"""Sheets of small pictures whose pixels are shown exactly: enlarged by whole factors, never resampled."""
+"""Sheets of small images whose pixels are shown exactly: enlarged by whole factors, never resampled."""
 
 import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.textpath import TextPath
 from convnorm_jax.errors import UserError
 from convnorm_jax.plots.figure import GREY, STYLE, VERMILLION, new_figure, write
 
-DPI = 200  # as `figure.write` has it
+DPI = 200  # of `figure.write`
 _POINT = DPI / 72
 _MARGIN = 16
 
@@ -23,10 +24,11 @@ class Caption:
     """A line of text at a place of a mosaic.
 
     Attributes:
-      x, y: pixels right of and below the mosaic's upper left corner; may lie outside.
-      text: what to write.
-      ha: 'left', 'center' or 'right' of the text lies there.
-      va: 'baseline', so that texts with and without descenders line up, or 'center'.
+      x: pixels right of the mosaic's upper left corner; may lie outside.
+      y: pixels below the mosaic's upper left corner; may lie outside.
+      text: the text.
+      ha: the part of the text at x: 'left', 'center' or 'right'.
+      va: the part of the text at y: 'baseline', so that texts with and without descenders line up, or 'center'.
       size: points.
       colour: matplotlib's.
     """
@@ -40,30 +42,30 @@ class Caption:
     colour: str = GREY
 
 
-def pixels(images, name: str, rank: int = 4) -> np.ndarray:
-    """uint8 RGB [..., H, W, 3] of pictures.
+def pixels(images: Any, name: str, rank: int = 4) -> np.ndarray:
+    """Converts images to uint8 RGB [..., H, W, 3].
+
+    A pixel that is not finite, from a net that diverged, becomes vermillion.
 
     Args:
       images: uint8, or floating in [0, 1] (up to a rounding error); C of 1 or 3.
-      name: what a message calls them.
+      name: of the images in an error.
       rank: number of axes, the last three of them H, W, C.
 
-    A pixel that is not finite, as a net that diverged makes them, is vermillion.
-
     Raises:
-      ValueError: another shape, dtype or range, or no picture at all.
+      ValueError: another shape, dtype or range, or no image.
     """
     images = np.asarray(images)
     if images.ndim != rank or images.shape[-1] not in (1, 3) or not images.size:
         axes = ', '.join('RNHWC'[-rank:])
-        raise UserError(f'{name}.shape={images.shape}: expected [{axes}] with C of 1 or 3, and at least one picture')
+        raise UserError(f'{name}.shape={images.shape}: expected [{axes}] with C of 1 or 3, and at least one image')
     if images.dtype != np.uint8:
         images = _from_floats(images, name)
     return np.broadcast_to(images, (*images.shape[:-1], 3))
 
 
 def _from_floats(images, name):
-    # bfloat16 is no kind of NumPy's own, so integers are told by what they are not.
+    # NumPy has no kind of its own for bfloat16, so the test excludes what is not a float.
     if images.dtype.kind in 'iubcOSU':
         raise UserError(f'{name}.dtype={images.dtype}: expected uint8, or floats in [0, 1]')
     images = images.astype(np.float32)
@@ -81,21 +83,24 @@ def _from_floats(images, name):
 
 
 def enlargement(size: Sequence[int], wanted: float) -> int:
-    """The whole factor at which the longer of two sides comes closest to `wanted` pixels; at least 1."""
+    """The whole factor at which the longer of two sides is closest to `wanted` pixels; at least 1."""
     return max(1, round(wanted / max(size)))
 
 
 def mosaic(images: np.ndarray, columns: int, *, factor: int, gaps: tuple[int, int]) -> np.ndarray:
-    """Pictures in rows of `columns`, on white.
+    """Arranges images in rows of `columns`, on white.
+
+    >>> mosaic(np.zeros((5, 8, 8, 3), np.uint8), columns=3, factor=2, gaps=(4, 4)).shape
+    (36, 56, 3)
 
     Args:
       images: uint8 [N, H, W, 3].
-      columns: pictures in a row.
+      columns: images in a row.
       factor: each pixel becomes a square of this side.
       gaps: pixels of white between rows and between columns.
 
     Returns:
-      uint8 [H', W', 3]; picture i's upper left corner is at
+      uint8 [H', W', 3]; image i's upper left corner is at
       (i // columns * (factor * H + gaps[0]), i % columns * (factor * W + gaps[1])).
     """
     images = images.repeat(factor, 1).repeat(factor, 2)
@@ -110,25 +115,27 @@ def mosaic(images: np.ndarray, columns: int, *, factor: int, gaps: tuple[int, in
 
 
 def text_width(text: str, size: float) -> float:
-    """Width of a line of text in the house's font, in pixels of the file."""
+    """Width of a line of text of a size in points, in pixels of the file."""
     if not text.strip():
         return 0.0
     with matplotlib.rc_context(STYLE):
-        # Letters drawn on whole pixels come out up to 3 % wider than their outlines.
+        # Letters are drawn on whole pixels, which makes them up to 3 % wider than their outlines.
         return 1.03 * TextPath((0, 0), text, size=size).get_extents().width * _POINT
 
 
-def write_sheet(sheet: np.ndarray, captions: Sequence[Caption], path: str | os.PathLike, title: str | None):
+def write_sheet(
+    sheet: np.ndarray, captions: Sequence[Caption], path: str | os.PathLike, title: str | None
+) -> pathlib.Path:
     """Writes a mosaic with captions around it and a title above; returns the path.
 
-    The file is as large as the mosaic, its captions and its title need, with a margin. Every
-    pixel of the mosaic is one of the file.
+    The file has the size of the mosaic, its captions and its title, with a margin. Each
+    pixel of the mosaic is one pixel of the file.
 
     Args:
       sheet: uint8 [H, W, 3].
       captions: see `Caption`.
       path: the PNG to write.
-      title: text above all, or None.
+      title: text above everything, or None.
     """
     height, width = sheet.shape[:2]
     left, top, right, bottom = 0.0, 0.0, float(width), float(height)
@@ -148,7 +155,7 @@ def write_sheet(sheet: np.ndarray, captions: Sequence[Caption], path: str | os.P
     x, y = (int(np.ceil(_MARGIN - side)) for side in (left, top))
     total = int(np.ceil(x + right + _MARGIN)), int(np.ceil(y + bottom + _MARGIN))
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(*((side + 1e-3) / DPI for side in total))  # as an inch is cut down to pixels
+        figure = new_figure((total[0] + 1e-3) / DPI, (total[1] + 1e-3) / DPI)  # matplotlib truncates to pixels
         figure.set_layout_engine('none')
         figure.set_dpi(DPI)
         figure.figimage(sheet, x, total[1] - y - height)

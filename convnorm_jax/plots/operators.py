@@ -1,4 +1,4 @@
-"""Singular values and operator norms of the layers of several nets, side by side."""
+"""Singular values and operator norms of the layers of several nets, next to each other."""
 
 import math
 import os
@@ -22,7 +22,7 @@ _STAGES = (
     ('conv', 'convolution with its effective kernel'),
     ('layer', 'whole layer at evaluation: convolution and normalization'),
 )
-# What is below this share of the largest value of a panel falls out of the picture.
+# Values below this share of the largest value of a panel are not shown.
 _SHOWN = 1e-3
 _QUANTILES = (0, 0.05, 0.5, 0.95, 1)
 
@@ -33,19 +33,22 @@ def layer_operators(
     title: str | None = None,
     bounds: Mapping[str, float | None] | None = None,
 ) -> pathlib.Path:
-    """Per layer and run: the quantiles of the circular singular values, and the operator norm.
+    """Draws the quantiles of the circular singular values and the operator norm of each layer and run.
 
-    Above those of the convolutions with their effective kernels, below those of the whole layers
-    (empty where a layer is not linear). A bar is the 5-95 % band, with a notch at the median; a
-    thin line goes from the smallest to the largest; the marker is the operator norm by power
-    iteration. Log axes, from half the lowest bar on.
+    The upper panel is of the convolutions with their effective kernels, the lower one of the whole layers
+    (empty if a layer is not linear). A bar is the 5-95 % band, with a notch at the median; a
+    thin line goes from the smallest to the largest value; the marker is the operator norm by power
+    iteration. The axes are logarithmic and start at half the lowest bar.
 
     Args:
-      runs: label of each run: its layers, like `evaluation.operators.LayerOperator`; layers of the
-        same name stand together, in the order of the first run that has them. At most 7 runs.
+      runs: the layers of each run by its label, like `evaluation.operators.LayerOperator`. Layers of the
+        same name are drawn together, in the order of the first run that has them. At most 7 runs.
       path: the PNG to write.
       title: text above the panels.
-      bounds: product bounds, for the legend, by label of run.
+      bounds: product bounds by label of run, for the legend.
+
+    Returns:
+      The path.
 
     Raises:
       ValueError: no run, a run without layers, or too many runs.
@@ -54,7 +57,7 @@ def layer_operators(
         raise UserError(f'runs={list(runs)}: expected 1 to {MAX_RUNS} runs, each with layers')
     names = list(dict.fromkeys(layer.name for layers in runs.values() for layer in layers))
     width = min(14.0, max(7.2, 1.0 + 0.06 * len(names) * (len(runs) + 1.5)))
-    # Points that a glyph has for itself.
+    # Points of width for each glyph.
     room = 72 * (width - 1.0) / len(names) * 0.8 / len(runs)
     with matplotlib.rc_context(STYLE):
         figure = new_figure(width, 4.9 + 0.17 * max(len(runs), 4), f'{title} ({NOTE})' if title else NOTE)
@@ -86,7 +89,7 @@ def _draw_run(axes, stage, names, layers, place, count, size):
 
 def _finish(axes, names, text):
     high = max([2.0, *(float(np.max(line.get_ydata())) for line in axes.lines)])
-    # A few directions that a layer loses altogether would squeeze all the others.
+    # Directions that a layer maps to almost zero would squeeze all the others.
     low = max(_SHOWN * high, min([0.5, *(bar.get_y() / 2 for bar in axes.patches)]))
     axes.axhline(1, color=GREY, lw=0.9, ls='--', zorder=1)
     room = (high / low) ** 0.05
@@ -100,7 +103,7 @@ def _finish(axes, names, text):
     axes.set_title(text, loc='left', fontweight='bold')
     axes.grid(False, axis='x')
     axes.tick_params(axis='x', length=0)
-    for index in range(0, len(names), 2):  # so that the eye keeps a layer's glyphs together
+    for index in range(0, len(names), 2):  # shading groups the glyphs of a layer
         axes.axvspan(index - 0.5, index + 0.5, color='#F3F3F3', lw=0, zorder=0)
 
 
@@ -115,7 +118,7 @@ def _label_layers(axes, names, width):
 
 
 def _legend(figure, runs, bounds):
-    """The runs in the left column, the signs in the right one."""
+    """A legend with the runs in the left column and the glyphs in the right one."""
     styles = {'lw': 5, 'ms': 5, 'mec': 'black', 'mew': 0.6}
     left = [
         Line2D([], [], color=colour, marker=marker, label=_with_bound(label, bounds.get(label)), **styles)

@@ -17,24 +17,27 @@ MAX_LAYERS = 6
 
 
 def layer_spectra(spectra: Sequence, path: str | os.PathLike, title: str | None = None) -> pathlib.Path:
-    """Power spectrum and singular values of up to six layers, before and after normalization.
+    """Draws power spectrum and singular values of up to six layers, before and after normalization.
 
     Left: power gain of the output channels against radial frequency (cycles per sample): median
     and 5-95 % band over all channels and all frequencies of a ring. Right: sorted singular
-    values against rank / count; those below 1e-3 of the largest fall out of the picture.
+    values against rank / count; those below 1e-3 of the largest are not shown.
 
     Args:
-      spectra: like `evaluation.spectral.LayerSpectrum`; of more than six, six evenly chosen.
+      spectra: like `evaluation.spectral.LayerSpectrum`; of more than six, six are chosen evenly.
       path: the PNG to write.
       title: text above the panels.
+
+    Returns:
+      The path.
 
     Raises:
       ValueError: no spectrum.
     """
     if not spectra:
         raise UserError('spectra=[]: expected at least one layer')
-    places = np.linspace(0, len(spectra) - 1, min(len(spectra), MAX_LAYERS)).round()
-    chosen = [spectra[int(place)] for place in places]
+    indices = np.linspace(0, len(spectra) - 1, min(len(spectra), MAX_LAYERS)).round()
+    chosen = [spectra[int(index)] for index in indices]
     with matplotlib.rc_context(STYLE):
         figure = new_figure(7.2, 0.9 + 1.65 * len(chosen), title)
         grid = figure.subplots(len(chosen), 2, squeeze=False)
@@ -42,7 +45,7 @@ def layer_spectra(spectra: Sequence, path: str | os.PathLike, title: str | None 
             _draw_power(power_axes, spectrum)
             _draw_singular_values(value_axes, spectrum)
         grid[-1, 0].set_xlabel('radial frequency (cycles per sample)')
-        grid[-1, 1].set_xlabel('normalised index (rank / count)')
+        grid[-1, 1].set_xlabel('normalized index (rank / count)')
         handles, names = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, names, loc='outside lower center', ncols=len(names))
         return write(figure, path)
@@ -56,7 +59,7 @@ def _draw_power(axes, spectrum):
         axes.fill_between(radius, low, high, color=colour, alpha=0.22, lw=0, label=band)
         axes.plot(radius, median, color=colour, marker='o', ms=2.5, label=line)
     axes.axhline(1, color=GREY, lw=0.8, ls=':', label='gain 1')
-    # The largest radius is that of the corner, sqrt(1/2) in a plane: one axis for grids of every size.
+    # The largest radius is that of the corner, sqrt(1/2) in 2-D: grids of every size share one axis.
     axes.set_xlim(-0.02, max(0.73, 0.02 + 0.5 * math.sqrt(len(spectrum.size))))
     axes.xaxis.set_major_locator(MultipleLocator(0.1))
     _log_scale(axes, *axes.dataLim.intervaly)
@@ -70,7 +73,7 @@ def _draw_singular_values(axes, spectrum):
         index = np.unique(np.linspace(0, len(values) - 1, 2000).astype(int))
         axes.plot((index + 1) / len(values), values[index], color=colour, label=when)
     axes.axhline(1, color=GREY, lw=0.8, ls=':')
-    # A few directions that a layer loses altogether would squeeze all the others into a line.
+    # Directions that a layer maps to almost zero would squeeze all the others into a line.
     largest = max(1.0, *(float(values[0]) for values in singular))
     smallest = min(float(values[-1]) for values in singular)
     _log_scale(axes, max(smallest, 1e-3 * largest), largest)
@@ -90,9 +93,9 @@ def _log_scale(axes, low, high):
 
 
 def _radial_quantiles(power, size):
-    """Radii of the rings, and the 5, 50 and 95 % quantiles of the power in each, channels pooled.
+    """Radii of the rings, and the 5, 50 and 95 % quantiles of the power in each, over all channels.
 
-    A column of the half grid that stands for two of the full grid counts twice.
+    A column of the half grid that represents two of the full grid counts twice.
     """
     *others, last = size
     axes = np.meshgrid(*map(np.fft.fftfreq, others), np.fft.rfftfreq(last), indexing='ij')
@@ -106,5 +109,5 @@ def _radial_quantiles(power, size):
         pooled = np.concatenate([power[inside].ravel(), power[inside & twice].ravel()])
         result.append((radius[inside].mean(), *np.quantile(pooled, (0.05, 0.5, 0.95))))
     radii, *quantiles = np.array(result).T
-    # A dead filter has no power at all, which a log axis cannot show.
+    # A dead filter has no power, which a log axis cannot show.
     return radii, *(np.where(values > 0, values, np.nan) for values in quantiles)

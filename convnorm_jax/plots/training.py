@@ -14,17 +14,20 @@ from convnorm_jax.plots.figure import BLUE, GREY, STYLE, VERMILLION, new_figure,
 
 
 def learning_curves(rows: Sequence[Mapping], path: str | os.PathLike, title: str | None = None) -> pathlib.Path:
-    """Loss (nats) and accuracy (%) of training and validation against the epoch.
+    """Draws loss (nats) and accuracy (%) of training and validation against the epoch.
+
+    The best epoch is that of the highest validation accuracy (without one, of the lowest validation loss).
+    Both panels have a vertical line where a constant learning rate falls.
 
     Args:
-      rows: as read from metrics.csv, in order: numbers or text under `epoch` (or else `step`),
+      rows: as read from metrics.csv, in order: numbers or text under `epoch` (without one, `step`),
         `train_loss`, `train_accuracy`, `validation_loss`, `validation_accuracy` and
         `learning_rate`; accuracies in [0, 1]. A key that is missing, None or '' leaves a gap.
       path: the PNG to write.
       title: text above the panels.
 
-    The best epoch is that of the highest validation accuracy (or else the lowest validation loss).
-    Where a constant learning rate falls, both panels have a vertical line.
+    Returns:
+      The path.
 
     Raises:
       ValueError: no row with an epoch or a step.
@@ -51,7 +54,7 @@ def learning_curves(rows: Sequence[Mapping], path: str | os.PathLike, title: str
 
 
 def _column(rows, key):
-    """One float per row, NaN for what is missing or empty."""
+    """One float per row, NaN for a missing or empty entry."""
     values = (row.get(key) for row in rows)
     return np.array([math.nan if value in (None, '') else float(value) for value in values])
 
@@ -61,11 +64,11 @@ def _positions(rows):
         values = _column(rows, name)
         if np.isfinite(values).any():
             return name, values
-    raise UserError(f'rows={len(rows)} in number: expected one with an epoch or a step')
+    raise UserError(f'len(rows)={len(rows)}: expected one with an epoch or a step')
 
 
 def _best_row(rows):
-    """Index of the best row on the validation set; None without one."""
+    """Index of the best row on the validation set; None without validation."""
     for key, sign in (('validation_accuracy', 1), ('validation_loss', -1)):
         values = sign * _column(rows, key)
         if np.isfinite(values).any():
@@ -74,10 +77,10 @@ def _best_row(rows):
 
 
 def _draw_curve(axes, position, values, name, colour):
-    # Rows of another kind (training rows between two validations) must not cut the line.
+    # Rows without the value (training rows between two validations) must not cut the line.
     known = np.isfinite(position) & np.isfinite(values)
     if known.any():
-        # A few points read better when each is seen; a lone one shows no other way.
+        # Markers make a few points readable, and a single point visible.
         marker = 'o' if known.sum() <= 25 else None
         axes.plot(position[known], values[known], color=colour, label=name, marker=marker, ms=3)
 
@@ -95,7 +98,7 @@ def _mark_best(axes, position, rows, best, quantity, factor, axis_name):
 
 
 def _mark_drops(axes, position, rate):
-    """A faint line where a constant learning rate falls; none for one that always falls."""
+    """Draws a faint line where a constant learning rate falls; none for one that falls all the time."""
     known = np.isfinite(position) & np.isfinite(rate)
     position, rate = position[known], rate[known]
     label = 'learning rate drops'

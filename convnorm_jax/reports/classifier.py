@@ -1,9 +1,11 @@
-"""The end of a run: accuracy clean and attacked, pictures, `result.json` and a table."""
+"""The end of a run: accuracy clean and attacked, plots, `result.json` and a table."""
 
 import contextlib
 import functools
 import os
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -14,21 +16,23 @@ from convnorm_jax.mesh import is_leader
 from convnorm_jax.reports import robustness
 from convnorm_jax.reports.facts import count_parameters, run_facts
 from convnorm_jax.reports.robustness_text import attack_label, attack_rows
+from convnorm_jax.reports.tables import markdown_table
 from convnorm_jax.runs.disk import check_writable
 from convnorm_jax.runs.metrics import read_rows
 from convnorm_jax.runs.workdir import write_result
 from convnorm_jax.training import classification
+from convnorm_jax.training.classification import Classification
 from convnorm_jax.training.loop import restore_variables
 
-PICTURES = 8  # columns of the grid of attacked images
+_COLUMNS = 8  # of the grid of attacked images
 
 
-def report(experiment, workdir):
+def report(experiment: Classification, workdir: str) -> dict[str, Any]:
     """Evaluates a run's checkpoint on the test set and writes what it finds.
 
     Writes `result.json` and, unless config.plots is off, `plots/*.png`; prints the table. If an attack or a part of the
-    suite fails, or is interrupted, what was measured before is written and printed, `incomplete` says so in
-    `result.json`, and the error goes on.
+    suite fails or is interrupted, what was measured before is written and printed, `result.json` has the key
+    `incomplete`, and the error is raised again.
 
     Returns:
       The flat dict of `result.json`.
@@ -39,7 +43,9 @@ def report(experiment, workdir):
     variables, chosen, final = restore_variables(experiment, workdir, config.eval.checkpoint)
     clean = evaluator.evaluate(variables, experiment.data['test'])
     attacks = classification.attack_settings(config)
-    attacked, found, paths = {}, {}, []
+    attacked: dict[str, dict] = {}
+    found: dict[str, Any] = {}
+    paths: list[str] = []
 
     def write(**more):
         result = {
@@ -71,10 +77,10 @@ def report(experiment, workdir):
 
 
 @contextlib.contextmanager
-def written_on_failure(write):
-    """Within `with`, an error or Ctrl-C calls `write(incomplete=WHY)` before it goes on; see `workdir.write_result`.
+def written_on_failure(write: Callable[..., Any]) -> Iterator[None]:
+    """Within `with`, an error or Ctrl-C calls `write(incomplete=WHY)` before it is raised; see `workdir.write_result`.
 
-    An error of `write` itself is left out: what came first is to be said.
+    An error of `write` itself is dropped: the first error is the one to report.
     """
     try:
         yield
@@ -86,7 +92,7 @@ def written_on_failure(write):
 
 
 def _suite(experiment, variables, workdir, found):
-    """Adds to `found` what the suite of the config finds; its lines go to the standard error."""
+    """Adds to `found` what the suite of the config finds; logs to the standard error."""
     if experiment.config.eval.suite:
         log = lambda line: tqdm.write(line, file=sys.stderr)
         robustness.run_suite(experiment, variables, workdir, log, found)
@@ -124,7 +130,7 @@ def _facts(experiment, variables, chosen, final):
 
 
 def _draw(experiment, variables, attacks, found, workdir):
-    """The pictures of a run; returns their paths."""
+    """Draws the plots of a run; returns their paths."""
     config, folder = experiment.config, os.path.join(workdir, 'plots')
     title = f'{config.model.name}, {config.model.layer}, {experiment.source.description}, seed {config.seed}'
     paths = []
@@ -142,8 +148,8 @@ def _draw(experiment, variables, attacks, found, workdir):
 
 def _draw_attacks(experiment, variables, attacks, found, path, title):
     evaluator, test = experiment.evaluator, experiment.prepared.test
-    _, first = np.unique(test.labels, return_index=True)  # the first example of each class: nobody's choice
-    chosen = first[:PICTURES]
+    _, first = np.unique(test.labels, return_index=True)  # the first example of each class: not chosen by hand
+    chosen = first[:_COLUMNS]
     pixels, labels = np.asarray(test.images[chosen]).astype(np.float32) / 255, test.labels[chosen]
     predict = functools.partial(evaluator.predict, variables)
     attacked = {
@@ -169,13 +175,15 @@ def _draw_attacks(experiment, variables, attacks, found, path, title):
 
 def _table(experiment, result, attacked, found):
     config = experiment.config
-    lines = [
-        f'| {name:<10} | {"" if name == "clean" else f"eps {config.attack.epsilon:g}/255":<10} '
-        f'| {100 * accuracy:>10.2f} % | {examples:>8} |'
+    rows = [
+        (
+            name,
+            '' if name == 'clean' else f'eps {config.attack.epsilon:g}/255',
+            f'{100 * accuracy:.2f} %',
+            f'{examples}',
+        )
         for name, accuracy, examples, _ in attack_rows(config, result, attacked, found)
     ]
-    head = f'| {"attack":<10} | {"size":<10} | {"accuracy":>12} | {"examples":>8} |'
-    rule = '|' + '|'.join('-' * len(cell) for cell in head.strip('|').split('|')) + '|'
     return '\n'.join(
         [
             '',
@@ -183,9 +191,7 @@ def _table(experiment, result, attacked, found):
             f'seed {config.seed}, {result["checkpoint"]} checkpoint '
             f'(step {result["checkpoint_step"]} of {result["total_steps"]})',
             '',
-            head,
-            rule,
-            *lines,
+            markdown_table(('attack', 'size', 'accuracy', 'examples'), rows, 2),
             '',
             f'trained at {result["examples_per_second"]:,.0f} examples/s on {result["device"]}',
         ]

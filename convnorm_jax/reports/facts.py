@@ -1,15 +1,20 @@
-"""What `result.json` says of every run beside its figures."""
+"""What `result.json` says of every run next to its figures."""
+
+from typing import Any
 
 import jax
 import numpy as np
 
+from convnorm_jax.runs.progress import Progress
+from convnorm_jax.training.experiment import Experiment
 
-def run_facts(experiment, chosen, final):
+
+def run_facts(experiment: Experiment, chosen: Progress, final: Progress) -> dict[str, Any]:
     """Flat dict of what was trained, on what, how long, and which checkpoint is evaluated.
 
     Args:
-      experiment: a `training.experiment.Experiment`.
-      chosen, final: progress at the evaluated checkpoint and at the end, see `training.loop.restore_state`.
+      experiment: the run.
+      chosen: progress at the evaluated checkpoint; final: at the end. See `training.loop.restore_state`.
     """
     config = experiment.config
     return {
@@ -20,7 +25,7 @@ def run_facts(experiment, chosen, final):
         'test_examples': len(experiment.prepared.test.labels),
         'algorithm': config.train.algorithm,
         'seed': config.seed,
-        # Without validation nothing is the best.
+        # Without validation no checkpoint is the best.
         'checkpoint': config.eval.checkpoint if chosen.best_rating is not None else 'latest',
         'checkpoint_step': chosen.step,
         'total_steps': experiment.total_steps,
@@ -31,6 +36,6 @@ def run_facts(experiment, chosen, final):
     }
 
 
-def count_parameters(params):
+def count_parameters(params: Any) -> int:
     """Number of entries of all arrays of a pytree."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

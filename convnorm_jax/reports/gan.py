@@ -1,6 +1,7 @@
-"""The end of a GAN's run: scores, pictures, `result.json` and a table."""
+"""The end of a GAN's run: scores, plots, `result.json` and a table."""
 
 import os
+from typing import Any
 
 import numpy as np
 
@@ -10,22 +11,23 @@ from convnorm_jax.mesh import is_leader
 from convnorm_jax.reports.classifier import written_on_failure
 from convnorm_jax.reports.facts import count_parameters, run_facts
 from convnorm_jax.reports.gan_scores import make_scorer
+from convnorm_jax.reports.tables import markdown_table
 from convnorm_jax.runs.disk import check_writable
 from convnorm_jax.runs.metrics import read_rows
 from convnorm_jax.runs.workdir import write_result
-from convnorm_jax.training.generation import GRID_COLUMNS, GRID_ROWS, GRID_SEED, SCORE_SEED
+from convnorm_jax.training.generation import GRID_COLUMNS, GRID_ROWS, GRID_SEED, SCORE_SEED, Generation
 from convnorm_jax.training.loop import restore_state
 
-SHOWN = 48  # real pictures beside generated ones
-STEPS_SHOWN, PICTURES_SHOWN = 6, 10  # of the course of the training
+_SHOWN = 48  # real images next to generated ones
+_STEPS_SHOWN, _IMAGES_SHOWN = 6, 10  # of the progress of the training
 SCORES_SHOWN = ('fid_classifier', 'classifier_score')
 
 
-def report(experiment, workdir):
+def report(experiment: Generation, workdir: str) -> dict[str, Any]:
     """Scores a run's generator and writes what it finds.
 
     Writes `result.json` and, unless config.plots is off, `plots/*.png`; prints the table. If some features fail, the
-    scores by those before are written as in `report.report`.
+    scores by the features before them are written as in `reports.classifier.report`.
 
     Returns:
       The flat dict of `result.json`.
@@ -34,15 +36,17 @@ def report(experiment, workdir):
     if is_leader():
         check_writable(workdir)
     state, chosen, final = restore_state(experiment, workdir, config.eval.checkpoint)
-    pictures, labels = sampler.draw(state.eval_variables, config.eval.samples, SCORE_SEED + config.seed + 1)
+    images, labels = sampler.draw(state.eval_variables, config.eval.samples, SCORE_SEED + config.seed + 1)
     test = experiment.prepared.test
-    scores, real, paths = {}, {}, []
+    scores: dict[str, float] = {}
+    real: dict[str, float] = {}
+    paths: list[str] = []
 
     def write(**more):
         result = {
             **scores,
             **{f'real_{name}': value for name, value in real.items()},
-            'samples': len(pictures),
+            'samples': len(images),
             **_facts(experiment, state, chosen, final),
             **more,
         }
@@ -53,12 +57,12 @@ def report(experiment, workdir):
     with written_on_failure(write):
         for features in config.eval.features:
             scorer = make_scorer(experiment, workdir, features)
-            found = scorer(pictures, labels)
+            found = scorer(images, labels)
             real.update(scorer(test.images, None if labels is None else test.labels))
             scores.update(found)
     result = write()
     if config.plots:
-        paths += _draw(experiment, state, pictures, workdir)
+        paths += _draw(experiment, state, images, workdir)
     for path in paths:
         print(f'wrote {path}')
     return result
@@ -77,24 +81,24 @@ def _facts(experiment, state, chosen, final):
     }
 
 
-def _draw(experiment, state, pictures, workdir):
-    """The pictures of a run; returns their paths."""
+def _draw(experiment, state, images, workdir):
+    """Draws the plots of a run; returns their paths."""
     config, folder, sampler = experiment.config, os.path.join(workdir, 'plots'), experiment.sampler
     net = f'{config.model.name}, discriminator with {config.model.layer}'
     title = f'{net}, {experiment.source.description}, seed {config.seed}'
     variables = state.eval_variables
     place = lambda name: os.path.join(folder, f'{name}.png')
     z, labels = sampler.grid(GRID_SEED + config.seed, GRID_COLUMNS, GRID_ROWS)
-    grid = sampler.pictures(variables, z, labels)
-    real = experiment.prepared.test.images[:SHOWN]
+    grid = sampler.images(variables, z, labels)
+    real = experiment.prepared.test.images[:_SHOWN]
     paths = [
         plots.sample_grid(grid, place('samples'), columns=GRID_COLUMNS, title=title),
-        plots.real_and_fake(real, pictures[: len(real)], place('real_and_fake'), title=title),
+        plots.real_and_fake(real, images[: len(real)], place('real_and_fake'), title=title),
         plots.interpolation_grid(_interpolations(sampler, variables, z, labels), place('interpolation'), title=title),
     ]
-    course = _course(workdir, state)
-    if len(course) > 1:
-        paths.append(plots.sample_progress(course, place('progress'), title=title))
+    progress = _progress(workdir, state)
+    if len(progress) > 1:
+        paths.append(plots.sample_progress(progress, place('progress'), title=title))
     rows = read_rows(os.path.join(workdir, 'metrics.csv'))
     if rows:
         paths.append(plots.gan_curves(rows, place('learning_curves'), title=title, score_names=SCORES_SHOWN))
@@ -107,40 +111,36 @@ def _draw(experiment, state, pictures, workdir):
 
 
 def _interpolations(sampler, variables, z, labels, rows=GRID_ROWS, columns=GRID_COLUMNS):
-    """Pictures [rows, columns, H, W, C] between pairs of latents of the grid, along great circles."""
+    """Images [rows, columns, H, W, C] between pairs of latents of the grid, along great circles."""
     start, end = z[:rows], z[rows : 2 * rows]
     share = np.linspace(0, 1, columns)[:, None]
     between = np.concatenate([_great_circle(a, b, share) for a, b in zip(start, end)]).astype(np.float32)
     classes = None if labels is None else np.repeat(labels[:rows], columns)
-    pictures = sampler.pictures(variables, between, classes)
-    return pictures.reshape(rows, columns, *pictures.shape[1:])
+    images = sampler.images(variables, between, classes)
+    return images.reshape(rows, columns, *images.shape[1:])
 
 
 def _great_circle(a, b, share):
-    # Normal vectors lie near a sphere: a straight line would leave where the generator was trained.
+    # Normal vectors lie near a sphere: a straight line would leave the region that the generator was trained on.
     angle = np.arccos(np.clip(a @ b / np.linalg.norm(a) / np.linalg.norm(b), -1, 1))
     return (np.sin((1 - share) * angle) * a + np.sin(share * angle) * b) / np.sin(angle)
 
 
-def _course(workdir, state):
-    """[(step, pictures of the same latents)] of a few moments of the training, evenly chosen."""
+def _progress(workdir, state):
+    """[(step, images of the same latents)] of a few steps of the training, evenly spaced."""
     folder = os.path.join(workdir, 'samples')
     names = sorted(n for n in os.listdir(folder) if n.endswith('.npz')) if os.path.isdir(folder) else []
     names = [n for n in names if int(n.removesuffix('.npz')) <= int(state.step)]
-    chosen = sorted({round(i) for i in np.linspace(0, len(names) - 1, min(STEPS_SHOWN, len(names)))})
-    course = []
+    chosen = sorted({round(i) for i in np.linspace(0, len(names) - 1, min(_STEPS_SHOWN, len(names)))})
+    progress = []
     for name in (names[i] for i in chosen):
         with np.load(os.path.join(folder, name)) as data:
-            course.append((int(data['step']), data['images'][:PICTURES_SHOWN]))
-    return course
+            progress.append((int(data['step']), data['images'][:_IMAGES_SHOWN]))
+    return progress
 
 
 def _table(result, scores, real):
-    width = max(map(len, scores), default=5)
-    shown = [name for name in scores if not name.endswith('_std')]
-    lines = [f'| {name:<{width}} | {_number(scores, name):>18} | {_number(real, name):>18} |' for name in shown]
-    head = f'| {"score":<{width}} | {"generated":>18} | {"real test pictures":>18} |'
-    rule = '|' + '|'.join('-' * len(cell) for cell in head.strip('|').split('|')) + '|'
+    rows = [(name, _number(scores, name), _number(real, name)) for name in scores if not name.endswith('_std')]
     return '\n'.join(
         [
             '',
@@ -148,11 +148,9 @@ def _table(result, scores, real):
             f'({result["discriminator_parameters"]:,} parameters, generator {result["generator_parameters"]:,}) '
             f'on {result["data"]}, seed {result["seed"]}, '
             f'{result["checkpoint"]} checkpoint (step {result["checkpoint_step"]} of {result["total_steps"]}), '
-            f'{result["samples"]} generated and {result["test_examples"]} test pictures',
+            f'{result["samples"]} generated and {result["test_examples"]} test images',
             '',
-            head,
-            rule,
-            *lines,
+            markdown_table(('score', 'generated', 'real test images'), rows),
             '',
             f'trained at {result["steps_per_second"]:.2f} steps/s on {result["device"]}',
         ]

@@ -2,7 +2,10 @@
 
 import os
 import sys
+import typing
+from collections.abc import Callable
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from convnorm_jax.configs import default
@@ -10,20 +13,21 @@ from convnorm_jax.errors import UserError
 from convnorm_jax.evaluation import features as features_lib
 from convnorm_jax.evaluation.inception_weights import find_weights, inception_extractor
 from convnorm_jax.mesh import is_leader
-from convnorm_jax.runs.workdir import check_workdir, has_checkpoints, load_config
+from convnorm_jax.runs.workdir import check_workdir, has_checkpoints
 from convnorm_jax.training import loop, setup
 from convnorm_jax.training.build import round_up
-from convnorm_jax.training.config import check_config
+from convnorm_jax.training.config import check_config, run_config
+from convnorm_jax.training.generation import Generation
 
-BATCH = 256
+_BATCH = 256
 
-# Of the classifier that is trained where none is given: enough for features, minutes on a CPU.
+# Epochs of the classifier that is trained where none is given: enough for features, minutes on a CPU.
 _EPOCHS = {'digits': 20.0}
 _OTHER_EPOCHS = 5.0
 
 
-def check_scorers(config):
-    """Raises UserError now for what the scores at the end of a GAN's training would not find."""
+def check_scorers(config: ConfigDict) -> None:
+    """Raises UserError, before a GAN is trained, if the scores at its end would lack a classifier or weights."""
     if config.gan.classifier and (config.gan.score_examples or 'classifier' in config.eval.features):
         folder = config.gan.classifier
         _given_classifier(config)
@@ -33,44 +37,45 @@ def check_scorers(config):
         find_weights(config.eval.inception or None)
 
 
-def with_scorer(experiment, workdir):
-    """The experiment of a GAN, scored during training by a classifier; unchanged if it asks for no scores."""
+def with_scorer(experiment: Generation, workdir: str) -> Generation:
+    """The experiment of a GAN, scored by a classifier during training; unchanged if it asks for no scores."""
     if not experiment.config.gan.score_examples:
         return experiment
-    experiment.abstract_state()  # nets that can not be must not cost the training of a classifier
+    experiment.abstract_state()  # impossible nets are refused before a classifier is trained
     return experiment.scored(make_scorer(experiment, workdir, 'classifier'))
 
 
-def make_scorer(experiment, workdir, features):
-    """A function (uint8 pictures, labels=None) -> {name: score}, against the run's training pictures.
+def make_scorer(experiment: Generation, workdir: str, features: str) -> Callable[..., dict[str, float]]:
+    """A function (uint8 images, labels=None) -> {name: score}, compared with the run's training images.
 
-    With labels a classifier says, too, for what share of the pictures it names the same: 'label_agreement'.
+    With labels, a classifier adds 'label_agreement': the share of the images that it gives the same class.
 
     Args:
+      experiment: the run; workdir: its folder.
       features: 'classifier' or 'inception'.
 
     Raises:
-      ValueError: config.gan.classifier holds no classifier of these data; Inception's weights are
-        not there and can not be had.
+      UserError: config.gan.classifier holds no classifier of these data; Inception's weights are neither there nor
+        can they be downloaded.
     """
     if features == 'inception':
         extractor = inception_extractor(experiment.config.eval.inception or None)
     else:
         extractor = _classifier(experiment, workdir)
     source, mesh = experiment.source, experiment.mesh
-    batch_size = round_up(BATCH, mesh.size)
+    batch_size = round_up(_BATCH, mesh.size)
     reference = features_lib.reference_statistics(
         extractor,
-        experiment.prepared.train.images,
+        typing.cast(np.ndarray, experiment.prepared.train.images),  # a GAN's data are never streamed
         source.name,
-        # Beside the classifier they belong to; Inception's serve every run.
+        # Next to the classifier that they belong to; Inception's serve every run.
         os.path.join(workdir, 'reference') if features == 'classifier' else None,
         batch_size=batch_size,
         mesh=mesh,
     )
 
-    def score(pictures, labels=None):
-        found = features_lib.extract(extractor, pictures, batch_size, mesh)
+    def score(images, labels=None):
+        found = features_lib.extract(extractor, images, batch_size, mesh)
         scores = features_lib.generative_scores(extractor, *found, reference, seed=experiment.config.seed)
         if labels is not None and features == 'classifier':
             scores['label_agreement'] = float((found[1].argmax(-1) == labels).mean())
@@ -79,7 +84,7 @@ def make_scorer(experiment, workdir, features):
     return score
 
 
-def classifier_config(config):
+def classifier_config(config: ConfigDict) -> ConfigDict:
     """The config of the classifier that is trained to score the GAN of a config: SimpleCNN with BatchNorm."""
     chosen = default.get_config()
     chosen.data.update(name=config.data.name, data_dir=config.data.data_dir, batch_size=64)
@@ -96,8 +101,7 @@ def classifier_config(config):
 def _given_classifier(config):
     """The config of the run in config.gan.classifier."""
     folder = config.gan.classifier
-    found = ConfigDict(default.get_config().to_dict())
-    found.update(load_config(folder))
+    found = run_config(folder)
     if found.train.algorithm == 'gan' or found.data.name != config.data.name:
         raise UserError(f'config.gan.classifier={folder}: expected a run of a classifier on {config.data.name}')
     return found
@@ -107,7 +111,7 @@ def _is_trained(experiment, folder):
     """Whether a folder holds the end of this training."""
     try:
         _, _, final = loop.restore_state(experiment, folder, 'latest')
-    except UserError:  # none there, or all damaged, which the training says
+    except UserError:  # none there, or all damaged: training reports it
         return False
     return final.step == experiment.total_steps
 
@@ -120,9 +124,9 @@ def _classifier(experiment, workdir):
         check_config(config)
         trained = setup.build(config)
         check_workdir(folder, trained.config)
-        if not _is_trained(trained, folder):  # or two evaluations of one run at a time would want its lock
+        if not _is_trained(trained, folder):  # a trained one is not locked: several evaluations may run at a time
             if is_leader() and not os.path.isdir(folder):
-                print(f'a classifier to score the pictures with: training it in {folder}', file=sys.stderr)
+                print(f'training a classifier that scores the images, in {folder}', file=sys.stderr)
             loop.train(trained, folder)
     else:
         trained = setup.build(_given_classifier(experiment.config))

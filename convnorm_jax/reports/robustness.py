@@ -1,31 +1,34 @@
-"""The standard suite of a run: measurements, `report.md`, `report.json` and their pictures."""
+"""The standard suite of a run: measurements, `report.md`, `report.json` and their plots."""
 
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from convnorm_jax import plots
+from convnorm_jax.configs.default import KEYS
+from convnorm_jax.configs.keys import flatten
 from convnorm_jax.evaluation import suite as suite_lib
 from convnorm_jax.files import write_json, write_text
 from convnorm_jax.reports import robustness_text
 from convnorm_jax.training import classification
-from convnorm_jax.training.config import flatten
-
-# What of a config decides the figures of the suite, beside the net itself.
-_DECIDES = ('attack.', 'eval.autoattack.', 'eval.curve', 'eval.simba.', 'data.name', 'seed')
+from convnorm_jax.training.classification import Classification
 
 
-def run_suite(experiment, variables, workdir, log, found):
-    """All parts of the suite that the config names, on the first `eval.examples` test pictures.
+def run_suite(
+    experiment: Classification, variables: Any, workdir: str, log: Callable[[str], None], found: dict[str, Any]
+) -> None:
+    """Runs the parts of the suite that the config names, on the first `eval.examples` test images.
 
     Args:
-      experiment: a `Classification`; variables: of its net.
-      workdir: results go to `workdir/evaluation/`, where an interrupted evaluation goes on.
+      experiment: the run; variables: of its net.
+      workdir: results go to `workdir/evaluation/`, from which an interrupted evaluation resumes.
       log: takes a line of text.
-      found: a dict that each part is put into as soon as it ends: {'autoattack': `EnsembleResult`, 'curve': ...,
-        'simba': ..., 'corruptions': ...}, those named.
+      found: each part is added to it as soon as it ends: {'autoattack': `EnsembleResult`, 'curve': ..., 'simba': ...,
+        'corruptions': ...}.
     """
     config = experiment.config
     subject = _subject(experiment, variables, workdir, log)
@@ -36,9 +39,9 @@ def run_suite(experiment, variables, workdir, log, found):
 
 def _subject(experiment, variables, workdir, log):
     config, attacked = experiment.config, experiment.attacked
-    settings = {k: v for k, v in flatten(config.to_dict()).items() if k.startswith(_DECIDES)}
+    settings = {k: v for k, v in flatten(config).items() if KEYS[k].decides_suite}
     settings['examples'] = len(attacked.labels)
-    if experiment.streamed:  # of these the name says too little
+    if experiment.streamed:  # the name of these data sets does not identify them
         settings['data'] = experiment.source.description
     folder = suite_lib.open_folder(os.path.join(workdir, 'evaluation'), variables, settings)
     return suite_lib.Subject(
@@ -65,8 +68,8 @@ def _measure(part, subject, config):
     return suite_lib.run_corruptions(subject)
 
 
-def headline_figures(found):
-    """What of the suite goes into `result.json`: flat, accuracies in [0, 1]."""
+def headline_figures(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `result.json` holds of the suite: flat, accuracies in [0, 1]."""
     figures = {}
     if 'autoattack' in found:
         figures['autoattack_accuracy'] = found['autoattack'].robust_accuracy
@@ -76,40 +79,47 @@ def headline_figures(found):
     return figures
 
 
-def write_report(experiment, result, attacked, found, workdir, name='report'):
-    """Writes `report.md`, `report.json` and, of a complete result, the pictures of the suite.
+def write_report(
+    experiment: Classification,
+    result: Mapping,
+    attacked: Mapping[str, Mapping],
+    found: Mapping[str, Any],
+    workdir: str,
+    name: str = 'report',
+) -> list[str]:
+    """Writes `report.md`, `report.json` and, of a complete result, the plots of the suite.
 
     Args:
+      experiment: the run.
       result: the flat dict of `result.json`.
       attacked: {name: what `Evaluator.robust_accuracy` returned}.
       found: from `run_suite`.
+      workdir: of the run.
       name: of the two files.
 
     Returns:
       The paths written.
     """
     report = robust_bench_fields(experiment, result, found)
-    report['settings'] = {
-        k: v for k, v in flatten(experiment.config.to_dict()).items() if k.startswith(('attack.', 'eval.'))
-    }
+    report['settings'] = {k: v for k, v in flatten(experiment.config).items() if k.startswith(('attack.', 'eval.'))}
     report['figures'] = {**result, 'attacks': {name: dict(row) for name, row in attacked.items()}, **_plain(found)}
     json_path, text_path = (os.path.join(workdir, f'{name}.{kind}') for kind in ('json', 'md'))
     write_json(json_path, report)
-    pictures = {}
+    drawn: dict[str, str] = {}
     try:
         if 'incomplete' not in result:
-            _draw(experiment, result, attacked, found, os.path.join(workdir, 'plots'), pictures)
-    finally:  # the tables do not wait for a picture that cannot be drawn
-        text = robustness_text.render(experiment, result, attacked, found, pictures, workdir)
+            _draw(experiment, result, attacked, found, os.path.join(workdir, 'plots'), drawn)
+    finally:  # a plot that cannot be drawn does not cost the tables
+        text = robustness_text.render(experiment, result, attacked, found, drawn, workdir)
         write_text(text_path, text)
-    return [json_path, text_path, *pictures.values()]
+    return [json_path, text_path, *drawn.values()]
 
 
-def robust_bench_fields(experiment, result, found):
+def robust_bench_fields(experiment: Classification, result: Mapping, found: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of RobustBench's model cards: strings, accuracies in %, epsilon as a fraction.
 
-    'autoattack_acc' is None without AutoAttack; all are of the examples named in 'examples', not
-    always of the whole test set as on the leaderboard.
+    'autoattack_acc' is None without AutoAttack. The leaderboard uses the whole test set; here 'examples' says how many
+    examples the figures are of.
     """
     config = experiment.config
     ensemble = found.get('autoattack')
@@ -140,7 +150,7 @@ def _plain(found):
 
 
 def _draw(experiment, result, attacked, found, folder, paths):
-    """Draws the suite's pictures; puts {what: path} of each into `paths`."""
+    """Draws the plots of the suite; adds {part: path} of each to `paths`."""
     config = experiment.config
     if not config.plots:
         return

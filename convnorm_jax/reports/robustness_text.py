@@ -1,20 +1,35 @@
 """The words and tables of `report.md`."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from convnorm_jax.data.corruptions import SEVERITIES
+from convnorm_jax.reports.tables import markdown_table
+from convnorm_jax.training.classification import Classification
 
 ATTACK_NAMES = {'apgd-ce': 'APGD-CE', 'apgd-dlr': 'APGD-DLR', 'apgd-t': 'APGD-T', 'fab-t': 'FAB-T', 'square': 'Square'}
 
 
-def attack_label(name, config):
-    """An attack's name as people write it."""
+def attack_label(name: str, config: ConfigDict) -> str:
+    """An attack's name as papers write it."""
     return f'PGD-{config.attack.pgd_steps}' if name == 'pgd' else ATTACK_NAMES.get(name, name.upper())
 
 
-def attack_rows(config, result, attacked, found):
-    """[(attack, accuracy in [0, 1], examples, seconds or None)]: clean, each alone, AutoAttack's in turn."""
-    rows = [('clean', result['test_accuracy'], result['test_examples'], None)]
+def attack_rows(
+    config: ConfigDict, result: Mapping, attacked: Mapping[str, Mapping], found: Mapping[str, Any]
+) -> list[tuple[str, float, int, float | None]]:
+    """[(attack, accuracy in [0, 1], examples, seconds or None)]: clean, each attack alone, AutoAttack's in turn.
+
+    Args:
+      config: of the run.
+      result: as `result.json`; attacked, found: see `robustness.write_report`.
+    """
+    rows: list[tuple[str, float, int, float | None]] = [
+        ('clean', result['test_accuracy'], result['test_examples'], None)
+    ]
     rows += [(attack_label(n, config), row['accuracy'], row['examples'], row['seconds']) for n, row in attacked.items()]
     ensemble = found.get('autoattack')
     if ensemble:
@@ -31,9 +46,22 @@ def attack_rows(config, result, attacked, found):
     return rows
 
 
-def render(experiment, result, attacked, found, pictures, workdir):
-    """The report, Markdown text; `pictures` are shown where they belong, by paths relative to `workdir`."""
-    shown = {name: f'![{name}]({os.path.relpath(path, workdir)})' for name, path in pictures.items()}
+def render(
+    experiment: Classification,
+    result: Mapping,
+    attacked: Mapping[str, Mapping],
+    found: Mapping[str, Any],
+    plots: Mapping[str, str],
+    workdir: str,
+) -> str:
+    """The report, Markdown text.
+
+    Args:
+      experiment, result, attacked, found: see `robustness.write_report`.
+      plots: {part of the suite: path of its plot}; written relative to `workdir`.
+      workdir: of the run.
+    """
+    shown = {name: f'![{name}]({os.path.relpath(path, workdir)})' for name, path in plots.items()}
     config = experiment.config
     parts = [_head(config, result, workdir), _attacks(config, result, attacked, found, shown)]
     if 'curve' in found:
@@ -45,15 +73,8 @@ def render(experiment, result, attacked, found, pictures, workdir):
     return '\n\n'.join(parts) + '\n'
 
 
-def table(head, rows, align=None):
-    """A Markdown table of texts; `align` is a string of l and r, one for each column."""
-    align = align or 'l' + 'r' * (len(head) - 1)
-    rule = ['---:' if a == 'r' else '---' for a in align]
-    return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in [list(head), rule, *map(list, rows)])
-
-
-def _with_picture(lines, picture):
-    return '\n'.join([*lines, '', picture] if picture else lines)
+def _with_plot(lines, plot):
+    return '\n'.join([*lines, '', plot] if plot else lines)
 
 
 def _percent(accuracy):
@@ -73,7 +94,7 @@ def _head(config, result, workdir):
         '',
         f'    python -m experiments.main --mode=eval --workdir={workdir} --config.eval.suite=standard',
         '',
-        'with the settings that `report.json` holds. Every figure is measured on test pictures; none is a certificate.',
+        'with the settings that `report.json` holds. Every figure is measured on test images; none is a certificate.',
         *(['', f'**Not complete**: {result["incomplete"]}'] if 'incomplete' in result else []),
     ]
     return '\n'.join(lines)
@@ -85,23 +106,23 @@ def _attacks(config, result, attacked, found, shown):
         (name, _percent(accuracy), f'{examples:,}', '' if seconds is None else f'{seconds:.1f}')
         for name, accuracy, examples, seconds in rows
     ]
-    text = ['## Attacks', '', table(('attack', 'accuracy %', 'examples', 'seconds'), cells)]
+    text = ['## Attacks', '', markdown_table(('attack', 'accuracy %', 'examples', 'seconds'), cells)]
     ensemble = found.get('autoattack')
     if ensemble:
         text += [
             '',
             f'AutoAttack: **{_percent(ensemble.robust_accuracy)} %** of {len(ensemble.robust):,} examples '
-            f'({_percent(ensemble.clean_accuracy)} % clean on the same). Its attacks run in turn, each on what is '
-            'still robust: a row gives the accuracy after it and all before. Seconds include compilation.',
+            f'({_percent(ensemble.clean_accuracy)} % clean on the same). Its attacks run in turn, each on the examples '
+            'that are still robust: a row gives the accuracy after it and all before. Seconds include compilation.',
             '',
-            table(
+            markdown_table(
                 ('attack', 'attacked', 'broken'),
                 [(ATTACK_NAMES[a['name']], str(a['attacked']), str(a['broken'])) for a in ensemble.attacks],
             ),
         ]
         for warning in ensemble.warnings:
             text += ['', f'**Warning:** {warning}.']
-    return _with_picture(text, shown.get('attacks'))
+    return _with_plot(text, shown.get('attacks'))
 
 
 def _curve(config, curve, shown):
@@ -110,11 +131,11 @@ def _curve(config, curve, shown):
         '## Accuracy against epsilon',
         '',
         f'PGD-{config.attack.pgd_steps}, {config.attack.restarts} start(s), steps in proportion to the radius. '
-        'Accuracy must reach zero as the radius grows; where it does not, the attack fails, not the net.',
+        'Accuracy must reach zero as the radius grows; where it does not, the attack fails, and the net is not robust.',
         '',
-        table(('epsilon x 255', 'accuracy %'), rows, 'rr'),
+        markdown_table(('epsilon x 255', 'accuracy %'), rows, labels=0),
     ]
-    return _with_picture(text, shown.get('curve'))
+    return _with_plot(text, shown.get('curve'))
 
 
 def _simba(config, simba, shown):
@@ -138,12 +159,12 @@ def _simba(config, simba, shown):
     text = [
         '## SimBA',
         '',
-        f'Steps of {config.eval.simba.step_size:g}, at most {config.eval.simba.queries:,} queries, no ball: what '
-        'counts is how many queries and how large a change it takes. Examples are those classified rightly.',
+        f'Steps of {config.eval.simba.step_size:g}, at most {config.eval.simba.queries:,} queries, no ball: the '
+        'measure is how many queries and how large a change it takes. Examples are those classified correctly.',
         '',
-        table(head, rows),
+        markdown_table(head, rows),
     ]
-    return _with_picture(text, shown.get('simba'))
+    return _with_plot(text, shown.get('simba'))
 
 
 def _corruptions(corruptions, shown):
@@ -157,6 +178,6 @@ def _corruptions(corruptions, shown):
         f'Mean accuracy **{_percent(corruptions["mean"])} %** over fifteen corruptions at five severities, computed on '
         "the fly with CIFAR-10-C's constants (frost is procedural: not comparable).",
         '',
-        table(('corruption', *map(str, SEVERITIES), 'mean'), rows),
+        markdown_table(('corruption', *map(str, SEVERITIES), 'mean'), rows),
     ]
-    return _with_picture(text, shown.get('corruptions'))
+    return _with_plot(text, shown.get('corruptions'))

@@ -3,19 +3,22 @@
 import csv
 import io
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from convnorm_jax import plots
-from convnorm_jax.cli.sweep_runs import short_keys, value_text
 from convnorm_jax.errors import UserError
 from convnorm_jax.evaluation.features import SCORE_NAMES
 from convnorm_jax.files import write_json, write_text
-from convnorm_jax.reports.tables import aligned_table
+from convnorm_jax.reports.tables import markdown_table
+from convnorm_jax.runs.sweep import Run, short_keys, value_text
 
-SCORES = (*(name for names in SCORE_NAMES.values() for name in names), 'label_agreement')  # of generators
+# Scores of generators, by their names in result.json.
+_SCORES = (*(name for names in SCORE_NAMES.values() for name in names), 'label_agreement')
 
-# Words of the names in result.json that are written otherwise.
+# How words of the names in result.json are written.
 _WORDS = {
     'apgd': 'APGD',
     'autoattack': 'AutoAttack',
@@ -30,7 +33,7 @@ _WORDS = {
     'square': 'Square',
     't': 'T',
 }
-# Told once above the tables where all runs have the same.
+# Written once above the tables where all runs have the same.
 _FACTS = (
     'model',
     'layer',
@@ -46,29 +49,30 @@ _FACTS = (
 _ATTACK_FACTS = {'epsilon': '/255', 'step_size': '/255', 'pgd_steps': '', 'restarts': '', 'attacked_examples': ''}
 
 
-def layout(keys, rows, columns):
+def layout(keys: Sequence[str], rows: str | None, columns: str | None) -> tuple[list[str], list[str]]:
     """(keys of the rows, keys of the columns) of the tables.
 
     Args:
       keys: of the grid.
-      rows: some of them as 'KEY,KEY', or None.
-      columns: as `rows`. By default the last of several keys; what one of the two names, the other does not have.
+      rows, columns: some of them as 'KEY,KEY', or None. By default the last of several keys is the column, and a key
+        that one of the two names is not in the other.
 
     Raises:
-      ValueError: a key that the grid does not have; a key in neither or in both.
+      UserError: a key that the grid does not have; a key in neither or in both.
     """
+    keys = list(keys)
     if rows is None and columns is None:
-        rows, columns = keys[:-1] or keys, keys[1:][-1:]
+        row_keys, column_keys = keys[:-1] or keys, keys[1:][-1:]
     else:
-        rows, columns = _named(keys, rows, '--rows'), _named(keys, columns, '--columns')
-        rows = [key for key in keys if key not in columns] if rows is None else rows
-        columns = [key for key in keys if key not in rows] if columns is None else columns
-    if sorted([*rows, *columns]) != sorted(keys):
+        given = _named(keys, rows, '--rows'), _named(keys, columns, '--columns')
+        row_keys = [key for key in keys if key not in (given[1] or ())] if given[0] is None else given[0]
+        column_keys = [key for key in keys if key not in row_keys] if given[1] is None else given[1]
+    if sorted([*row_keys, *column_keys]) != sorted(keys):
         raise UserError(
-            f'--rows={",".join(rows)} --columns={",".join(columns)}: expected each key of the grid once, '
+            f'--rows={",".join(row_keys)} --columns={",".join(column_keys)}: expected each key of the grid once, '
             f'in one of the two: {", ".join(keys)}'
         )
-    return rows, columns
+    return row_keys, column_keys
 
 
 def _named(keys, text, option):
@@ -81,19 +85,19 @@ def _named(keys, text, option):
     return names
 
 
-def summarize(runs, results):
+def summarize(runs: Sequence[Run], results: Sequence[dict | None]) -> list[dict[str, Any]]:
     """One dict for each combination of the grid, in order, over its finished runs.
 
     Args:
-      runs: list of `sweep_runs.Run`.
+      runs: of the sweep.
       results: for each run its flat result, or None if it is not finished.
 
     Returns:
       List of {'values': {grid key: value}, 'seeds': [...], 'figures': {metric: {'mean', 'standard_deviation',
-      'all'}}}: metrics are the names of the results that end in `_accuracy`, in %, and `SCORES`; the standard
-      deviation is that of a sample (n-1), None for a lone seed.
+      'all'}}}. Metrics are the names of the results that end in `_accuracy`, in %, and the scores of generators. The
+      standard deviation is that of a sample (n-1), None for a single seed.
     """
-    groups = {}
+    groups: dict[tuple, dict[str, Any]] = {}
     for run, result in zip(runs, results, strict=True):
         group = groups.setdefault(
             tuple(map(str, run.values.values())), {'values': run.values, 'seeds': [], 'found': []}
@@ -116,7 +120,7 @@ def summarize(runs, results):
 
 def _metrics(results):
     """Names of accuracies and scores in any result: the test's first, that of the validation last."""
-    names = {name for result in results if result for name in result if _is_accuracy(name) or name in SCORES}
+    names = {name for result in results if result for name in result if _is_accuracy(name) or name in _SCORES}
     ordered = dict.fromkeys(name for result in results if result for name in result if name in names)
     return sorted(ordered, key=lambda name: (name != 'test_accuracy', 'validation' in name))
 
@@ -139,23 +143,30 @@ def _statistics(numbers):
     return {'mean': float(np.mean(numbers)), 'standard_deviation': deviation, 'all': numbers}
 
 
-def report(runs, results, rows, columns, workdir, command):
+def report(
+    runs: Sequence[Run],
+    results: Sequence[dict | None],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    workdir: str,
+    command: str,
+) -> None:
     """Writes `sweep.md`, `sweep.csv`, `sweep.json` and `plots/sweep.png`; prints the tables.
 
     Args:
       runs, results: as for `summarize`.
       rows, columns: see `layout`.
       workdir: of the sweep.
-      command: that anyone can run to get the same.
+      command: that gives the same tables.
     """
     cells = summarize(runs, results)
-    told = '\n\n'.join(
+    text = '\n\n'.join(
         [*_heading(runs, results, _unit(cells)), *_tables(cells, rows, columns, runs), *_missing(runs, results)]
     )
-    print(f'\n{told}\n')
+    print(f'\n{text}\n')
     paths = [os.path.join(workdir, f'sweep.{kind}') for kind in ('md', 'csv', 'json')]
     name = os.path.basename(os.path.abspath(workdir))
-    write_text(paths[0], f'# {name}\n\n{told}\n\n```bash\n{command}\n```\n')
+    write_text(paths[0], f'# {name}\n\n{text}\n\n```bash\n{command}\n```\n')
     write_text(paths[1], _csv(cells))
     write_json(paths[2], _record(runs, results, cells, command))
     paths += _draw(cells, rows, columns, os.path.join(workdir, 'plots', 'sweep.png'), f'{name}: {_over_seeds(runs)}')
@@ -185,7 +196,7 @@ def _missing(runs, results):
 
 
 def _tables(cells, rows, columns, runs):
-    """Markdown tables: one for each metric; a single one where rows or columns have room for the metrics."""
+    """Markdown tables: one for each metric; a single one where the rows or the columns can be the metrics."""
     names = {key: _words(name) for key, name in short_keys([*rows, *columns]).items()}
     metrics = _found_metrics(cells)
     seeds = len({run.seed for run in runs})
@@ -200,14 +211,14 @@ def _tables(cells, rows, columns, runs):
     column_heads = [', '.join(place) for place in column_places]
     if not columns:
         body = [[*row, *(text(row, (), metric) for metric in metrics)] for row in row_places]
-        return [aligned_table([*row_names, *map(_words, metrics)], body, len(rows))]
+        return [markdown_table([*row_names, *map(_words, metrics)], body, len(rows))]
     if not rows:
         body = [[_words(metric), *(text((), column, metric) for column in column_places)] for metric in metrics]
-        return [aligned_table([column_name, *column_heads], body, 1)]
+        return [markdown_table([column_name, *column_heads], body, 1)]
     head = [*row_names[:-1], f'{row_names[-1]} / {column_name}', *column_heads]
     return [
         f'{_words(metric)}:\n\n'
-        + aligned_table(
+        + markdown_table(
             head, [[*row, *(text(row, column, metric) for column in column_places)] for row in row_places], len(rows)
         )
         for metric in metrics
@@ -264,7 +275,7 @@ def _record(runs, results, cells, command):
 
 
 def _draw(cells, rows, columns, path, title):
-    """[the path of the picture], or [] where no key of the grid is numeric."""
+    """[the path of the plot], or [] where no key of the grid is numeric."""
     numeric = [key for key in (*columns, *rows) if _is_numeric([cell['values'][key] for cell in cells])]
     if not numeric:
         return []
@@ -273,7 +284,7 @@ def _draw(cells, rows, columns, path, title):
     panels = {}
     for metric in _found_metrics(cells):
         if 'validation' in metric or not _is_accuracy(metric):
-            continue  # what checkpoints were chosen by is no evidence, and scores have no common scale
+            continue  # checkpoints were selected on the validation set, and scores have no common scale
         panel = panels.setdefault(_words(metric), {})
         for cell in cells:
             if found := cell['figures'].get(metric):
@@ -290,7 +301,7 @@ def _is_numeric(values):
 
 
 def _method(values, setting, names):
-    """What tells a line of the picture from the others; a lone text needs no name."""
+    """The name of a line of the plot: the other settings; a single text needs no key."""
     others = {key: value_text(value) for key, value in values.items() if key != setting}
     if len(others) == 1 and isinstance(values[next(iter(others))], str):
         return next(iter(others.values()))

@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: atomic, asynchronous, the latest and the best kept; damaged ones noticed."""
+"""Checkpoints by Orbax: atomic, asynchronous; the latest and the best are kept, damaged ones are detected."""
 
 import contextlib
 import dataclasses
@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from convnorm_jax.files import written
 from convnorm_jax.mesh import any_process, is_leader, wait_for_all
 from convnorm_jax.runs import digest as digest_lib
 
-# What keeps this process from reading, whatever is in the file.
+# Errors of this process, not of the checkpoint.
 _OUR_TROUBLE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _OUR_TROUBLE_WORDS = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED')
 
@@ -32,8 +33,8 @@ class Damaged(UserError):
       reason: in a few words.
     """
 
-    def __init__(self, folder, reason):
-        super().__init__(f'{folder}: the checkpoint can not be read ({reason})')
+    def __init__(self, folder: str, reason: str) -> None:
+        super().__init__(f'{folder}: the checkpoint cannot be read ({reason})')
         self.reason = reason
 
 
@@ -46,7 +47,8 @@ class _LatestAndBest(checkpoint_managers.PreservationPolicy):
     keep: int
     best: Any  # steps -> the best of them, or None
 
-    def should_preserve(self, checkpoints, *, context):
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """See Orbax: which of the checkpoints, oldest first, are kept."""
         del context
         best = self.best([c.step for c in checkpoints])
         first = len(checkpoints) - self.keep
@@ -56,16 +58,16 @@ class _LatestAndBest(checkpoint_managers.PreservationPolicy):
 class Checkpointer:
     """Saves and restores what a run needs to continue: device arrays and host progress.
 
-    Keeps the `keep` latest checkpoints and the one with the best rating. With each goes a digest of its
-    arrays and of its progress, by which it is checked when it is restored. Of several processes, all must
-    call each method together.
+    Keeps the `keep` latest checkpoints and the one with the best rating. Each is saved with a digest of its arrays and
+    of its progress, and is checked against them when it is restored. Every method is collective: of several processes,
+    all must call it.
     """
 
-    def __init__(self, workdir, keep=2, read_only=False):
+    def __init__(self, workdir: str, keep: int = 2, read_only: bool = False) -> None:
         self.folder = os.path.abspath(os.path.join(workdir, 'checkpoints'))
         self.damaged_folder = os.path.abspath(os.path.join(workdir, 'damaged'))
         self._keep, self._read_only = keep, read_only
-        self._ratings = {}  # {step: number, or None for unrated}, as far as known
+        self._ratings: dict[int, float | None] = {}  # of the steps that were asked for; None: unrated
         self._open()
 
     def _open(self):
@@ -74,34 +76,34 @@ class Checkpointer:
             read_only=self._read_only,
             create=not self._read_only,
             cleanup_tmp_directories=not self._read_only,
-            lightweight_initialize=True,  # the ratings, which may be damaged, are read here
+            lightweight_initialize=True,  # this class reads the ratings, which may be damaged
         )
         handlers = {'arrays': ocp.StandardCheckpointHandler(), 'progress': ocp.JsonCheckpointHandler()}
         with self._writing():
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def _writing(self):
-        """Within `with`, Orbax writes, or says what went wrong when it wrote in the background."""
+        """Within `with`, Orbax writes, or raises what went wrong when it wrote in the background."""
         return contextlib.nullcontext() if self._read_only else written(self.folder)
 
     @property
-    def latest_step(self):
+    def latest_step(self) -> int | None:
         """Step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
     @property
-    def best_step(self):
+    def best_step(self) -> int | None:
         """Step of the checkpoint with the best rating; None if none was rated."""
         return self._best(self._manager.all_steps())
 
-    def save(self, step, arrays, progress, rating=None):
+    def save(self, step: int, arrays: Any, progress: dict[str, Any], rating: float | None = None) -> None:
         """Saves in the background.
 
         Args:
-          step: int.
+          step: updates done.
           arrays: pytree of arrays; may be donated to the next step as soon as this returns.
-          progress: JSON-able dict.
-          rating: how good it is, for `best_step`; None leaves it unrated.
+          progress: what JSON can hold.
+          rating: how good it is, for `best_step`; None for unrated.
         """
         stored = {
             'progress': progress,
@@ -119,17 +121,17 @@ class Checkpointer:
                 args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(stored)),
             )
 
-    def restore(self, step, like):
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """(arrays, progress) of a step.
 
         Args:
-          step: int.
+          step: of the checkpoint.
           like: pytree of arrays or ShapeDtypeStructs with shardings, the structure saved.
 
         Raises:
           Damaged: it is not what was saved.
           OtherNet: it holds other arrays, those of another net.
-          ValueError: it can not be read for now.
+          UserError: this process cannot read it, which says nothing about the checkpoint.
         """
         stored = self._stored(step)
         expected = stored.get('structure')
@@ -139,7 +141,7 @@ class Checkpointer:
         items = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
         try:
             arrays = self._manager.restore(step, args=items)['arrays']
-        except Exception as error:  # what Orbax raises for a damaged folder is of many kinds
+        except Exception as error:  # Orbax raises many kinds for a damaged folder
             if expected is None and self._differs(step, like):
                 raise self._of_another_net(step) from error
             raise self._trouble(step, error) from error
@@ -147,17 +149,18 @@ class Checkpointer:
             raise Damaged(f'{self.folder}/{step}', 'its arrays are not those that were saved')
         return arrays, stored['progress']
 
-    def resume(self, like):
-        """(step, arrays, progress) of the newest checkpoint that is whole; None before the first.
+    def resume(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, arrays, progress) of the newest intact checkpoint; None before the first.
 
-        Damaged ones are moved out of the way, and a line says so.
+        Damaged ones are moved to `damaged_folder`, and a line says so.
 
         Raises:
-          ValueError: all are damaged, or see `restore`.
+          UserError: all are damaged, or see `restore`.
         """
-        found, damaged = None, {}
+        found: Any = None
+        damaged: dict[int, str] = {}
         for step in sorted(self._steps(), reverse=True):
-            # Of those behind the one found, too: a damaged one must not be taken for unrated, and be deleted.
+            # Older ones are validated too: retention would otherwise treat a damaged one as unrated, and delete it.
             read = self._stored if found else lambda step: (step, *self.restore(step, like))
             value, reason = _attempt(read, step)
             if reason:
@@ -165,16 +168,16 @@ class Checkpointer:
             elif not found:
                 found = value
         if damaged:
-            self._put_aside(damaged, f'going on from step {found[0]}' if found else 'none is left')
+            self._put_aside(damaged, f'resuming from step {found[0]}' if found else 'none is left')
         if damaged and not found:
             raise UserError(
                 f'{self.folder}: all checkpoints were damaged, and are kept in {self.damaged_folder}; put a good copy '
-                'of one there, or give the same command again to start from step 0'
+                'of one there, or rerun the same command to start from step 0'
             )
         return found
 
-    def restore_one(self, which, like):
-        """(arrays, progress) of the best or latest checkpoint that is whole, and the newest progress.
+    def restore_one(self, which: str, like: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """(arrays, progress) of the best or latest intact checkpoint, and the newest progress.
 
         Nothing is moved; a line says which is damaged.
 
@@ -183,17 +186,18 @@ class Checkpointer:
           like: see `restore`.
 
         Raises:
-          ValueError: there is none, all are damaged, or see `restore`.
+          UserError: there is none, all are damaged, or see `restore`.
         """
-        best = lambda steps: self._best(steps) if which == 'best' else None
+        best = self._best if which == 'best' else lambda steps: None
         _, found = self._first_whole(lambda step: self.restore(step, like), best)
         _, stored = self._first_whole(self._stored, lambda steps: None, quiet=True)
         return *found, stored['progress']
 
     def _first_whole(self, read, choose, quiet=False):
-        """(step, what `read` gives) of the chosen step, else the latest, that can be read."""
-        tried, damaged = set(), {}
-        while left := [s for s in self._steps() if s not in tried]:  # anew: a training may be going on
+        """(step, what `read` returns) of the chosen step if it can be read, else of the latest that can."""
+        tried: set[int] = set()
+        damaged: dict[int, str] = {}
+        while left := [s for s in self._steps() if s not in tried]:  # listed again: training may be running
             chosen = choose(left)
             step = max(left) if chosen is None else chosen
             tried.add(step)
@@ -209,30 +213,28 @@ class Checkpointer:
             raise UserError(f'{self.folder}: no checkpoint there yet; train first')
         step, reason = next(iter(damaged.items()))
         raise UserError(
-            f'{self.folder}: the checkpoint can not be read: all of them are damaged (step {step}: {reason}); '
+            f'{self.folder}: the checkpoint cannot be read: all of them are damaged (step {step}: {reason}); '
             'put a good copy of one there, or train again'
         )
 
-    def wait(self):
+    def wait(self) -> None:
         """Returns when nothing is being written any more."""
         with self._writing():
             self._manager.wait_until_finished()
 
-    def close(self):
+    def close(self) -> None:
         """Waits for what is being written."""
+        self.wait()
         with self._writing():
-            self._manager.wait_until_finished()
             self._manager.close()
 
     def _steps(self):
-        try:
-            names = os.listdir(self.folder)
-        except (FileNotFoundError, NotADirectoryError):
-            names = []
-        return [int(name) for name in names if name.isdigit()]
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return [int(name) for name in os.listdir(self.folder) if name.isdigit()]
+        return []
 
     def _best(self, steps):
-        """The step with the best rating, of equals the first; None if none is rated."""
+        """The step with the best rating, the first of equal ones; None if none is rated."""
         rated = [(self._rating(step), -step) for step in steps if self._rating(step) is not None]
         return -max(rated)[1] if rated else None
 
@@ -245,7 +247,7 @@ class Checkpointer:
         return self._ratings[step]
 
     def _stored(self, step):
-        """What is saved beside the arrays, checked; 'progress' and 'rating' at least."""
+        """What is saved next to the arrays, checked; 'progress' and 'rating' at least."""
         try:
             stored = self._json(step, 'progress', 'metadata')
             if not {'progress', 'rating', 'structure', 'digest', 'crc'} & set(stored):
@@ -275,7 +277,7 @@ class Checkpointer:
             return error
         ours = isinstance(error, MemoryError) or getattr(error, 'errno', None) in _OUR_TROUBLE
         if ours or any(word in reason for word in _OUR_TROUBLE_WORDS):
-            return UserError(f'{self.folder}/{step}: the checkpoint can not be read ({reason})')
+            return UserError(f'{self.folder}/{step}: the checkpoint cannot be read ({reason})')
         return Damaged(f'{self.folder}/{step}', reason)
 
     def _of_another_net(self, step):
@@ -287,12 +289,10 @@ class Checkpointer:
 
     def _differs(self, step, like):
         """Whether Orbax's own record of the arrays, if it can be read, is of other arrays."""
-        try:
-            metadata = self._manager.item_metadata(step)['arrays']
-            saved = {name: tuple(leaf.shape) for name, leaf in digest_lib.named_leaves(metadata)}
-        except Exception:
-            return False
-        return saved != {name: tuple(leaf.shape) for name, leaf in digest_lib.named_leaves(like)}
+        shapes = lambda tree: {name: tuple(leaf.shape) for name, leaf in digest_lib.named_leaves(tree)}
+        with contextlib.suppress(Exception):
+            return shapes(self._manager.item_metadata(step)['arrays']) != shapes(like)
+        return False
 
     def _put_aside(self, damaged, outlook):
         """Moves steps into the folder of damaged ones."""
@@ -310,34 +310,34 @@ class Checkpointer:
         self._open()
 
 
-def first_fitting(restore, likes):
-    """What `restore` gives for the first of several structures that the checkpoint has.
+def first_fitting(restore: Callable[[Any], Any], likes: Sequence[Any]) -> Any:
+    """What `restore` returns for the first of several structures that fits the checkpoint.
 
     Args:
       restore: function of a `like`, see `Checkpointer.restore`.
-      likes: structures, today's first.
+      likes: structures, the current one first.
 
     Raises:
-      OtherNet: it has none of them. Others: as `restore`.
+      OtherNet: none fits. Others: as `restore`.
     """
-    mismatch = None
-    for like in likes:
-        try:
-            return restore(like)
-        except OtherNet as error:
-            mismatch = mismatch or error
-    raise mismatch
+    first, *others = likes
+    try:
+        return restore(first)
+    except OtherNet:
+        for like in others:
+            with contextlib.suppress(OtherNet):
+                return restore(like)
+        raise
 
 
 def _attempt(read, step):
-    """(what `read` gives, '') or (None, why the checkpoint is damaged), in all processes alike."""
-    value, reason = None, ''
+    """(what `read` returns, '') or (None, why the checkpoint is damaged), the same in all processes."""
     try:
-        value = read(step)
+        value, reason = read(step), ''
     except Damaged as damage:
-        reason = damage.reason
+        value, reason = None, damage.reason
     if any_process(bool(reason)):
-        return None, reason or 'another process can not read it'
+        return None, reason or 'another process cannot read it'
     return value, ''
 
 

@@ -1,6 +1,7 @@
-"""Numbers that tell whether arrays are still what was saved: computed on the device, whatever the sharding."""
+"""Checksums of arrays, computed on the device and independent of the sharding."""
 
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,8 @@ import numpy as np
 from convnorm_jax.mesh import fetch
 
 
-def structure(tree):
-    """Names, shapes and dtypes of a tree's leaves as one number.
+def structure(tree: Any) -> int:
+    """A checksum of the names, shapes and dtypes of a tree's leaves.
 
     Args:
       tree: pytree of arrays or ShapeDtypeStructs.
@@ -22,11 +23,11 @@ def structure(tree):
     return zlib.crc32('\n'.join(sorted(leaves)).encode())
 
 
-def digest(tree):
-    """Every bit of a tree's arrays as one number; any single bit that flips changes it.
+def digest(tree: Any) -> int:
+    """A checksum of every bit of a tree's arrays; any single flipped bit changes it.
 
-    It depends on neither the sharding nor the number of devices, for it is a sum modulo 2^32. Of several
-    processes, all must call it together.
+    It depends on neither the sharding nor the number of devices, because it is a sum modulo 2^32. Collective: of
+    several processes, all must call it.
 
     Args:
       tree: pytree of arrays: numbers, bool, typed PRNG keys.
@@ -37,8 +38,8 @@ def digest(tree):
     return int(np.asarray(fetch(_digest(tree))))
 
 
-def named_leaves(tree):
-    """[('state/params/conv/kernel', leaf), ...]: names that dicts, tuples and dataclasses share."""
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """[('state/params/conv/kernel', leaf), ...]: names that are the same for dicts, tuples and dataclasses."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator='/'), leaf) for path, leaf in leaves]
 
@@ -49,8 +50,8 @@ def _digest(tree):
     for name, leaf in named_leaves(tree):
         words = _words(leaf)
         position = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape)
-        # Odd weights are invertible modulo 2^32: no change of a single word is lost. Scrambled ones: two
-        # words that change places, or arrays that do, are not lost either.
+        # Odd weights are invertible modulo 2^32, so that any change of one word is seen. They are scrambled, so that
+        # two words, or two arrays, that change places are seen too.
         weights = _scramble(position + jnp.uint32(zlib.crc32(name.encode()))) | 1
         total += jnp.sum(words * weights, dtype=jnp.uint32)
     return total
@@ -71,7 +72,7 @@ def _words(leaf):
 
 
 def _scramble(x):
-    # The end of MurmurHash3, a bijection of uint32.
+    # The finalizer of MurmurHash3, a bijection of uint32.
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

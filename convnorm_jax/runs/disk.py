@@ -1,9 +1,10 @@
-"""What to say when a run's folder cannot be written: a full disk, no permission."""
+"""Errors of a folder that cannot be written: a full disk, no permission."""
 
 import contextlib
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.files import unwritten, written
@@ -13,9 +14,9 @@ _REASONS = {
     errno.EDQUOT: 'no space left on the device (the quota is used up)',
     errno.EACCES: 'no permission to write there',
     errno.EPERM: 'no permission to write there',
-    errno.EROFS: 'the file system can only be read',
+    errno.EROFS: 'the file system is read-only',
 }
-# Orbax's background writers hand on the text alone.
+# Orbax's background writers pass on only the text of an error.
 _REASONS_BY_TEXT = {os.strerror(number): reason for number, reason in _REASONS.items() if number != errno.EPERM}
 _FULL = (_REASONS[errno.ENOSPC], _REASONS[errno.EDQUOT])
 
@@ -24,15 +25,15 @@ class DiskTrouble(UserError):
     """A folder cannot be written."""
 
 
-def reason(error):
-    """Why writing failed, in a few words; None for an error that did not come from writing, or for another reason.
+def reason(error: BaseException | None) -> str | None:
+    """Why writing failed, in a few words; None if the error did not come from writing, or has another reason.
 
-    Looks at what caused the error, too. Reading fails for the same reasons (an image without permission, a full
+    Looks at the causes of the error too. Reading fails for the same reasons (an image without permission, a full
     /dev/shm), so only errors that passed `files.written` count.
     """
     if unwritten(error) is None:
         return None
-    seen = set()
+    seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in _REASONS:
@@ -45,8 +46,8 @@ def reason(error):
 
 
 @contextlib.contextmanager
-def explained(workdir):
-    """Within `with`, an error because a run's folder cannot be written becomes one `DiskTrouble` that says what to do.
+def explained(workdir: str) -> Iterator[None]:
+    """Within `with`, an error because a run's folder cannot be written becomes a `DiskTrouble` that says what to do.
 
     Raises:
       DiskTrouble: see above; other errors pass.
@@ -56,20 +57,20 @@ def explained(workdir):
     except UserError:
         raise
     except Exception as error:
-        why = reason(error)
-        if why is None:
+        why, path = reason(error), unwritten(error)
+        if why is None or path is None:
             raise
-        place = os.path.abspath(unwritten(error))
+        place = os.path.abspath(path)
         inside = os.path.commonpath([place, os.path.abspath(workdir)]) == os.path.abspath(workdir)
         advice = 'free some space' if why in _FULL else 'make it writable'
         raise DiskTrouble(
-            f'{f"--workdir={workdir}" if inside else place}: {why}; {_last_good(workdir)}; {advice} and give the same '
-            'command again'
+            f'{f"--workdir={workdir}" if inside else place}: {why}; {_last_good(workdir)}; {advice} and rerun the same '
+            'command'
         ) from error
 
 
-def check_writable(workdir):
-    """Raises DiskTrouble unless a file can be made in a folder: before hours of work, whose results go there."""
+def check_writable(workdir: str) -> None:
+    """Raises DiskTrouble unless a file can be made in a folder; for use before hours of work whose results go there."""
     with explained(workdir), written(workdir), tempfile.TemporaryFile(dir=workdir):
         pass
 

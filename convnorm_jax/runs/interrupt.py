@@ -5,15 +5,15 @@ import threading
 
 
 class StopRequest:
-    """Within `with`, notes the first SIGINT or SIGTERM instead of dying of it; a second one kills.
+    """Within `with`, notes the first SIGINT or SIGTERM instead of ending the process; a second one ends it.
 
     Attributes:
       signal: number of the signal that asked to stop, or None.
     """
 
-    def __init__(self):
-        self.signal = None
-        self._previous = {}
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict = {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
@@ -31,3 +31,15 @@ class StopRequest:
 
     def __exit__(self, *exception):
         self._restore()
+
+
+class Stopped(Exception):
+    """A run, or a sweep, was asked to stop and saved what it has.
+
+    Attributes:
+      signal: number of the signal that asked.
+    """
+
+    def __init__(self, number: int, words: str) -> None:
+        super().__init__(f'{words}; rerun the same command to resume')
+        self.signal = number

@@ -7,23 +7,24 @@ import fcntl
 import os
 import socket
 import sys
+from collections.abc import Iterator
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.mesh import any_process, is_leader
 
 NAME = 'lock'
-_TAKEN = (errno.EACCES, errno.EAGAIN)  # what flock says where another process holds it
+_TAKEN = (errno.EACCES, errno.EAGAIN)  # of flock, where another process holds the lock
 
 
 @contextlib.contextmanager
-def locked(workdir):
-    """Holds a run's folder, which is made if it is not there, against other trainings.
+def locked(workdir: str) -> Iterator[None]:
+    """Within `with`, no other training can run in a folder, which is made if it is missing.
 
-    The kernel lets go of it when the process dies, however it dies. A file system that knows no locks gives
-    a line of warning. Of several processes the leader holds it, and all must call this together.
+    The kernel releases the lock when the process ends, however it ends. A file system without locks gives a line of
+    warning. Of several processes the leader holds it; collective.
 
     Raises:
-      ValueError: another run is training there, or the folder can not be made.
+      UserError: another run is training there, or the folder cannot be made.
     """
     file, problem = None, None
     if is_leader():
@@ -33,11 +34,11 @@ def locked(workdir):
         except ValueError as error:
             problem = error
         except OSError as error:
-            problem = UserError(f'--workdir={workdir}: can not write there ({error.strerror}); give another folder')
+            problem = UserError(f'--workdir={workdir}: cannot write there ({error.strerror}); give another folder')
             problem.__cause__ = error
     try:
         if any_process(problem is not None):
-            raise problem or UserError(f'--workdir={workdir}: process 0 can not train there; see what it says')
+            raise problem or UserError(f'--workdir={workdir}: process 0 cannot train there; see its error')
         yield
     finally:
         if file is not None:
@@ -46,7 +47,7 @@ def locked(workdir):
 
 def _take(workdir):
     """The locked file, open; None where there are no locks."""
-    file = open(os.path.join(workdir, NAME), 'ab+', buffering=0)  # noqa: SIM115, the lock lasts as long as it
+    file = open(os.path.join(workdir, NAME), 'ab+', buffering=0)  # noqa: SIM115, the lock lasts as long as the file is open
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -59,10 +60,10 @@ def _take(workdir):
                 'or give another folder'
             ) from error
         file.close()
-        print(f'warning: --workdir={workdir}: no lock can be had there ({error.strerror})', file=sys.stderr)
+        print(f'warning: --workdir={workdir}: the file system has no locks ({error.strerror})', file=sys.stderr)
         return None
     now = datetime.datetime.now().astimezone()
-    with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
+    with contextlib.suppress(OSError):  # on a full disk the lock holds, without a name
         file.truncate(0)
         file.write(f'{os.getpid()} on {socket.gethostname()}, since {now:%Y-%m-%d %H:%M:%S %Z}'.encode())
     return file

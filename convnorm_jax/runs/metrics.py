@@ -1,4 +1,4 @@
-"""Writes and reads the figures of a run: CSV, JSON lines, TensorBoard events."""
+"""Writes and reads the metrics of a run: CSV, JSON lines, TensorBoard events."""
 
 import contextlib
 import csv
@@ -6,6 +6,8 @@ import io
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -15,8 +17,8 @@ from convnorm_jax.files import write_text, written
 from convnorm_jax.mesh import is_leader
 
 
-def read_rows(path):
-    """Rows of a metrics.csv as dicts of floats; empty cells, and rows that are not whole, are left out."""
+def read_rows(path: str) -> list[dict[str, float]]:
+    """Rows of a metrics.csv as dicts of floats; leaves out empty cells and incomplete rows."""
     try:
         with open(path, newline='', errors='replace') as file:
             rows = [_numbers(row) for row in csv.DictReader(line.replace('\0', '') for line in file)]
@@ -26,7 +28,7 @@ def read_rows(path):
 
 
 def _numbers(row):
-    """A row's cells as numbers; {} for a row that a full disk or a kill has cut short."""
+    """A row's cells as numbers; {} for a row that a full disk or a kill has truncated."""
     if None in row or None in row.values():  # more cells than columns, or fewer
         return {}
     try:
@@ -35,8 +37,8 @@ def _numbers(row):
         return {}
 
 
-def read_lines(path):
-    """The dicts of a file of JSON lines; a line cut short is left out."""
+def read_lines(path: str) -> list[dict[str, Any]]:
+    """The dicts of a file of JSON lines; leaves out truncated lines."""
     found = []
     with contextlib.suppress(FileNotFoundError), open(path, errors='replace') as file:
         for line in file:
@@ -46,15 +48,21 @@ def read_lines(path):
 
 
 class MetricWriter:
-    """Writes one row an epoch to `metrics.csv`, and it and what is between to `metrics.jsonl` and TensorBoard.
+    """Writes rows of epochs to `metrics.csv`; these and values within an epoch to `metrics.jsonl` and TensorBoard.
 
-    On a resume what lies after the restored step is dropped, so that the files are those of
-    an uninterrupted run: rows after `step`, what is between after `reached`. Of many processes, the leader writes.
+    Of several processes, the leader writes.
+
+    Args:
+      workdir: of the run.
+      step: rows after it are dropped, so that the files of a resumed run are those of an uninterrupted one.
+      columns: of `metrics.csv`.
+      reached: values within an epoch after this step are dropped; None: after `step`.
     """
 
-    def __init__(self, workdir, step, columns, reached=None):
+    def __init__(self, workdir: str, step: int, columns: Sequence[str], reached: int | None = None) -> None:
         self.path = os.path.join(workdir, 'metrics.csv')
-        self._columns, self._board = columns, None
+        self._columns = columns
+        self._board: _Board | None = None
         if not is_leader():
             return
         self._lines = os.path.join(workdir, 'metrics.jsonl')
@@ -72,8 +80,8 @@ class MetricWriter:
         writer.writerows({**row, 'epoch': int(row['epoch']), 'step': int(row['step'])} for row in rows)
         write_text(self.path, file.getvalue())
 
-    def write(self, row):
-        """Appends a row (a dict with some of the columns) and puts it on the disk."""
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends a row, which has some of the columns, and syncs it to disk."""
         if self._board is None:
             return
         with written(self.path), open(self.path, 'a', newline='') as file:
@@ -83,8 +91,8 @@ class MetricWriter:
         self.scalars(row, row['step'])
         self._board.flush()
 
-    def scalars(self, values, step):
-        """Puts values on TensorBoard and into `metrics.jsonl`."""
+    def scalars(self, values: Mapping[str, Any], step: int) -> None:
+        """Writes values to TensorBoard and `metrics.jsonl`."""
         if self._board is None:
             return
         with written(self._lines), open(self._lines, 'a') as file:
@@ -93,7 +101,7 @@ class MetricWriter:
             if name not in ('epoch', 'step'):
                 self._board.scalar(name, value, int(step))
 
-    def close(self):
+    def close(self) -> None:
         """Flushes and closes the TensorBoard events."""
         if self._board is not None:
             self._board.close()
@@ -102,18 +110,20 @@ class MetricWriter:
 class _Board:
     """TensorBoard events, written in this thread.
 
-    tensorboardX's own writer has a thread for it: when that dies of a full disk, nobody is told, and the
-    next events wait for it forever.
+    tensorboardX's own writer uses a thread. When a full disk ends that thread, no error is raised, and later events
+    wait for it forever.
     """
 
     SECONDS_BETWEEN_FLUSHES = 60
 
-    def __init__(self, folder, purge_step):
+    def __init__(self, folder, purge_step) -> None:
         self._path = os.path.join(folder, 'events')
         with written(self._path):
             self._writer = EventsWriter(self._path)
         self._write(step=purge_step, file_version='brain.Event:2')
-        self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))  # hides what came after
+        self._write(
+            step=purge_step, session_log=SessionLog(status=SessionLog.START)
+        )  # TensorBoard hides what was written after this step
         self.flush()
 
     def _write(self, **content):

@@ -1,46 +1,69 @@
-"""Classification: logits of pixels, the clean training step, the evaluation step."""
+"""Classification: the net's logits of pixels, the clean training step, the evaluation step."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 
 from convnorm_jax.attacks.loops import repeat
 from convnorm_jax.attacks.losses import correct
 from convnorm_jax.data.augment import normalize, to_float
-from convnorm_jax.steps.state import average, global_norm, without_counts
+from convnorm_jax.steps.state import Batch, Metrics, Params, TrainState, average, global_norm, without_counts
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+LossFn = Callable[..., tuple[jax.Array, tuple[jax.Array, Any]]]  # see `update`
+AugmentFn = Callable[[jax.Array, jax.Array], jax.Array]  # (key, uint8 images) -> uint8 images
 
 
-def make_logits_fn(model, mean, std):
-    """The net as attacks and evaluation see it, with fixed statistics.
+def make_logits_fn(
+    model: nn.Module, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Any, jax.Array], jax.Array]:
+    """Makes the function that attacks and evaluations see: a net of pixels with its running statistics.
 
     Args:
       model: a Linen classifier of normalized images.
-      mean, std: per channel, of pixels in [0, 1].
+      mean: of each channel, of pixels in [0, 1].
+      std: of each channel, of pixels in [0, 1].
 
     Returns:
       A function (variables, pixels) -> float32 logits [B, K]; pixels float [B, H, W, C] in [0, 1].
     """
 
-    def logits_fn(variables, pixels):
-        return model.apply(variables, normalize(pixels, mean, std), train=False)
+    def logits_fn(variables: Any, pixels: jax.Array) -> jax.Array:
+        logits: Any = model.apply(variables, normalize(pixels, mean, std), train=False)
+        return logits
 
     return logits_fn
 
 
-def make_loss_fn(model, *, mean, std, label_smoothing=0.0, penalty_fn=None):
-    """The training loss of a batch of pixels, with batch statistics.
+def make_loss_fn(
+    model: nn.Module,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    label_smoothing: float = 0.0,
+    penalty_fn: Callable[[Params], jax.Array] | None = None,
+) -> LossFn:
+    """Makes the training loss of a batch of pixels, with batch statistics.
 
     Args:
       model: a Linen classifier of normalized images.
-      mean, std: per channel, of pixels in [0, 1].
-      label_smoothing: share of the target spread evenly over all classes.
+      mean: of each channel, of pixels in [0, 1].
+      std: of each channel, of pixels in [0, 1].
+      label_smoothing: share of the target that is spread evenly over all classes.
       penalty_fn: params -> scalar added to the loss, or None.
 
     Returns:
       A function (params, model_state, pixels, labels) -> (loss, (logits [B, K], new model_state)).
     """
 
-    def loss_fn(params, model_state, pixels, labels):
+    def loss_fn(
+        params: Params, model_state: Any, pixels: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         logits, model_state = train_logits(model, params, model_state, normalize(pixels, mean, std))
         loss = classification_loss(logits, labels, label_smoothing).mean()
         return loss + (penalty_fn(params) if penalty_fn else 0), (logits, model_state)
@@ -48,25 +71,48 @@ def make_loss_fn(model, *, mean, std, label_smoothing=0.0, penalty_fn=None):
     return loss_fn
 
 
-def train_logits(model, params, model_state, images):
+def train_logits(model: nn.Module, params: Params, model_state: Any, images: jax.Array) -> tuple[jax.Array, Any]:
     """(logits, new model_state) of normalized images in training mode, with batch statistics."""
-    return model.apply({'params': params, **model_state}, images, train=True, mutable=list(model_state))
+    logits, model_state = model.apply({'params': params, **model_state}, images, train=True, mutable=list(model_state))
+    return logits, model_state
 
 
 def make_train_step(
-    model, tx, *, mean, std, augment_fn, label_smoothing=0.0, ema_decay=0.0, penalty_fn=None, microbatches=1
-):
-    """The clean training step.
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    augment_fn: AugmentFn,
+    label_smoothing: float = 0.0,
+    ema_decay: float = 0.0,
+    penalty_fn: Callable[[Params], jax.Array] | None = None,
+    microbatches: int = 1,
+) -> TrainStep:
+    """Makes the clean training step.
+
+    >>> from convnorm_jax.models import create_model
+    >>> from convnorm_jax.steps.state import create_state, make_optimizer
+    >>> model, tx = create_model('simple_cnn', num_classes=10, layer='convnorm'), make_optimizer('sgd', 0.1)
+    >>> state = jax.eval_shape(lambda: create_state(model, tx, input_shape=(32, 32, 3), seed=0))
+    >>> step = make_train_step(model, tx, mean=(0.5,) * 3, std=(0.2,) * 3, augment_fn=lambda key, images: images)
+    >>> batch = {'images': jnp.zeros((4, 32, 32, 3), jnp.uint8), 'labels': jnp.zeros(4, int)}
+    >>> state, metrics = jax.eval_shape(step, state, batch)  # jax.jit(step) runs it
+    >>> sorted(metrics)
+    ['accuracy', 'gradient_norm', 'loss']
 
     Args:
-      model, tx: Linen classifier and optax transformation.
-      mean, std: per channel, of pixels in [0, 1].
+      model: a Linen classifier of normalized images.
+      tx: the optimizer.
+      mean: of each channel, of pixels in [0, 1].
+      std: of each channel, of pixels in [0, 1].
       augment_fn: (key, uint8 images) -> uint8 images.
-      label_smoothing, penalty_fn: see `make_loss_fn`.
+      label_smoothing: see `make_loss_fn`.
       ema_decay: share of the old average that an update keeps, see `state.average`; unused if the state has none.
-        Where it has one, a step takes one more forward pass, of the averaged parameters: for their statistics.
-      microbatches: parts that the batch is taken in, one after another, for less memory. The gradients
-        are averaged; batch statistics are those of each part, and move the running averages in turn.
+        If it has one, a step takes one more forward pass with the averaged parameters, for their statistics.
+      penalty_fn: see `make_loss_fn`.
+      microbatches: parts into which the batch is divided, processed one after another to save memory. Gradients
+        are averaged. Each part has batch statistics of its own, and they update the running averages in turn.
 
     Returns:
       A pure function (state, batch) -> (state, metrics). batch: 'images' uint8 [B, H, W, C]
@@ -75,7 +121,7 @@ def make_train_step(
     """
     loss_fn = make_loss_fn(model, mean=mean, std=std, label_smoothing=label_smoothing, penalty_fn=penalty_fn)
 
-    def train_step(state, batch):
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.rng, state.step)
         pixels = to_float(augment_fn(key, batch['images']))
         if microbatches == 1:
@@ -85,9 +131,17 @@ def make_train_step(
     return train_step
 
 
-def _update_in_parts(state, loss_fn, tx, ema_decay, microbatches, pixels, labels):
-    """As `update`, the batch taken in parts."""
-    # Every so many-th example: so each part lies on all devices, as the batch does.
+def _update_in_parts(
+    state: TrainState,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
+    microbatches: int,
+    pixels: jax.Array,
+    labels: jax.Array,
+) -> tuple[TrainState, Metrics]:
+    """The same as `update`, with the batch divided into parts."""
+    # Strided parts: each of them is spread over all devices, as the batch is.
     parts = [a.reshape(-1, microbatches, *a.shape[1:]) for a in (pixels, labels)]
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     part = lambda number: [jax.lax.dynamic_index_in_dim(a, number, 1, keepdims=False) for a in parts]
@@ -119,17 +173,20 @@ def _update_in_parts(state, loss_fn, tx, ema_decay, microbatches, pixels, labels
     return apply_gradients(state, grads, model_state, tx, ema_decay, statistics_fn), metrics
 
 
-def update(state, loss_fn, tx, ema_decay, *inputs):
-    """One update of the optimizer.
+def update(
+    state: TrainState, loss_fn: LossFn, tx: optax.GradientTransformation, ema_decay: float, *inputs: jax.Array
+) -> tuple[TrainState, Metrics]:
+    """Makes one update of the optimizer.
 
     Args:
-      state: a `TrainState`.
-      loss_fn: function (params, model_state, *inputs) -> (loss, (logits [B, K], new model_state)).
-      tx, ema_decay: see `make_train_step`.
+      state: the state before.
+      loss_fn: function ``(params, model_state, *inputs)`` -> (loss, (logits [B, K], new model_state)).
+      tx: the optimizer.
+      ema_decay: see `make_train_step`.
       *inputs: of the loss; the last are the labels, int [B].
 
     Returns:
-      (state, metrics), as a step's.
+      (state, metrics), as of a step.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (logits, model_state)), grads = value_and_grad(state.params, state.model_state, *inputs)
@@ -138,10 +195,10 @@ def update(state, loss_fn, tx, ema_decay, *inputs):
     return state, step_metrics(loss, logits, inputs[-1], grads)
 
 
-def step_metrics(loss, logits, labels, grads):
+def step_metrics(loss: jax.Array, logits: jax.Array, labels: jax.Array, grads: Params) -> Metrics:
     """(sum, count) pairs of one update: 'loss', 'accuracy' and 'gradient_norm', float32 scalars.
 
-    Logits that are not finite are wrong.
+    Logits that are not finite count as wrong.
     """
     count = jnp.float32(labels.shape[0])
     return {
@@ -151,7 +208,7 @@ def step_metrics(loss, logits, labels, grads):
     }
 
 
-def classification_loss(logits, labels, label_smoothing=0.0):
+def classification_loss(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
     """Cross-entropy of each example, float32 [B]."""
     if not label_smoothing:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -159,59 +216,77 @@ def classification_loss(logits, labels, label_smoothing=0.0):
     return optax.softmax_cross_entropy(logits, targets)
 
 
-def apply_gradients(state, grads, model_state, tx, ema_decay, statistics_fn, updates=None):
+def apply_gradients(
+    state: TrainState,
+    grads: Params,
+    model_state: Any,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
+    statistics_fn: Callable[[Params, Any], Any],
+    updates: jax.Array | None = None,
+) -> TrainState:
     """The state after one update of the optimizer.
 
     Args:
-      state, grads, tx, ema_decay: see `make_train_step`.
+      state: the state before.
+      grads: of the loss with respect to the parameters.
       model_state: the new one.
+      tx: the optimizer.
+      ema_decay: see `make_train_step`.
       statistics_fn: (params, model_state) -> the new model_state of a training pass over this batch.
-      updates: of the optimizer before this one; None is one a step.
+      updates: updates of the optimizer before this one; None means one per step.
     """
     changes, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, changes)
-    updated = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
+    updated = dataclasses.replace(
+        state, step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state
+    )
     if state.ema is None:
         return updated
     ema = average(state.ema, params, ema_decay, state.step if updates is None else updates)
-    return updated.replace(ema=ema, ema_state=statistics_fn(ema, without_counts(state.ema_state)))
+    return dataclasses.replace(updated, ema=ema, ema_state=statistics_fn(ema, without_counts(state.ema_state)))
 
 
-def make_statistics_step(model, *, mean, std, augment_fn):
-    """Estimates the statistics of parameters that were not trained with them, as `torch.optim.swa_utils.update_bn`.
+def make_statistics_step(
+    model: nn.Module, *, mean: Sequence[float], std: Sequence[float], augment_fn: AugmentFn
+) -> Callable[[Params, Any, jax.Array, jax.Array], Any]:
+    """Makes a step that estimates the statistics of given parameters, as `torch.optim.swa_utils.update_bn` does.
 
     Args:
-      model, mean, std, augment_fn: see `make_train_step`.
+      model: see `make_train_step`.
+      mean: see `make_train_step`.
+      std: see `make_train_step`.
+      augment_fn: see `make_train_step`.
 
     Returns:
-      A pure function (params, model_state, key, images uint8 [B, H, W, C]) -> model_state. Called with a hundred
-      batches in turn, each with the model_state of the one before, it forgets the first.
+      A pure function (params, model_state, key, images uint8 [B, H, W, C]) -> model_state. Call it with about a
+      hundred batches in turn, each time with the model_state of the call before: the first one is then forgotten.
     """
 
-    def statistics_step(params, model_state, key, images):
+    def statistics_step(params: Params, model_state: Any, key: jax.Array, images: jax.Array) -> Any:
         images = normalize(to_float(augment_fn(key, images)), mean, std)
         return train_logits(model, params, without_counts(model_state), images)[1]
 
     return statistics_step
 
 
-def make_eval_step(logits_fn):
-    """The evaluation step.
+def make_eval_step(logits_fn: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, Batch], Metrics]:
+    """Makes the evaluation step.
 
     Args:
       logits_fn: see `make_logits_fn`.
 
     Returns:
-      A pure function (variables, batch) -> metrics, as `make_train_step`'s, of 'loss' and
-      'accuracy'; batch has 'mask' float32 [B] too, 0 for filled-up examples, which do not count.
+      A pure function (variables, batch) -> metrics, as of `make_train_step`, for 'loss' and
+      'accuracy'; batch also has 'mask' float32 [B], 0 for padding, which does not count.
     """
 
-    def eval_step(variables, batch):
+    def eval_step(variables: Any, batch: Batch) -> Metrics:
         logits = logits_fn(variables, to_float(batch['images']))
         mask, labels = batch['mask'], batch['labels']
         loss = classification_loss(logits, labels)
         count = mask.sum()
-        # where, not a product: a filled-up example that is not finite must not spread.
+        # jnp.where, not a product: NaN from padding must not reach the sum.
         right = jnp.where(correct(logits, labels), mask, 0).sum()
         return {'loss': (jnp.where(mask > 0, loss, 0).sum(), count), 'accuracy': (right, count)}
 

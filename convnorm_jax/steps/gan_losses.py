@@ -1,7 +1,9 @@
 """Losses of the two nets of a GAN, as functions of the discriminator's logits, and the gradient penalty.
 
-All are minimized. A logit is large where the discriminator takes a picture for a real one.
+All are minimized. The discriminator's logit of an image is large if it takes the image for a real one.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +13,30 @@ from convnorm_jax.errors import UserError
 LOSSES = ('non_saturating', 'hinge', 'wasserstein', 'least_squares')
 
 
-def discriminator_loss(name, real_logits, fake_logits):
-    """What the discriminator minimizes, r and f being the logits of real and generated pictures.
+def discriminator_loss(name: str, real_logits: jax.Array, fake_logits: jax.Array) -> jax.Array:
+    r"""What the discriminator minimizes, with r and f the logits of real and generated images.
 
-    - non_saturating: mean softplus(-r) + mean softplus(f), the cross-entropy of both kinds
-      (arXiv 1406.2661).
-    - hinge: mean max(0, 1 - r) + mean max(0, 1 + f) (arXiv 1705.02894, 1802.05957).
-    - wasserstein: mean f - mean r (arXiv 1701.07875).
-    - least_squares: mean (r - 1)^2 / 2 + mean f^2 / 2 (arXiv 1611.04076, targets 1 and 0).
+    .. math::
+        \text{non\_saturating:} &\quad \mathbb{E} \log(1 + e^{-r}) + \mathbb{E} \log(1 + e^{f}) \\
+        \text{hinge:} &\quad \mathbb{E} \max(0, 1 - r) + \mathbb{E} \max(0, 1 + f) \\
+        \text{wasserstein:} &\quad \mathbb{E} f - \mathbb{E} r \\
+        \text{least\_squares:} &\quad \tfrac12 \mathbb{E} (r - 1)^2 + \tfrac12 \mathbb{E} f^2
 
-    The first three are sums of both kinds without a factor 1/2, as torch_mimicry has them and
-    as published results are trained; the halves of the last are its paper's.
+    From arXiv 1406.2661 (the cross-entropy of real and generated images), 1705.02894 and 1802.05957 (hinge),
+    1701.07875 (Wasserstein), and 1611.04076 with targets 1 and 0 (least squares). The first three are sums
+    without a factor 1/2, as in torch_mimicry and in published training runs; the halves of the last are
+    its paper's.
+
+    >>> discriminator_loss('hinge', real_logits=jnp.array([2.0, 0.5]), fake_logits=jnp.array([-2.0, -2.0]))
+    Array(0.25, dtype=float32)
 
     Args:
       name: one of `LOSSES`.
-      real_logits, fake_logits: floating, any shape and number each, such as [B].
+      real_logits: floating, any shape, such as [B].
+      fake_logits: floating, any shape, such as [B].
 
     Returns:
-      float32 scalar (float64 of float64 logits).
+      float32 scalar (float64 for float64 logits).
 
     Raises:
       ValueError: another name.
@@ -43,20 +51,23 @@ def discriminator_loss(name, real_logits, fake_logits):
     return jnp.square(real - 1).mean() / 2 + jnp.square(fake).mean() / 2
 
 
-def generator_loss(name, fake_logits):
-    """What the generator minimizes, f being the logits of its pictures.
+def generator_loss(name: str, fake_logits: jax.Array) -> jax.Array:
+    r"""What the generator minimizes, with f the logits of its images.
 
-    - non_saturating: mean softplus(-f), not -mean softplus(f), whose gradient vanishes where
-      the discriminator is sure (arXiv 1406.2661).
-    - hinge, wasserstein: -mean f (arXiv 1705.02894, 1802.05957; 1701.07875).
-    - least_squares: mean (f - 1)^2 / 2 (arXiv 1611.04076).
+    .. math::
+        \text{non\_saturating:} &\quad \mathbb{E} \log(1 + e^{-f}) \\
+        \text{hinge, wasserstein:} &\quad -\mathbb{E} f \\
+        \text{least\_squares:} &\quad \tfrac12 \mathbb{E} (f - 1)^2
+
+    The first is not :math:`-\mathbb{E} \log(1 + e^{f})`, whose gradient vanishes where the discriminator is
+    certain (arXiv 1406.2661). Sources: see `discriminator_loss`.
 
     Args:
       name: one of `LOSSES`.
       fake_logits: floating, any shape, such as [B].
 
     Returns:
-      float32 scalar (float64 of float64 logits).
+      float32 scalar (float64 for float64 logits).
 
     Raises:
       ValueError: another name.
@@ -69,39 +80,50 @@ def generator_loss(name, fake_logits):
     return -fake.mean()
 
 
-def gradient_penalty(discriminator_fn, real, fake, key, target=1.0):
-    """Mean squared distance of the discriminator's slopes from `target`, between real and generated pictures.
+def gradient_penalty(
+    discriminator_fn: Callable[[jax.Array], jax.Array],
+    real: jax.Array,
+    fake: jax.Array,
+    key: jax.Array,
+    target: float = 1.0,
+) -> jax.Array:
+    r"""Mean squared distance of the discriminator's gradient norms from `target` (WGAN-GP, arXiv 1704.00028).
 
-    mean_i (|| d D(x_i) / d x_i || - target)^2, x_i a point drawn uniformly on the line from fake_i
-    to real_i, one for each pair (WGAN-GP, arXiv 1704.00028). It is differentiable by whatever
-    `discriminator_fn` closes over; where a slope is 0 its norm counts with gradient 0, not NaN.
+    .. math::
+        \mathbb{E}_i \left( \|\nabla_{x_i} D(x_i)\|_2 - \text{target} \right)^2, \qquad
+        x_i = t_i\, \text{real}_i + (1 - t_i)\, \text{fake}_i, \quad t_i \sim U[0, 1)
+
+    It is differentiable with respect to everything that `discriminator_fn` closes over. Where a gradient is 0,
+    its norm has gradient 0, not NaN.
 
     Args:
-      discriminator_fn: images -> logits [B]. With batch statistics, each picture's slope has what
-        it does to the logits of the others, too.
-      real, fake: float [B, H, W, C], paired by their order.
+      discriminator_fn: images -> logits [B]. With batch statistics, the gradient of an image includes its
+        effect on the logits of the other images.
+      real: float [B, H, W, C].
+      fake: float [B, H, W, C]; image i is paired with image i of `real`.
       key: PRNG key.
-      target: the slope asked for.
+      target: the desired norm.
 
     Returns:
-      Scalar, float32 (float64 of float64 pictures), not yet multiplied with its weight.
+      Scalar, float32 (float64 for float64 images), without its weight.
 
     Raises:
-      ValueError: pictures of unequal shapes or not floating, or logits not [B].
+      ValueError: images of unequal shapes or not floating, or logits not [B].
     """
     norms = gradient_norms(discriminator_fn, interpolate(key, real, fake))
     return jnp.square(norms - target).mean()
 
 
-def interpolate(key, real, fake):
-    """t * real + (1 - t) * fake, t uniform in [0, 1) for each example (arXiv 1704.00028).
+def interpolate(key: jax.Array, real: jax.Array, fake: jax.Array) -> jax.Array:
+    """Computes t * real + (1 - t) * fake, with t uniform in [0, 1) for each example (arXiv 1704.00028).
 
     Args:
       key: PRNG key.
-      real, fake: floating, of one shape [B, ...].
+      real: floating [B, ...].
+      fake: floating, of the shape of `real`.
 
     Returns:
-      The shape and dtype of real.
+      An array of the shape and dtype of `real`.
 
     Raises:
       ValueError: unequal shapes, or not floating.
@@ -115,34 +137,37 @@ def interpolate(key, real, fake):
     return share * real + (1 - share) * fake
 
 
-def gradient_norms(discriminator_fn, images):
-    """Euclidean norm of the gradient of the sum of all logits by each picture.
+def gradient_norms(discriminator_fn: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
+    """Euclidean norm of the gradient of the sum of all logits with respect to each image.
+
+    >>> gradient_norms(lambda x: 3 * x[:, 0] + 4 * x[:, 1], jnp.ones((2, 2)))
+    Array([5., 5.], dtype=float32)
 
     Args:
       discriminator_fn: images -> logits [B].
       images: float [B, ...].
 
     Returns:
-      [B], float32 (float64 of float64 pictures). The gradient of a norm of 0 is 0.
+      [B], float32 (float64 for float64 images). The gradient of a norm of 0 is 0.
 
     Raises:
       ValueError: logits not [B].
     """
 
-    def total(x):
+    def total(x: jax.Array) -> jax.Array:
         logits = discriminator_fn(x)
         if logits.shape != images.shape[:1]:
-            raise UserError(f'logits.shape={logits.shape}: expected {images.shape[:1]}, one for each picture')
+            raise UserError(f'logits.shape={logits.shape}: expected {images.shape[:1]}, one for each image')
         return logits.sum()
 
     slopes = jax.grad(total)(images)
     slopes = slopes.astype(jnp.promote_types(slopes.dtype, jnp.float32)).reshape(len(images), -1)
     squares = jnp.square(slopes).sum(1)
-    # Twice where: a root's own gradient at 0 is infinite, and infinity times 0 would be NaN.
+    # jnp.where twice: the gradient of the root at 0 is infinite, and infinity times 0 would be NaN.
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
 
 
-def _wide(name, logits):
+def _wide(name: str, logits: jax.Array) -> jax.Array:
     if name not in LOSSES:
         raise UserError(f'name={name!r}: expected one of {", ".join(LOSSES)}')
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -1,30 +1,37 @@
-"""The state of a training run, and its optimizer."""
+"""The state of a training run, its optimizer, and the average of its parameters."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from flax import struct
 
 from convnorm_jax.errors import UserError
 
 OPTIMIZERS = ('sgd', 'adam', 'adamw')
 
+Params = Any  # a tree of arrays
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
+
 
 @struct.dataclass
 class TrainState:
-    """All that a step reads and writes; a frozen pytree.
+    """Everything that a step reads and writes: a frozen pytree.
 
     Attributes:
       step: int32 scalar, batches done.
       params: the model's parameters.
       model_state: every other collection, e.g. {'batch_stats': ...}.
-      opt_state: optax's.
-      rng: key data of the run; randomness is `fold_in(rng, step)`, so it never changes.
+      opt_state: state of the optimizer (optax).
+      rng: key data of the run; randomness is `fold_in(rng, step)`, so `rng` never changes.
       ema: exponential moving average of `params`, see `average`, or None.
-      ema_state: every other collection, as the averaged parameters make it (not an average of `model_state`), or None.
-      perturbation: float32 [B, H, W, C], what Free training carries from batch to batch, or None.
+      ema_state: every other collection, computed with the averaged parameters (not an average of `model_state`),
+        or None.
+      perturbation: float32 [B, H, W, C], what Free training carries over from batch to batch, or None.
     """
 
     step: jax.Array
@@ -37,8 +44,8 @@ class TrainState:
     perturbation: Any = None
 
     @property
-    def eval_variables(self):
-        """Variables to evaluate: the averaged parameters, with their own statistics, where there are any.
+    def eval_variables(self) -> dict[str, Any]:
+        """Variables to evaluate: the averaged parameters with their own statistics if there are any.
 
         Raises:
           ValueError: an average without statistics of its own.
@@ -53,16 +60,34 @@ class TrainState:
         return {'params': self.ema, **self.ema_state}
 
 
-def create_state(model, tx, input_shape, seed, *, use_ema=False, carried_batch=0):
-    """A fresh state; jittable.
+def create_state(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    input_shape: Sequence[int],
+    seed: int,
+    *,
+    use_ema: bool = False,
+    carried_batch: int = 0,
+) -> TrainState:
+    """Initializes a state; jittable.
+
+    >>> from convnorm_jax.models import create_model
+    >>> model = create_model('simple_cnn', num_classes=10, layer='convnorm')
+    >>> tx = make_optimizer('sgd', 0.1)
+    >>> state = jax.eval_shape(lambda: create_state(model, tx, input_shape=(32, 32, 3), seed=0))
+    >>> sorted(state.model_state), state.step.dtype
+    (['batch_stats'], dtype('int32'))
 
     Args:
       model: a Linen module called as `model.apply(variables, images, train=...)`.
-      tx: an optax transformation.
-      input_shape: [H, W, C] of a picture.
-      seed: int.
+      tx: the optimizer.
+      input_shape: [H, W, C] of an image.
+      seed: of the initial values and of the run's random numbers.
       use_ema: keep an average of the parameters, and statistics for it.
-      carried_batch: keep perturbations of so many pictures from batch to batch; 0 for none.
+      carried_batch: keep the perturbations of this many images from batch to batch; 0 for none.
+
+    Returns:
+      The state before the first step.
     """
     init_key, rng = jax.random.split(jax.random.PRNGKey(seed))
     variables = dict(model.init(init_key, jnp.zeros((1, *input_shape), jnp.float32), train=False))
@@ -80,11 +105,11 @@ def create_state(model, tx, input_shape, seed, *, use_ema=False, carried_batch=0
     return unshared(state)
 
 
-def unshared(tree):
-    """The tree, an array that is in it more than once copied, so that it can be donated outside `jit` too."""
-    seen = set()
+def unshared(tree: Any) -> Any:
+    """Copies an array that occurs in a tree more than once, so that the tree can be donated outside `jit` too."""
+    seen: set[int] = set()
 
-    def own(leaf):
+    def own(leaf: jax.Array) -> jax.Array:
         if id(leaf) in seen:
             return jnp.copy(leaf)
         seen.add(id(leaf))
@@ -93,31 +118,35 @@ def unshared(tree):
     return jax.tree.map(own, tree)
 
 
-def average(old, new, decay, updates):
-    """An exponential moving average after one more update.
+def average(old: Any, new: Any, decay: float, updates: int | jax.Array) -> Any:
+    r"""Exponential moving average after one more update.
 
-    The old average keeps the share min(decay, (1 + updates) / (10 + updates)): it never reaches back further than
-    about the last tenth of the run so far. So the initial values are soon forgotten, and a decay that is long for a
-    short run does no harm.
+    .. math::
+        \bar\theta \leftarrow d\,\bar\theta + (1 - d)\,\theta, \qquad
+        d = \min\left(\text{decay},\ \frac{1 + \text{updates}}{10 + \text{updates}}\right)
+
+    The average reaches back by at most about the last tenth of the run so far. So the initial values are soon
+    forgotten, and a decay that is too long for a short run does no harm.
 
     Args:
-      old, new: trees of arrays.
+      old: tree of arrays, the average.
+      new: tree of arrays.
       decay: share of the old average that an update keeps in the long run.
       updates: int or traced integer, updates before this one.
 
     Returns:
       The tree, with the dtypes of `old`.
     """
-    # 1 minus the share above: 1 - 0.9999 in float32 would be off by a thousandth.
+    # 1 - d, computed without cancellation: 1 - 0.9999 in float32 has a relative error of a thousandth.
     weight = jnp.maximum(1 - decay, 9 / (10 + jnp.asarray(updates, jnp.float32)))
     return jax.tree.map(lambda a, b: (weight * b + (1 - weight) * a).astype(a.dtype), old, new)
 
 
-def without_counts(model_state):
-    """The collections with ConvNorm's update counts at 0: the next update makes the running spectrum the current one.
+def without_counts(model_state: Any) -> Any:
+    """Sets ConvNorm's update counts to 0, so that the next update replaces the running spectrum by the current one.
 
-    The published schedule averages the spectrum over up to a hundred updates. Averaged parameters move slowly, and
-    their spectrum follows from them exactly.
+    The published schedule averages the spectrum over up to a hundred updates. That is not needed for averaged
+    parameters: they move slowly, and their spectrum follows from them exactly.
     """
     spectrum, count = (jax.tree_util.DictKey(name) for name in ('preconditioner', 'count'))
     layers = {path[:-1] for path, _ in jax.tree_util.tree_leaves_with_path(model_state) if path[-1] == spectrum}
@@ -125,17 +154,28 @@ def without_counts(model_state):
     return jax.tree_util.tree_map_with_path(reset, model_state)
 
 
-def make_optimizer(name, learning_rate, *, momentum=0.9, beta2=0.999, weight_decay=0.0):
-    """Optimizer with PyTorch's meaning of weight decay.
+def make_optimizer(
+    name: str,
+    learning_rate: float | optax.Schedule,
+    *,
+    momentum: float = 0.9,
+    beta2: float = 0.999,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """Makes an optimizer with PyTorch's meaning of weight decay.
 
-    'sgd' adds weight decay to the gradient before momentum, on every parameter but the
-    shifted ReLU's shift, as the published code does, and so does 'adam'. 'adamw' is optax's,
-    decaying the same parameters.
+    'sgd' and 'adam' add weight decay to the gradient before momentum, as the published code does; 'adamw' is
+    optax's. All decay every parameter except the shift of the shifted ReLU.
 
     Args:
       name: one of `OPTIMIZERS`.
-      learning_rate: float or schedule step -> float.
-      momentum: Adam's first beta; beta2: its second.
+      learning_rate: float, or a schedule step -> float.
+      momentum: of SGD; of Adam the first beta.
+      beta2: the second beta of Adam.
+      weight_decay: factor of the parameters that is added to the gradient.
+
+    Returns:
+      An optax transformation.
 
     Raises:
       ValueError: another name.
@@ -150,10 +190,10 @@ def make_optimizer(name, learning_rate, *, momentum=0.9, beta2=0.999, weight_dec
     raise UserError(f'optimizer.name={name!r}: expected one of {OPTIMIZERS}')
 
 
-def _decayed(params):
+def _decayed(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != 'shift', params)
 
 
-def global_norm(tree):
-    """Euclidean norm of all the numbers of a tree of arrays: `optax.global_norm`, half as long to trace."""
+def global_norm(tree: Any) -> jax.Array:
+    """Euclidean norm of all numbers of a tree of arrays: `optax.global_norm`, which takes twice as long to trace."""
     return jnp.sqrt(optax.tree_utils.tree_vdot(tree, tree))

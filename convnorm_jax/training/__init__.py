@@ -1,1 +1,1 @@
-"""The one training loop and what it stands on."""
+"""From a config to a trained net: nets, batches, schedules, the one training loop."""

@@ -1,19 +1,27 @@
-"""What every kind of training is built on: data on the devices, mesh, durations, optimizer."""
+"""What classifiers and GANs build alike: data on the devices, mesh, durations, optimizer."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from ml_collections import ConfigDict
 
 from convnorm_jax import mesh as mesh_lib
 from convnorm_jax.data import pipeline, sources, splits
-from convnorm_jax.data.streaming import Pictures
+from convnorm_jax.data.streaming import StreamedImages
 from convnorm_jax.layers import ocnn
 from convnorm_jax.steps.state import make_optimizer
 from convnorm_jax.training.schedule import make_schedule, to_steps
 
 
-def build_frame(config, devices, batch_examples, passes=1):
-    """The attributes of an `Experiment` that a config gives whatever is trained.
+def common_fields(
+    config: ConfigDict, devices: Sequence[jax.Device] | None, batch_examples: int, passes: int = 1
+) -> dict[str, Any]:
+    """The fields of an `Experiment` that classifiers and GANs have in common.
 
     Args:
       config: checked.
@@ -22,7 +30,7 @@ def build_frame(config, devices, batch_examples, passes=1):
       passes: over the data in an epoch of the loop.
 
     Raises:
-      ValueError: data that is not there, or numbers that do not fit it.
+      UserError: the data is not there, or numbers do not fit it.
     """
     sources.check_available(config.data.name, config.data.data_dir or None)
     mesh = mesh_lib.create_mesh(devices)
@@ -35,15 +43,15 @@ def build_frame(config, devices, batch_examples, passes=1):
     )
     prepared = _prepare(config, source)
     a_pass = pipeline.steps_per_epoch(len(prepared.train.labels), batch_examples)
-    durations = {'steps_per_epoch': a_pass, 'batch_size': batch_examples}
-    total_steps = to_steps(config.train, **durations)
+    in_steps = functools.partial(to_steps, steps_per_epoch=a_pass, batch_size=batch_examples)
+    total_steps = in_steps(config.train)
     schedule = make_schedule(
         config.schedule.kind,
         config.optimizer.learning_rate,
         total_steps,
         milestones=config.schedule.milestones,
         factor=config.schedule.factor,
-        warmup_steps=to_steps(config.schedule, **durations, prefix='warmup_'),
+        warmup_steps=in_steps(config.schedule, prefix='warmup_'),
     )
     return {
         'config': config,
@@ -59,8 +67,8 @@ def build_frame(config, devices, batch_examples, passes=1):
     }
 
 
-def build_optimizer(config, schedule, updates=1):
-    """The optimizer of a config, which makes so many updates a step; the schedule counts steps."""
+def build_optimizer(config: ConfigDict, schedule: optax.Schedule, updates: int = 1) -> optax.GradientTransformation:
+    """The optimizer of a config; it is updated `updates` times a step, while the schedule counts steps."""
     section = config.optimizer
     return make_optimizer(
         section.name,
@@ -71,16 +79,18 @@ def build_optimizer(config, schedule, updates=1):
     )
 
 
-def build_ocnn_penalty(config, model, input_shape, *inputs, pattern=None):
-    """OCNN's regularizer with its weight, params -> scalar, or None for no weight.
+def build_ocnn_penalty(
+    config: ConfigDict, model: Any, input_shape: Sequence[int], *inputs: Any, pattern: str | None = None
+) -> Callable[[Any], jax.Array] | None:
+    """OCNN's regularizer times its weight, params -> scalar; None if the weight is 0.
 
     Args:
       config: checked.
       model, input_shape, inputs: see `ocnn.convolution_geometry`.
-      pattern: of the kernels where the config names none; None for the published one.
+      pattern: of the kernels if the config has none; None for the published one.
 
     Raises:
-      ValueError: config.train.ocnn.pattern matches no kernel of the net.
+      UserError: config.train.ocnn.pattern matches no kernel of the net.
     """
     section = config.train.ocnn
     weight = section.weight
@@ -90,14 +100,15 @@ def build_ocnn_penalty(config, model, input_shape, *inputs, pattern=None):
     init = lambda *arrays: model.init(jax.random.key(0), *arrays, train=False)
     params = jax.eval_shape(init, images, *inputs)['params']
     found = ocnn.convolution_geometry(model, input_shape, *inputs)
-    strides, groups = ({path: geometry[i] for path, geometry in found.items()} for i in (0, 1))
+    strides = {path: strides for path, (strides, _) in found.items()}
+    groups = {path: groups for path, (_, groups) in found.items()}
     pattern = section.pattern or pattern
     penalty = ocnn.make_ocnn_penalty(params, strides=strides, pattern=pattern, lags=section.lags, groups=groups)
     return lambda params: weight * penalty(params)
 
 
-def round_up(number, multiple):
-    """The least multiple that is not below a number."""
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple that is at least `number`."""
     return -(-number // multiple) * multiple
 
 
@@ -117,5 +128,5 @@ def _prepare(config, source):
 def _to_device(prepared, mesh):
     parts = {name: getattr(prepared, name) for name in ('train', 'validation', 'test')}
     data = {name: {'images': part.images, 'labels': part.labels.astype(np.int32)} for name, part in parts.items()}
-    # Streamed pictures get there batch by batch.
-    return data if isinstance(prepared.train.images, Pictures) else mesh_lib.replicate(mesh, data)
+    # Streamed images are transferred batch by batch.
+    return data if isinstance(prepared.train.images, StreamedImages) else mesh_lib.replicate(mesh, data)

@@ -3,25 +3,29 @@
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import optax
+from flax import linen as nn
+from ml_collections import ConfigDict
 
 from convnorm_jax import mesh as mesh_lib
 from convnorm_jax.data.augment import augment
 from convnorm_jax.evaluation.classifier import AttackSettings, Evaluator
 from convnorm_jax.steps import adversarial, classify
 from convnorm_jax.steps.state import create_state
-from convnorm_jax.training.build import build_frame, build_ocnn_penalty, build_optimizer, round_up
+from convnorm_jax.training.build import build_ocnn_penalty, build_optimizer, common_fields, round_up
 from convnorm_jax.training.evaluation_checks import check_data
 from convnorm_jax.training.experiment import Experiment
 from convnorm_jax.training.nets import build_model
 
-# Of the training attacks, in 1/255, where the config gives none: the published ones.
+# Step sizes of the training attacks, in 1/255, if the config has none: the published ones.
 DEFAULT_STEP_SIZES = {'free': 8.0, 'fast': 10.0, 'pgd': 2.0, 'trades': 2.0}
 
-# Training batches that the statistics of an average without any are estimated from: BatchNorm then keeps less than
-# a ten-thousandth of what it started from.
+# Training batches that estimate the statistics of averaged parameters which have none: BatchNorm's initial values then
+# have a weight below 1e-4.
 STATISTICS_BATCHES = 100
 
 
@@ -34,8 +38,8 @@ class Classification(Experiment):
       evaluator: of the same net.
     """
 
-    model: Any
-    tx: Any
+    model: nn.Module
+    tx: optax.GradientTransformation
     evaluator: Evaluator
 
     metric_names = ('loss', 'accuracy', 'gradient_norm')
@@ -51,7 +55,7 @@ class Classification(Experiment):
         'examples_per_second',
     )
 
-    def create_state(self):
+    def create_state(self) -> Any:
         """The state before the first step; jittable."""
         train = self.config.train
         carries = train.algorithm == 'free' and train.adversarial.carry_over
@@ -64,12 +68,12 @@ class Classification(Experiment):
             carried_batch=self.config.data.batch_size if carries else 0,
         )
 
-    def abstract_states(self):
-        """See `Experiment`: averaged parameters once had no statistics of their own."""
+    def abstract_states(self) -> Sequence[Any]:
+        """See `Experiment`: in an earlier version averaged parameters had no statistics of their own."""
         state = self.abstract_state()
         return [state] if state.ema is None else [state, state.replace(ema_state=None)]
 
-    def completed(self, state):
+    def completed(self, state: Any) -> Any:
         """See `Experiment`: missing statistics of averaged parameters are estimated from training batches."""
         if state.ema is None or state.ema_state is not None:
             return state
@@ -90,7 +94,7 @@ class Classification(Experiment):
                 statistics = estimate(state.ema, statistics, number, *arrays)
         return state.replace(ema_state=statistics)
 
-    def training_row(self, values):
+    def training_row(self, values: dict[str, float]) -> dict[str, float]:
         """See `Experiment`."""
         return {
             'train_loss': values['loss'],
@@ -98,41 +102,41 @@ class Classification(Experiment):
             'gradient_norm': values['gradient_norm'],
         }
 
-    def validate(self, state, step, workdir):
-        """Loss and accuracy on the validation set; nothing without one."""
+    def validate(self, state: Any, step: int, workdir: str) -> dict[str, float]:
+        """Loss and accuracy on the validation set; {} without one."""
         found = self.evaluator.evaluate(state.eval_variables, self.data['validation'])
         return {f'validation_{name}': value for name, value in found.items()}
 
-    def rating(self, found):
+    def rating(self, found: dict[str, float]) -> float | None:
         """The validation accuracy."""
         return found.get('validation_accuracy')
 
-    def describe(self, values):
+    def describe(self, values: dict[str, float]) -> str:
         """See `Experiment`."""
         return f'loss {values["loss"]:.4f}  accuracy {values["accuracy"]:.4f}'
 
-    def describe_validation(self, found):
+    def describe_validation(self, found: dict[str, float]) -> str:
         """See `Experiment`."""
         if not found:
             return ''
         return f'validation loss {found["validation_loss"]:.4f}  accuracy {found["validation_accuracy"]:.4f}'
 
 
-def build(config, devices=None):
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Classification:
     """A `Classification` from a checked config.
 
     Raises:
-      ValueError: data that is not there, or numbers that do not fit it.
+      UserError: the data is not there, or numbers do not fit it.
     """
-    frame = build_frame(config, devices, config.data.batch_size)
-    source, mesh = frame['source'], frame['mesh']
+    common = common_fields(config, devices, config.data.batch_size)
+    source, mesh = common['source'], common['mesh']
     check_data(config, source.num_classes, source.train.images.shape[1:])
     model = build_model(config, source.num_classes)
-    tx = build_optimizer(config, frame['schedule'], _updates_per_batch(config))
+    tx = build_optimizer(config, common['schedule'], _updates_per_batch(config))
     logits_fn = classify.make_logits_fn(model, source.mean, source.std)
     penalty_fn = build_ocnn_penalty(config, model, source.train.images.shape[1:])
     return Classification(
-        **frame,
+        **common,
         model=model,
         tx=tx,
         train_step=_train_step(config, model, tx, source, penalty_fn),
@@ -140,12 +144,12 @@ def build(config, devices=None):
     )
 
 
-def attack_settings(config):
+def attack_settings(config: ConfigDict) -> dict[str, AttackSettings]:
     """{name: AttackSettings} of a config's attacks."""
     return {name: make_attack(config, name) for name in config.attack.names}
 
 
-def make_attack(config, name):
+def make_attack(config: ConfigDict, name: str) -> AttackSettings:
     """AttackSettings of a config, whose epsilon and step_size are in 1/255."""
     section = config.attack
     return AttackSettings(

@@ -1,180 +1,39 @@
-"""Checks of a config, before anything is read or compiled, and what may change at a resume."""
+"""Checks of a config, before anything is read or compiled."""
 
-from convnorm_jax.attacks.auto_attack.members import MEMBERS
-from convnorm_jax.attacks.inputs import LOSSES, NORMS
-from convnorm_jax.data.augment import AUGMENTATIONS, STREAMED_AUGMENTATIONS
-from convnorm_jax.data.diffaugment import POLICIES
+from ml_collections import ConfigDict
+
+from convnorm_jax.configs import default, keys
+from convnorm_jax.data.augment import STREAMED_AUGMENTATIONS
 from convnorm_jax.data.sources import NAMES, STREAMED
-from convnorm_jax.data.splits import NOISE_KINDS, VALIDATION_KINDS
 from convnorm_jax.errors import UserError
-from convnorm_jax.evaluation.classifier import ATTACKS
-from convnorm_jax.evaluation.features import SCORE_NAMES, SPLITS
-from convnorm_jax.evaluation.suite import PARTS, SUITES
-from convnorm_jax.layers.activations import ACTIVATIONS
-from convnorm_jax.layers.core import SPECTRUM_MODES
-from convnorm_jax.layers.factory import DENSE_LAYERS, LAYERS
-from convnorm_jax.layers.method import METHODS
-from convnorm_jax.layers.ocnn import LAGS
-from convnorm_jax.layers.reparam import SPECTRAL_NORM_MODES
-from convnorm_jax.models.classifiers import DTYPES, MODELS
 from convnorm_jax.models.gan import GANS
-from convnorm_jax.models.resnet import STEMS
-from convnorm_jax.steps.adversarial import BATCH_STATISTICS
-from convnorm_jax.steps.gan_losses import LOSSES as GAN_LOSSES
-from convnorm_jax.steps.state import OPTIMIZERS
+from convnorm_jax.runs.workdir import load_config
 from convnorm_jax.training.evaluation_checks import check_scores, check_suite
-from convnorm_jax.training.nets import ADAM_SETTINGS, build_gan, build_model
-from convnorm_jax.training.schedule import SCHEDULES
-
-ALGORITHMS = ('clean', 'free', 'fast', 'pgd', 'trades', 'gan')
-FEATURES = tuple(SCORE_NAMES)
-CHECKPOINTS = ('best', 'latest')
-
-_CHOICES = {
-    'model.name': (*MODELS, *GANS),
-    'model.layer': LAYERS,
-    'model.stem': ('', *STEMS),
-    'model.activation': ACTIVATIONS,
-    'model.dtype': DTYPES,
-    'model.convnorm.spectrum': SPECTRUM_MODES,
-    'model.convnorm.method': (None, *METHODS),
-    'model.spectralnorm.mode': SPECTRAL_NORM_MODES,
-    'data.name': NAMES,
-    'data.augmentation': AUGMENTATIONS,
-    'data.validation': VALIDATION_KINDS,
-    'data.label_noise.kind': NOISE_KINDS,
-    'train.algorithm': ALGORITHMS,
-    'train.adversarial.batch_statistics': ('', *BATCH_STATISTICS),
-    'gan.generator_layer': ('', *LAYERS),
-    'gan.dense': DENSE_LAYERS,
-    'gan.loss': GAN_LOSSES,
-    'gan.setting': ('', *ADAM_SETTINGS),
-    'optimizer.name': OPTIMIZERS,
-    'schedule.kind': SCHEDULES,
-    'train.ocnn.lags': LAGS,
-    'attack.loss': LOSSES,
-    'attack.norm': NORMS,
-    'eval.suite': SUITES,
-    'eval.checkpoint': CHECKPOINTS,
-}
-
-# Any of these, in any order.
-SUBSETS = {
-    'attack.names': ATTACKS,
-    'eval.parts': PARTS,
-    'eval.autoattack.attacks': MEMBERS,
-    'gan.augmentation': POLICIES,
-    'eval.features': FEATURES,
-}
-
-# key: (smallest, largest, are the bounds themselves allowed)
-_RANGES = {
-    'seed': (0, 2**32 - 1, True, True),
-    'model.width': (1, 2**16, True, True),
-    'model.convnorm.momentum': (0, 1, True, False),
-    'model.groupnorm.groups': (1, 2**16, True, True),
-    'model.spectralnorm.iterations': (1, 1000, True, True),
-    'model.oni.iterations': (1, 1000, True, True),
-    'model.oni.groups': (1, 2**16, True, True),
-    'model.oni.init_scale': (0, 1e6, False, True),
-    'model.own.groups': (1, 2**16, True, True),
-    'model.own.init_scale': (0, 1e6, False, True),
-    'data.batch_size': (1, 2**20, True, True),
-    'data.crop_padding': (0, 512, True, True),
-    'data.image_size': (1, 4096, True, True),
-    'data.workers': (0, 256, True, True),
-    'data.validation_fraction': (0, 1, True, False),
-    'data.subset_fraction': (0, 1, False, True),
-    'data.label_noise.rate': (0, 1, True, True),
-    'train.epochs': (0, 1e6, True, True),
-    'train.steps': (0, 1e12, True, True),
-    'train.examples': (0, 1e15, True, True),
-    'train.label_smoothing': (0, 1, True, False),
-    'train.ema_decay': (0, 1, True, False),
-    'train.early_stopping_epochs': (0, 1e6, True, True),
-    'train.adversarial.epsilon': (0, 255, True, True),
-    'train.adversarial.step_size': (0, 255, False, True),
-    'train.adversarial.steps': (1, 1000, True, True),
-    'train.adversarial.replays': (1, 1000, True, True),
-    'train.adversarial.beta': (0, 1e6, True, True),
-    'optimizer.learning_rate': (0, 1e6, False, True),
-    'optimizer.momentum': (0, 1, True, False),
-    'optimizer.beta2': (0, 1, True, False),
-    'optimizer.weight_decay': (0, 1e6, True, True),
-    'schedule.factor': (0, 1, False, True),
-    'schedule.warmup_epochs': (0, 1e6, True, True),
-    'train.ocnn.weight': (0, 1e6, True, True),
-    'attack.epsilon': (0, 1e6, True, True),
-    'attack.step_size': (0, 1e6, False, True),
-    'attack.pgd_steps': (1, 1e5, True, True),
-    'attack.restarts': (1, 1e4, True, True),
-    'eval.batch_size': (1, 2**20, True, True),
-    'eval.examples': (0, 1e12, True, True),
-    'eval.autoattack.steps': (1, 1e6, True, True),
-    'eval.autoattack.queries': (1, 1e7, True, True),
-    'eval.autoattack.targets': (1, 1e4, True, True),
-    'eval.autoattack.restarts': (1, 1e4, True, True),
-    'eval.simba.examples': (1, 1e6, True, True),
-    'eval.simba.queries': (1, 1e7, True, True),
-    'eval.simba.step_size': (0, 1, False, True),
-    'gan.generator_width': (1, 2**16, True, True),
-    'gan.latent': (1, 2**16, True, True),
-    'gan.n_dis': (1, 1000, True, True),
-    'gan.gradient_penalty': (0, 1e6, True, True),
-    'gan.passes': (1, 1e6, True, True),
-    'gan.score_examples': (0, 1e7, True, True),
-    'eval.samples': (SPLITS, 1e8, True, True),
-    'checkpoint.every_steps': (0, 1e12, True, True),
-    'checkpoint.keep': (1, 1e6, True, True),
-    'log.every_steps': (1, 1e12, True, True),
-    'log.profile_steps': (0, 1e4, True, True),
-    'train.microbatches': (1, 2**20, True, True),
-}
-
-# What a resumed run or an evaluation may change without becoming another run.
-FREE_KEYS = (
-    'model.convnorm.spectrum',
-    'model.convnorm.method',
-    'attack.',
-    'eval.',
-    'log.',
-    'checkpoint.',
-    'plots',
-    'data.data_dir',
-    'data.workers',
-    'train.early_stopping_epochs',
-)
-
-# The length of a run, which its other schedules follow: only a constant learning rate may be trained for longer.
-DURATION_KEYS = ('train.epochs', 'train.steps', 'train.examples')
+from convnorm_jax.training.nets import build_gan, build_model
 
 
-def flatten(config):
-    """{'model.name': ...} of a nested config or dict."""
-    flat = {}
-    for key, value in config.items():
-        if hasattr(value, 'items'):
-            flat.update({f'{key}.{inner}': v for inner, v in flatten(value).items()})
-        else:
-            flat[key] = list(value) if isinstance(value, (list, tuple)) else value
-    return flat
+def run_config(workdir: str) -> ConfigDict:
+    """The config of the run in a folder, checked; a key that is younger than the run has its default.
+
+    Raises:
+      UserError: there is no run, or its config cannot be used.
+    """
+    config = default.get_config()
+    keys.merge(config, load_config(workdir))
+    keys.check_types(config, default.get_config())
+    check_config(config)
+    return config
 
 
-def check_config(config):
+def check_config(config: ConfigDict) -> None:
     """Checks every value of a config.
 
     Raises:
-      ValueError: the first impossible value, with its name and the choices.
+      UserError: the first impossible value, with its name and the choices.
     """
-    flat = flatten(config)
-    for key, choices in _CHOICES.items():
-        if flat[key] not in choices:
-            raise UserError(f'config.{key}={flat[key]!r}: expected one of {", ".join(map(repr, choices))}')
-    for key, bounds in _RANGES.items():
-        _check_range(key, flat[key], *bounds)
-    for key, names in SUBSETS.items():
-        if not set(flat[key]) <= set(names):
-            raise UserError(f'config.{key}={tuple(flat[key])}: expected some of {names}')
+    flat = keys.flatten(config)
+    for name, key in default.KEYS.items():
+        _check_value(name, flat[name], key)
     _check_attack(flat)
     if flat['train.algorithm'] == 'gan':
         check_scores(flat)
@@ -199,6 +58,16 @@ def check_config(config):
         )
 
 
+def _check_value(name, value, key):
+    allowed, bounds = key.allowed(), key.bounds()
+    if key.choices and value not in allowed:
+        raise UserError(f'config.{name}={value!r}: expected one of {", ".join(map(repr, allowed))}')
+    if key.names and not set(value) <= set(allowed):
+        raise UserError(f'config.{name}={tuple(value)}: expected some of {allowed}')
+    if bounds:
+        _check_range(name, value, *bounds)
+
+
 def _check_microbatches(number, algorithm, batch_size):
     if batch_size % number or (number > 1 and algorithm != 'clean'):
         raise UserError(
@@ -208,7 +77,7 @@ def _check_microbatches(number, algorithm, batch_size):
 
 
 def _check_net(config):
-    """Raises ValueError for a net that can not be, and for one that the algorithm does not train."""
+    """Raises UserError for a net that cannot be built, or that the algorithm does not train."""
     name, algorithm = config.model.name, config.train.algorithm
     if (algorithm == 'gan') != (name in GANS):
         raise UserError(
@@ -267,28 +136,4 @@ def _check_milestones(milestones):
     if not numbers or sorted(milestones) != list(milestones):
         raise UserError(
             f'config.schedule.milestones={tuple(milestones)}: expected rising shares of the run between 0 and 1'
-        )
-
-
-def differences(saved, given):
-    """Keys that make `given` another run than `saved`: {key: (saved value, given value)}.
-
-    Keys that `saved` lacks came with a later version and are passed over.
-    """
-    saved, given = flatten(saved), flatten(given)
-    free = FREE_KEYS + (DURATION_KEYS if saved.get('schedule.kind') == 'constant' else ())
-    return {
-        key: (saved.get(key), given.get(key))
-        for key in sorted(saved)
-        if saved.get(key) != given.get(key) and not key.startswith(free)
-    }
-
-
-def check_same_run(saved, given, workdir):
-    """Raises ValueError, naming each difference, unless `given` continues the run in `workdir`."""
-    changed = differences(saved, given)
-    if changed:
-        words = '; '.join(f'config.{key} was {old!r}, is now {new!r}' for key, (old, new) in changed.items())
-        raise UserError(
-            f'{workdir} holds a run with another config: {words}; give the old values back, or another --workdir'
         )

@@ -1,4 +1,9 @@
-"""Checks of what a config has measured: what would be noticed only after the training, or after hours of attacks."""
+"""Checks of the evaluation of a config, whose errors would show only after training, or after hours of attacks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from convnorm_jax.attacks.auto_attack.members import MEMBERS
 from convnorm_jax.attacks.inputs import fewest_classes
@@ -9,8 +14,12 @@ from convnorm_jax.evaluation.features import SPLITS
 SIDE_NEEDED = 8
 
 
-def check_suite(flat):
-    """Raises UserError for what a part of the suite would find out only when its turn comes, after hours."""
+def check_suite(flat: Mapping[str, Any]) -> None:
+    """Raises UserError for settings that a part of the suite cannot use.
+
+    Args:
+      flat: the config, see `configs.keys.flatten`.
+    """
     if not flat['eval.suite']:
         return
     parts, epsilon, curve = flat['eval.parts'], flat['attack.epsilon'], flat['eval.curve']
@@ -38,15 +47,15 @@ def check_suite(flat):
         )
 
 
-def check_scores(flat):
-    """Raises UserError for a number of generated images too small for the scores, which take them in parts."""
+def check_scores(flat: Mapping[str, Any]) -> None:
+    """Raises UserError for too few generated images: the scores split them into parts."""
     count = flat['gan.score_examples']
     if 0 < count < SPLITS:
         raise UserError(f'config.gan.score_examples={count}: expected 0 (no scores), or at least {SPLITS}')
 
 
-def check_data(config, classes, input_shape):
-    """Raises UserError for a loss, an attack or a part of the suite that the data set is too small for.
+def check_data(config: ConfigDict, classes: int, input_shape: Sequence[int]) -> None:
+    """Raises UserError if the data set has too few classes or pixels for a loss, an attack or a part of the suite.
 
     Args:
       config: checked.

@@ -1,18 +1,22 @@
-"""What the loop knows of a run; each kind of training says the rest."""
+"""A run as the training loop sees it; classifiers and GANs are its two kinds."""
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from convnorm_jax import mesh as mesh_lib
 from convnorm_jax.data import pipeline, sources, splits, streaming
 from convnorm_jax.training.batches import MemoryFeed, StreamFeed
 
-# Test examples of a streamed data set that are attacked where config.eval.examples is 0.
+# Test examples of a streamed data set that are attacked if config.eval.examples is 0.
 STREAMED_ATTACK_EXAMPLES = 1000
 
 
@@ -22,9 +26,9 @@ class Experiment:
 
     Attributes:
       config: as given.
-      source, prepared: the data set, and its splits with what label noise changed.
-      data: {'train' | 'validation' | 'test': {'images', 'labels'}} on every device; `streaming.Pictures` and
-        NumPy labels where the data set is streamed.
+      source, prepared: the data set, and its splits with label noise applied.
+      data: {'train' | 'validation' | 'test': {'images', 'labels'}} on every device; `streaming.StreamedImages` and
+        NumPy labels if the data set is streamed.
       mesh, schedule: devices, learning rate.
       train_step: (state, batch) -> (state, metrics).
       batch_examples: examples in the batch of a step.
@@ -34,36 +38,36 @@ class Experiment:
       columns: of metrics.csv.
     """
 
-    config: Any
+    config: ConfigDict
     source: sources.Source
     prepared: splits.Prepared
     data: dict
-    mesh: Any
-    schedule: Any
+    mesh: Mesh
+    schedule: optax.Schedule
     train_step: Any
     batch_examples: int
     passes: int
     steps_per_epoch: int
     total_steps: int
 
-    metric_names: ClassVar[tuple]
-    columns: ClassVar[tuple]
+    metric_names: ClassVar[tuple[str, ...]]
+    columns: ClassVar[tuple[str, ...]]
 
     @property
-    def input_shape(self):
-        """[H, W, C] of a picture."""
+    def input_shape(self) -> tuple[int, ...]:
+        """[H, W, C] of an image."""
         return self.source.train.images.shape[1:]
 
     @property
-    def streamed(self):
-        """Whether the pictures are read while they are needed."""
-        return isinstance(self.source.train.images, streaming.Pictures)
+    def streamed(self) -> bool:
+        """Whether images are read from disk during training."""
+        return isinstance(self.source.train.images, streaming.StreamedImages)
 
-    def feed(self):
+    def feed(self) -> MemoryFeed | StreamFeed:
         """Where the steps get their batches: a `MemoryFeed` or a `StreamFeed`."""
-        if not self.streamed:
-            return MemoryFeed(self.data['train'], self.epoch_order, self.steps_per_epoch, self.mesh)
         train = self.prepared.train
+        if not isinstance(train.images, streaming.StreamedImages):
+            return MemoryFeed(self.data['train'], self.epoch_order, self.steps_per_epoch, self.mesh)
         batches = streaming.TrainingBatches(
             train.images,
             train.labels,
@@ -76,35 +80,35 @@ class Experiment:
         return StreamFeed(batches, self.mesh, self.total_steps)
 
     @functools.cached_property
-    def attacked(self):
-        """The test examples that attacks see, a `Split` in memory: the first config.eval.examples, 0 for all.
+    def attacked(self) -> sources.Split:
+        """The test examples that are attacked, in memory: the first config.eval.examples, 0 for all.
 
-        Of a streamed data set 0 stands for `STREAMED_ATTACK_EXAMPLES`.
+        Of a streamed data set, 0 stands for `STREAMED_ATTACK_EXAMPLES`.
         """
         test = self.prepared.test
         count = self.config.eval.examples or (STREAMED_ATTACK_EXAMPLES if self.streamed else len(test.labels))
         return sources.Split(np.asarray(test.images[:count]), test.labels[:count].astype(np.int32))
 
     @functools.cached_property
-    def attacked_data(self):
-        """{'images', 'labels'} on every device that hold `attacked`, and more where the whole test set is there."""
+    def attacked_data(self) -> dict[str, jax.Array]:
+        """{'images', 'labels'} on every device: the whole test set, or `attacked` of a streamed one."""
         if not self.streamed:
             return self.data['test']
         return mesh_lib.replicate(self.mesh, {'images': self.attacked.images, 'labels': self.attacked.labels})
 
-    def create_state(self):
+    def create_state(self) -> Any:
         """The state before the first step; jittable."""
         raise NotImplementedError
 
-    def initial_state(self):
+    def initial_state(self) -> Any:
         """The state before the first step, on every device."""
         return jax.jit(self.create_state, out_shardings=mesh_lib.replicated(self.mesh))()
 
-    def abstract_state(self):
+    def abstract_state(self) -> Any:
         """Shapes, dtypes and shardings of the state, without computing it.
 
         Raises:
-          ValueError: the net can not take pictures of this size.
+          UserError: the net cannot take images of this size.
         """
         sharding = mesh_lib.replicated(self.mesh)
         return jax.tree.map(
@@ -112,15 +116,15 @@ class Experiment:
             jax.eval_shape(self.create_state),
         )
 
-    def abstract_states(self):
-        """What the state in a checkpoint may look like, see `abstract_state`: today's, then earlier versions'."""
+    def abstract_states(self) -> Sequence[Any]:
+        """The structures that a checkpoint may have, see `abstract_state`: the current one, then earlier versions'."""
         return [self.abstract_state()]
 
-    def completed(self, state):
-        """A restored state with what an earlier version did not keep."""
+    def completed(self, state: Any) -> Any:
+        """A restored state, with what an earlier version did not save."""
         return state
 
-    def epoch_order(self, epoch):
+    def epoch_order(self, epoch: Any) -> jax.Array:
         """The examples of an epoch, int32 [steps_per_epoch, batch_examples]; jittable."""
         examples = len(self.prepared.train.labels)
         order = jax.vmap(lambda number: pipeline.epoch_order(self.config.seed, number, examples, self.batch_examples))(
@@ -128,22 +132,22 @@ class Experiment:
         )
         return order.reshape(-1, self.batch_examples)
 
-    def training_row(self, values):
-        """What metrics.csv says of the means of an epoch's metrics."""
+    def training_row(self, values: dict[str, float]) -> dict[str, float]:
+        """{column of metrics.csv: value} of the means of an epoch's metrics."""
         raise NotImplementedError
 
-    def validate(self, state, step, workdir):
+    def validate(self, state: Any, step: int, workdir: str) -> dict[str, float]:
         """{column: value} of what is measured at the end of an epoch; may write into `workdir`."""
         raise NotImplementedError
 
-    def rating(self, found):
-        """How good the state is by what `validate` found, more is better; None if that is not known."""
+    def rating(self, found: dict[str, float]) -> float | None:
+        """How good the state is, from what `validate` found; higher is better, None if unknown."""
         raise NotImplementedError
 
-    def describe(self, values):
+    def describe(self, values: dict[str, float]) -> str:
         """The means of the metrics so far, in a few words."""
         raise NotImplementedError
 
-    def describe_validation(self, found):
+    def describe_validation(self, found: dict[str, float]) -> str:
         """What `validate` found, in a few words; '' for nothing."""
         raise NotImplementedError

@@ -1,10 +1,11 @@
-"""The one training loop. A new algorithm is a new step, never another loop."""
+"""The one training loop: a new algorithm is a new step, never another loop."""
 
 import dataclasses
 import math
 import os
 import signal
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,73 +15,38 @@ from convnorm_jax import mesh as mesh_lib
 from convnorm_jax.errors import UserError
 from convnorm_jax.runs.checkpoint import Checkpointer, first_fitting
 from convnorm_jax.runs.disk import explained
-from convnorm_jax.runs.interrupt import StopRequest
+from convnorm_jax.runs.interrupt import Stopped, StopRequest
 from convnorm_jax.runs.lock import locked
 from convnorm_jax.runs.metrics import MetricWriter
 from convnorm_jax.runs.profile import Profiler
-from convnorm_jax.runs.progress import ProgressLine
+from convnorm_jax.runs.progress import Progress, ProgressLine
 from convnorm_jax.runs.workdir import check_workdir, prepare_workdir, save_config
 from convnorm_jax.training.batches import Waiting
+from convnorm_jax.training.experiment import Experiment
 from convnorm_jax.training.totals import means, zero_totals
-
-
-@dataclasses.dataclass
-class Progress:
-    """What the host knows of a run; saved with every checkpoint.
-
-    Attributes:
-      step: updates done.
-      best_step, best_rating: of the best state so far, see `Experiment.rating`; None if none was rated.
-      epochs_since_best: for early stopping.
-      seconds, examples: training time without compilation and evaluation, and examples in it.
-    """
-
-    step: int = 0
-    best_step: int = 0
-    best_rating: float | None = None
-    epochs_since_best: int = 0
-    seconds: float = 0.0
-    examples: int = 0
-
-    @property
-    def examples_per_second(self):
-        """Training speed; 0 before anything was timed."""
-        return self.examples / self.seconds if self.seconds else 0.0
 
 
 class NonFiniteLoss(UserError):
     """The loss or the gradient became infinite or NaN."""
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and saved.
-
-    Attributes:
-      signal: number of the signal that asked.
-    """
-
-    def __init__(self, signal, step):
-        super().__init__(f'stopped and saved at step {step}; the same command goes on from there')
-        self.signal = signal
-
-
-def train(experiment, workdir):
-    """Trains until the config's end, resuming whatever `workdir` holds of this run.
+def train(experiment: Experiment, workdir: str) -> Progress:
+    """Trains to the end of the config, resuming the run that `workdir` holds.
 
     Args:
       experiment: see `setup.build`.
-      workdir: of the run; made if it is not there.
+      workdir: of the run; made if it is missing.
 
     Returns:
       `Progress` at the end.
 
     Raises:
-      ValueError: `workdir` holds another run, another process trains there, or all checkpoints are damaged.
-      DiskTrouble: it can not be written; the last good checkpoint stays.
-      NonFiniteLoss: the last good checkpoint stays.
+      UserError: `workdir` holds another run, another process trains there, or all checkpoints are damaged.
+      DiskTrouble: it cannot be written; the last good checkpoint is kept.
+      NonFiniteLoss: the last good checkpoint is kept.
       Stopped: after a SIGINT or SIGTERM, with everything saved.
     """
-    experiment.abstract_state()  # a net that can not take these pictures must not leave a folder behind
+    experiment.abstract_state()  # a net that cannot take these images is refused before a folder is made
     check_workdir(workdir, experiment.config)
     with explained(workdir), locked(workdir):
         return _train(experiment, workdir)
@@ -91,26 +57,27 @@ def _train(experiment, workdir):
     checkpointer = Checkpointer(workdir, experiment.config.checkpoint.keep)
     try:
         run = _Run(experiment, workdir, checkpointer)
-        save_config(workdir, experiment.config)  # only now: a config that is refused leaves the old one
+        save_config(workdir, experiment.config)  # only now: a refused config does not replace the old one
         return run.run()
     finally:
         checkpointer.close()
 
 
-def restore_variables(experiment, workdir, which):
-    """As `restore_state`, with the variables to evaluate in place of the state."""
+def restore_variables(experiment: Experiment, workdir: str, which: str) -> tuple[Any, Progress, Progress]:
+    """As `restore_state`, but returns the variables to evaluate instead of the state."""
     state, chosen, final = restore_state(experiment, workdir, which)
     return state.eval_variables, chosen, final
 
 
-def restore_state(experiment, workdir, which):
-    """(state, `Progress` then, `Progress` at the end) of a run.
+def restore_state(experiment: Experiment, workdir: str, which: str) -> tuple[Any, Progress, Progress]:
+    """(state, `Progress` at that checkpoint, `Progress` at the end) of a run.
 
     Args:
+      experiment: the run; workdir: its folder.
       which: 'best', by its rating (the latest if none was rated), or 'latest'.
 
     Raises:
-      ValueError: there is no checkpoint, or it can not be read.
+      UserError: there is no checkpoint, or it cannot be read.
     """
     if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
         raise UserError(f'--workdir={workdir}: no checkpoint there yet; train first')
@@ -170,7 +137,7 @@ class _Run:
         self.profiler = Profiler(workdir, self.config.log.profile_steps)
 
     def _last_full_epoch(self, step):
-        """The step up to which rows of metrics.csv stand: that of a shorter run may end in mid-epoch."""
+        """The last step whose row of metrics.csv is kept: a shorter run may have ended within an epoch."""
         if step == self.experiment.total_steps:
             return step
         return step - step % self.experiment.steps_per_epoch
@@ -195,13 +162,14 @@ class _Run:
                 self._say_profiled(self.profiler.close())
                 self.display.close()
                 self.writer.close()
-                self.checkpointer.wait()  # a signal must not break off the last one
-            if self._asked_to_stop(self.progress.step):  # at the end: before anything else is begun
+                self.checkpointer.wait()  # a signal must not interrupt the last one
+            if self._asked_to_stop(self.progress.step):  # at the end: before anything else starts
                 raise self._stopped()
             return self.progress
 
     def _stopped(self):
-        return Stopped(self.stop_request.signal or signal.SIGTERM, self.progress.step)
+        number = self.stop_request.signal or signal.SIGTERM
+        return Stopped(number, f'stopped and saved at step {self.progress.step}')
 
     def _train_epoch(self, epoch, end):
         experiment, every = self.experiment, self.config.checkpoint.every_steps
@@ -212,7 +180,7 @@ class _Run:
             self.progress.step += 1
             if self.compiled:
                 self.progress.examples += experiment.batch_examples
-            else:  # wait for the first step, and start the clock behind it
+            else:  # wait for the first step, which compiles, and start the clock after it
                 jax.block_until_ready(self.totals)
                 self.compiled, start = True, time.perf_counter()
                 self.waiting.begin_epoch(self.progress.seconds)
@@ -240,18 +208,18 @@ class _Run:
 
     def _warn_of_input(self, ended):
         if self.feed.streamed:
-            warning = self.waiting.warning(self.progress.seconds, self.feed.training.pictures.workers, ended)
+            warning = self.waiting.warning(self.progress.seconds, self.feed.training.images.workers, ended)
             if warning:
                 self.display.line(warning)
 
     def _asked_to_stop(self, step):
-        """Whether any process was asked to stop; of many, they look together now and then."""
+        """Whether any process was asked to stop; several processes ask at every log step, together."""
         if jax.process_count() > 1 and step % self.config.log.every_steps and step % self.experiment.steps_per_epoch:
             return False
         return mesh_lib.any_process(self.stop_request.signal is not None)
 
     def _clock(self, start):
-        """Adds the time since `start`, when all work is done; returns the time now."""
+        """Adds the time since `start`; returns the time now. Call it when the devices are done."""
         now = time.perf_counter()
         self.progress.seconds += now - start
         return now
@@ -298,7 +266,7 @@ class _Run:
         return values
 
     def _check_parameters(self):
-        """As `_finite_means`, and looks at what the last update made of the parameters."""
+        """As `_finite_means`, also of the parameters after the last update."""
         return self._finite_means(float(self._norm(self.state.params)))
 
     def _end_epoch(self, epoch):
@@ -327,7 +295,7 @@ class _Run:
             raise self._stopped()
 
     def _rate(self, rating, step):
-        """Notes the best rating and how long ago it was."""
+        """Records the best rating and the epochs since."""
         progress = self.progress
         if rating is None:
             return

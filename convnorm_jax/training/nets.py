@@ -1,11 +1,14 @@
 """The nets of a config."""
 
+from collections.abc import Sequence
+
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from convnorm_jax.models.classifiers import create_model
 from convnorm_jax.models.gan import create_gan
 
-# (learning rate, first beta, second beta, n_dis) of Adam: the settings of the SNGAN paper's table 1.
+# (learning rate, first beta, second beta, n_dis) of Adam: table 1 of the SNGAN paper (arXiv 1802.05957).
 ADAM_SETTINGS = {
     'A': (1e-4, 0.5, 0.9, 5),
     'B': (1e-4, 0.5, 0.999, 1),
@@ -16,11 +19,11 @@ ADAM_SETTINGS = {
 }
 
 
-def build_model(config, num_classes):
+def build_model(config: ConfigDict, num_classes: int) -> nn.Module:
     """The net of a config.
 
     Raises:
-      ValueError: see `create_model`.
+      UserError: see `create_model`.
     """
     model = config.model
     return create_model(
@@ -36,20 +39,21 @@ def build_model(config, num_classes):
     )
 
 
-def build_gan(config, picture_shape, num_classes):
+def build_gan(config: ConfigDict, image_shape: Sequence[int], num_classes: int) -> tuple[nn.Module, nn.Module]:
     """(generator, discriminator) of a config.
 
     Args:
-      picture_shape: [H, W, C].
-      num_classes: of the data; used where config.gan.conditional is set.
+      config: checked.
+      image_shape: [H, W, C].
+      num_classes: of the data; used if config.gan.conditional is set.
 
     Raises:
-      ValueError: see `create_gan`.
+      UserError: see `create_gan`.
     """
     model, gan = config.model, config.gan
     return create_gan(
         model.name,
-        picture_shape=tuple(picture_shape),
+        picture_shape=tuple(image_shape),
         latent=gan.latent,
         num_classes=num_classes if gan.conditional else 0,
         generator_layer=gan.generator_layer or None,
@@ -63,8 +67,8 @@ def build_gan(config, picture_shape, num_classes):
     )
 
 
-def resolve_setting(config):
-    """The config with what its `gan.setting` stands for."""
+def resolve_setting(config: ConfigDict) -> ConfigDict:
+    """The config with the values that its `gan.setting` stands for."""
     if not config.gan.setting:
         return config
     config = ConfigDict(config.to_dict())

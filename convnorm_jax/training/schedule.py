@@ -1,4 +1,6 @@
-"""Durations and learning rates: every span of a config goes through `to_steps`."""
+"""Durations and learning rates: `to_steps` converts every duration of a config."""
+
+from collections.abc import Mapping, Sequence
 
 import optax
 
@@ -7,17 +9,22 @@ from convnorm_jax.errors import UserError
 SCHEDULES = ('step', 'cosine', 'linear', 'constant')
 
 
-def to_steps(section, *, steps_per_epoch, batch_size, prefix=''):
+def to_steps(section: Mapping, *, steps_per_epoch: int, batch_size: int, prefix: str = '') -> int:
     """A duration in steps, from `{prefix}steps`, `{prefix}examples` or `{prefix}epochs`.
 
     Args:
-      section: a mapping with any of those keys; the first of steps, examples and epochs
-        that is neither absent, None nor 0 counts.
-      steps_per_epoch, batch_size: int.
+      section: has any of those keys; the first of steps, examples and epochs that is neither absent, None nor 0
+        counts.
+      steps_per_epoch: of the run.
+      batch_size: examples of a step.
       prefix: of the keys, such as 'warmup_'.
 
     Returns:
-      int, 0 if none is given; at least 1 otherwise.
+      0 if none is given; at least 1 otherwise.
+
+    Example:
+      >>> to_steps({'epochs': 1.5, 'steps': 0}, steps_per_epoch=100, batch_size=128)
+      150
     """
     steps, examples, epochs = (section.get(prefix + unit) or 0 for unit in ('steps', 'examples', 'epochs'))
     if steps:
@@ -27,19 +34,27 @@ def to_steps(section, *, steps_per_epoch, batch_size, prefix=''):
     return max(1, round(epochs * steps_per_epoch)) if epochs else 0
 
 
-def make_schedule(kind, learning_rate, total_steps, *, milestones=(), factor=0.1, warmup_steps=0):
+def make_schedule(
+    kind: str,
+    learning_rate: float,
+    total_steps: int,
+    *,
+    milestones: Sequence[float] = (),
+    factor: float = 0.1,
+    warmup_steps: int = 0,
+) -> optax.Schedule:
     """Learning rate as a function of the step.
 
     Args:
-      kind: 'step' multiplies by `factor` at each of `milestones`, 'cosine' and 'linear' fall to
-        zero, 'constant' stays.
+      kind: 'step' multiplies by `factor` at each of `milestones`; 'cosine' and 'linear' decay to zero; 'constant'.
       learning_rate: the peak.
       total_steps: length of the run.
       milestones: shares of the run, so that a shorter run keeps its shape.
-      warmup_steps: linear rise from zero in front, part of the run.
+      factor: see `kind`.
+      warmup_steps: of linear increase from zero, at the start of the run and part of it.
 
     Raises:
-      ValueError: another kind, or a warmup that fills the run.
+      UserError: another kind, or a warmup that fills the run.
     """
     if warmup_steps >= total_steps:
         raise UserError(
@@ -47,7 +62,7 @@ def make_schedule(kind, learning_rate, total_steps, *, milestones=(), factor=0.1
             f'expected fewer than the {total_steps} of the run'
         )
     if kind == 'step':
-        boundaries = {}
+        boundaries: dict[int, float] = {}
         for share in milestones:  # two of them can fall on one step of a short run
             step = round(share * total_steps) - warmup_steps
             boundaries[step] = boundaries.get(step, 1.0) * factor

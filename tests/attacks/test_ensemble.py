@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convnorm_jax import attacks
+from convnorm_jax import attacks, mesh
 from convnorm_jax.attacks.auto_attack import checks, ensemble, members, saved
 from convnorm_jax.attacks.auto_attack.members import make_member
 from tests.selection import few
@@ -187,7 +187,7 @@ def test_an_interrupted_run_goes_on(problem, whole, tmp_path, monkeypatch, momen
         logits_fn, images, labels, log=lines.append, progress=lambda *at: seen.append(at), **options
     )
     same(found, expected)
-    assert (moment < 4) or lines[0].startswith('going on from')
+    assert (moment < 4) or lines[0].startswith('resuming from')
     again = attacks.run_ensemble(logits_fn, images, labels, log=quiet, progress=seen.clear, **options)
     same(again, expected)  # and without any attack: `clear` takes no arguments
 
@@ -232,7 +232,7 @@ def test_a_state_of_a_net_that_predicts_the_same_is_refused(problem, whole, tmp_
         assert words in str(caught.value) and '\n' not in str(caught.value)
     lines = []
     same(attacks.run_ensemble(linear(weights), images, labels, **{**options, 'log': lines.append}), expected)
-    assert lines[0].startswith('going on from')
+    assert lines[0].startswith('resuming from')
 
 
 @pytest.mark.parametrize('damage', ['cut', 'text', 'pickle', 'empty', 'words', 'bytes'])
@@ -275,10 +275,10 @@ def test_the_leader_reads_the_state_for_all(tmp_path, monkeypatch):
     told = []
 
     def as_process(number, messages):
-        monkeypatch.setattr(saved.jax, 'process_count', lambda: 2)
-        monkeypatch.setattr(saved.jax, 'process_index', lambda: number)
+        monkeypatch.setattr(mesh.jax, 'process_count', lambda: 2)
+        monkeypatch.setattr(mesh.jax, 'process_index', lambda: number)
         broadcast = (lambda x: told.append(x) or x) if number == 0 else (lambda x: messages.pop(0))
-        monkeypatch.setattr(saved.multihost_utils, 'broadcast_one_to_all', broadcast)
+        monkeypatch.setattr(mesh.multihost_utils, 'broadcast_one_to_all', broadcast)
 
     def outcomes(other_path):
         found = []

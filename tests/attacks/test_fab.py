@@ -1,5 +1,7 @@
 """FAB-T: its projections against SciPy, the attack against closed forms, NumPy in float64 and torchattacks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,14 +9,13 @@ import pytest
 import scipy.optimize
 
 from convnorm_jax.attacks import losses
-from convnorm_jax.attacks.fab import fab, fab_advance, fab_start, project_on_hyperplane
+from convnorm_jax.attacks.fab import _shortest_move, fab, fab_advance, fab_start
 
 SHAPE = (6, 4, 4, 2)
 SIZE = int(np.prod(SHAPE[1:]))
 CLASSES = 5
 NORMS = ('linf', 'l2')
 
-project = jax.jit(project_on_hyperplane, static_argnames='norm')
 start = jax.jit(fab_start, static_argnames=('logits_fn', 'norm'))
 advance = jax.jit(fab_advance, static_argnames=('logits_fn', 'norm', 'count'))
 jitted_fab = jax.jit(fab, static_argnames=('logits_fn', 'norm', 'steps'))
@@ -26,6 +27,12 @@ pytestmark = pytest.mark.usefixtures('quick_compilation', 'loop')
 def loop(monkeypatch):
     """Iterations are compiled once, not written out."""
     monkeypatch.setattr('convnorm_jax.attacks.loops.unrolls', lambda copies: False)
+
+
+@functools.partial(jax.jit, static_argnames='norm')
+def project(points, normals, offsets, norm):
+    """The shortest move to the planes <normal, x> = offset within the box."""
+    return _shortest_move(points, normals, (normals * points).sum(-1) - offsets, norm)
 
 
 def length(delta, norm):
@@ -454,10 +461,8 @@ def test_what_a_user_gets_wrong_is_named_on_one_line(problem, change, message):
 def test_the_pieces_check_what_they_are_given(problem):
     with pytest.raises(ValueError, match='count=0'):
         go_on(problem, 'linf', begin(problem, 'linf'), 0)
-    with pytest.raises(ValueError, match=r'offsets.shape=\(2,\): expected \[B, D\]'):
-        project_on_hyperplane(np.zeros((3, 4)), np.zeros((3, 4)), np.zeros(2), 'l2')
     with pytest.raises(ValueError, match='norm='):
-        project_on_hyperplane(np.zeros((3, 4)), np.zeros((3, 4)), np.zeros(3), 'l0')
+        go_on(problem, 'l0', begin(problem, 'linf'), 1)
 
 
 @pytest.mark.parametrize(('norm', 'epsilon'), [('linf', 0.02), ('l2', 0.12)])

@@ -250,7 +250,7 @@ def test_a_step_an_image(batch):
 @EACH
 @pytest.mark.parametrize('shape', [(BATCH - 1,), (1,), (1, 1, 1, BATCH), (*SHAPE,)])
 def test_other_shapes_of_a_radius(batch, name, shape):
-    with pytest.raises(UserError, match=r'epsilon.shape=\(.*expected a number, or \(4,\), one an image'):
+    with pytest.raises(UserError, match=r'epsilon.shape=\(.*expected a number, or \(4,\), one per image'):
         ATTACKS[name](logits_fn, *batch, np.full(shape, 0.05))
 
 

@@ -29,7 +29,7 @@ def run(net, path):
             net, images, labels, epsilon=0.03, rng=jax.random.key(0), steps=2, batch_size=4, sharding=sharding,
             attacks=('apgd-ce',), state_path=path, log=lines.append,
         )
-        print(found.robust_accuracy, lines[0].startswith('going on'))
+        print(found.robust_accuracy, lines[0].startswith('resuming'))
     except ValueError as error:
         print(type(error).__name__, 'another net' in str(error), 'cannot be written' in str(error))
 

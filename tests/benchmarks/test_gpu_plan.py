@@ -16,7 +16,7 @@ import pytest
 from benchmarks import pack_gpu
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import free, golden, packed_data, packed_state, plan, speed, stages
-from convnorm_jax.data import records as stores
+from convnorm_jax.data import records
 from convnorm_jax.data.sources import load_source
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -226,7 +226,7 @@ def test_images_travel_without_their_head_and_come_back(tmp_path, monkeypatch):
     images = {part: rng.integers(0, 256, (n, 32, 32, 3), np.uint8) for part, n in (('train', 12), ('test', 3))}
     encode = lambda image: cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 75])[1].tobytes()
     rows = {part: [{'image': encode(a), 'label': i % 10} for i, a in enumerate(of)] for part, of in images.items()}
-    monkeypatch.setattr(stores, 'RecordStore', lambda folder, part: types.SimpleNamespace(records=rows[part]))
+    monkeypatch.setattr(records, 'TFDSRecords', lambda folder, part: types.SimpleNamespace(records=rows[part]))
     prepared = tmp_path / 'tfds' / 'cifar10' / '3.0.2'
     prepared.mkdir(parents=True)
     (prepared / 'dataset_info.json').write_text('{}')

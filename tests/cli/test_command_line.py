@@ -12,10 +12,10 @@ from jax.errors import JaxRuntimeError
 
 from convnorm_jax.cli import command_line
 from convnorm_jax.configs import default
+from convnorm_jax.configs.keys import flatten
 from convnorm_jax.errors import UserError
 from convnorm_jax.runs import workdir as workdir_lib
 from convnorm_jax.training import setup
-from convnorm_jax.training.config import flatten
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DIGITS = f'--config={ROOT}/configs/digits_convnorm.py'
@@ -193,8 +193,14 @@ def test_a_fault_of_the_program_keeps_its_traceback(command, tmp_path, monkeypat
     [
         (UserError('config.x=1: expected\n2'), 'error: config.x=1: expected 2'),
         (PermissionError(errno.EACCES, 'Permission denied', '/data/x.jpg'), '/data/x.jpg: cannot be read (Permission'),
-        (OSError(errno.ENOSPC, 'No space left on device'), 'the data workers have no room in shared memory (/dev/shm)'),
-        (RuntimeError('Worker process was terminated unexpectedly with exit code -7. Search'), 'no room in shared mem'),
+        (
+            OSError(errno.ENOSPC, 'No space left on device'),
+            'shared memory (/dev/shm) is too small for the batches of the data workers',
+        ),
+        (
+            RuntimeError('Worker process was terminated unexpectedly with exit code -7. Search'),
+            'is too small for the batches',
+        ),
         (JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory'), 'give a smaller config.data.batch_size'),
     ],
 )
@@ -216,7 +222,7 @@ def test_the_help_names_the_traceback(command):
 
     for main in (None, sweep.main, spectra.main):
         code, out, _ = command('--help', main=main)
-        assert code == 0 and 'CONVNORM_TRACEBACK=1' in out and 'what to report' in out
+        assert code == 0 and 'CONVNORM_TRACEBACK=1' in out and 'please report its traceback' in out
 
 
 def test_no_config(fails):

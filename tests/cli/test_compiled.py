@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Compiles one program by way of the command's own setting; says where the cache is, and what was found in it.
 PROGRAM = """
 import jax, resource, sys, warnings
-from experiments import compiled
+from convnorm_jax.cli import compiled
 compiled.keep_programs()
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
 found = []
@@ -73,7 +73,7 @@ def test_a_file_in_place_of_the_folder_is_one_line(compile_once, tmp_path):
     (tmp_path / 'xla').write_text('')
     folder, _, outcome, said = compile_once()
     assert (folder, outcome) == ('None', NEITHER)
-    assert said == [f'compiled programs are not kept in {tmp_path / "xla"} (File exists); the run goes on and compiles']
+    assert said == [f'compiled programs are not kept in {tmp_path / "xla"} (File exists); the run compiles instead']
     assert len(compile_once(cache=tmp_path / 'xla' / 'below')[3]) == 1
 
 

@@ -164,4 +164,4 @@ def test_a_damaged_checkpoint_is_one_line(command, copy):
         if path.is_file() and 'arrays' in path.parts:
             path.write_bytes(b'')
     code, _, err = command('--mode=eval', f'--workdir={copy}')
-    assert code == 2 and len(err) == 1 and 'the checkpoint can not be read' in err[0]
+    assert code == 2 and len(err) == 1 and 'the checkpoint cannot be read' in err[0]

@@ -19,7 +19,7 @@ SAMPLE = (
     'a config with another type',
     'an archive of other contents',
     'a damaged TFDS folder',
-    'a run folder that can not be',
+    'a run folder that cannot be',
     'a damaged config json',
     'a damaged record of the splits',
     'only damaged checkpoints to evaluate',

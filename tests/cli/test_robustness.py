@@ -123,7 +123,7 @@ def test_an_interrupted_evaluation_ends_in_the_same_report(command, workdir, mon
         monkeypatch.setattr(holder, name, original)
     (interrupted,) = [f for f in (workdir / 'evaluation').iterdir() if not (f / 'corruption-pixelate.json').exists()]
     code, _, err = command(*options)
-    assert code == 0 and any('going on from' in line for line in err), err
+    assert code == 0 and any('resuming from' in line for line in err), err
     assert (interrupted / 'corruption-pixelate.json').exists()
     # Another folder, for SimBA's step is another one; the same figures as without any interruption.
     after = json.loads((workdir / 'report.json').read_text())
@@ -244,4 +244,4 @@ def test_a_folder_that_cannot_be_written_is_told_first(command, copy, monkeypatc
     monkeypatch.setattr(disk.tempfile, 'TemporaryFile', read_only)
     monkeypatch.setattr(report, 'restore_variables', broken)
     code, out, err = command(*FAST, f'--workdir={copy}')
-    assert code == 2 and out == '' and err[-1].startswith(f'error: --workdir={copy}: the file system can only be read;')
+    assert code == 2 and out == '' and err[-1].startswith(f'error: --workdir={copy}: the file system is read-only;')

@@ -95,7 +95,7 @@ def check_run(found, label, workdir):
 
 def check_table(text, found):
     lines = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines() if line.startswith('|')]
-    assert lines[0] == ['layer', 'picture', 'stride', 'convnorm: conv', 'convnorm: layer', 'oni: conv', 'oni: layer']
+    assert lines[0] == ['layer', 'image', 'stride', 'convnorm: conv', 'convnorm: layer', 'oni: conv', 'oni: layer']
     assert [line[0] for line in lines[2:]] == ['conv1_1', 'linear', 'product bound']
     for label, column in (('convnorm', 3), ('oni', 5)):
         for line, layer in zip(lines[2:], found[label]['layers']):
@@ -141,7 +141,7 @@ def test_output_that_is_a_file(command, runs, tmp_path):
     path = tmp_path / 'file'
     path.write_text('')
     code, _, err = command(f'--workdirs={runs[1]}', f'--output={path}')
-    assert code == 2 and f'--output={path}: can not write there' in err[-1] and len(err) == 1
+    assert code == 2 and f'--output={path}: cannot write there' in err[-1] and len(err) == 1
 
 
 def test_help(command):

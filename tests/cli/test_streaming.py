@@ -91,7 +91,7 @@ def test_killed_stopped_resumed(run, command, make_picture_folder, tmp_path, qui
     assert differ <= {'examples_per_second', 'training_seconds'}
 
     result = results[0]
-    assert result['data'] == 'pictures in bugs (3 classes) at 16x16'
+    assert result['data'] == 'images in bugs (3 classes) at 16x16'
     assert (result['train_examples'], result['test_examples'], result['attacked_examples']) == (33, 12, 12)
 
     code, out, err = command(
@@ -135,4 +135,4 @@ def test_a_broken_picture_ends_the_run_with_its_name(command, make_picture_folde
     broken = root / 'train' / 'bee' / '003.jpg'
     broken.write_bytes(b'')
     code, _, err = command(*TRAIN, f'--workdir={tmp_path / "run"}', f'--config.data.data_dir={root}')
-    assert code == 2 and f'error: {broken}: expected a picture' in err[-1]
+    assert code == 2 and f'error: {broken}: expected an image' in err[-1]

@@ -13,8 +13,9 @@ import time
 import numpy as np
 import pytest
 
-from convnorm_jax.cli import sweep, sweep_runs
+from convnorm_jax.cli import sweep
 from convnorm_jax.reports import sweep as sweep_report
+from convnorm_jax.runs import sweep as sweep_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DIGITS = f'--config={ROOT}/configs/digits_convnorm.py'
@@ -59,7 +60,7 @@ def accuracy(layer, rate, seed, name='test'):
 def written(tmp_path):
     """The folder of a sweep whose runs are written by hand: two layers, three rates, seeds 0, 1, 2."""
     grid = {'model.layer': ['convnorm', 'batchnorm'], 'data.label_noise.rate': ['0.0', '0.2', '0.4']}
-    for run in sweep_runs.plan([DIGITS, NOISE], grid, [0, 1, 2], str(tmp_path)):
+    for run in sweep.plan([DIGITS, NOISE], grid, [0, 1, 2], str(tmp_path)):
         place = *run.values.values(), run.seed
         result = {
             'test_accuracy': accuracy(*place),
@@ -90,14 +91,12 @@ def mean_and_deviation(layer, rate, seeds, name='test'):
 
 
 def test_names_of_folders():
-    runs = sweep_runs.plan(
-        [DIGITS, NOISE], {'model.layer': ['oni', 'none'], 'data.label_noise.rate': ['0.40']}, [0, 1], 'x'
-    )
+    runs = sweep.plan([DIGITS, NOISE], {'model.layer': ['oni', 'none'], 'data.label_noise.rate': ['0.40']}, [0, 1], 'x')
     assert [run.folder for run in runs[:2]] == [f'x/layer={n},label_noise.rate=0.4,seed=0' for n in ('oni', 'none')]
     assert [run.seed for run in runs] == [0, 0, 1, 1]
     assert runs[3].config.seed == 1 and runs[3].config.model.layer == 'none'
     assert runs[3].config.data.label_noise.rate == 0.4 and runs[3].config.data.label_noise.kind == 'symmetric'
-    (odd,) = sweep_runs.plan([DIGITS], {'model.depth': ['(1, 1)'], 'model.name': ['simple_cnn']}, [0], 'x')
+    (odd,) = sweep.plan([DIGITS], {'model.depth': ['(1, 1)'], 'model.name': ['simple_cnn']}, [0], 'x')
     assert odd.folder == 'x/depth=1-1,model.name=simple_cnn,seed=0'
 
 
@@ -245,12 +244,12 @@ def test_a_folder_with_another_run(command, written):
 
 
 def test_values_as_people_write_them():
-    assert [sweep_runs.value_text(v) for v in (0.2, 30.0, 1e-4, 0.123456789, 3, True, 'oni', None)] == [
+    assert [sweep_lib.value_text(v) for v in (0.2, 30.0, 1e-4, 0.123456789, 3, True, 'oni', None)] == [
         '0.2', '30', '0.0001', '0.123456789', '3', 'True', 'oni', 'None',
     ]  # fmt: skip
     keys = ['model.name', 'data.name', 'data.label_noise.rate', 'model.groupnorm.groups', 'model.layer']
     short = ['model.name', 'data.name', 'label_noise.rate', 'groupnorm.groups', 'layer']
-    assert list(sweep_runs.short_keys(keys).values()) == short
+    assert list(sweep_lib.short_keys(keys).values()) == short
 
 
 @pytest.mark.parametrize(
@@ -270,7 +269,7 @@ def test_a_sweep_that_runs_and_partly_fails(command, tmp_path):
     assert any(
         line.startswith('[2/3] batch_size=4096,seed=0: failed: exit code 2: error: batch_size=4096') for line in err
     )
-    assert err[-1] == '1 of 3 runs failed; the same command tries them again'
+    assert err[-1] == '1 of 3 runs failed; rerun the same command to try them again'
     (table,) = tables(out)
     results = {n: tmp_path / 'sweep' / f'batch_size={n},seed=0' / 'result.json' for n in (64, 128)}
     for line, size in ((table[2], 64), (table[4], 128)):
@@ -299,13 +298,13 @@ def test_how_a_run_failed(command, monkeypatch, tmp_path, script, problem):
     def start(_, log):
         return subprocess.Popen(['sh', '-c', script], stdout=log, stderr=log)
 
-    monkeypatch.setattr(sweep_runs, '_start', start)
+    monkeypatch.setattr(sweep_lib, '_start', start)
     code, _, err = command(DIGITS, f'--workdir={tmp_path}')
     assert code == 1 and err[2].startswith(f'[1/1] seed=0: failed: {problem}') and '1 of 1 runs failed' in err[3]
 
 
 def test_an_earlier_result_is_kept(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(sweep_runs, '_start', lambda _, log: subprocess.Popen(['false']))
+    monkeypatch.setattr(sweep_lib, '_start', lambda _, log: subprocess.Popen(['false']))
     folder = tmp_path / 'seed=0'
     folder.mkdir()
     for number in (1, 2):
@@ -347,7 +346,7 @@ def test_ctrl_c_and_the_same_command_again(command, quick_environment, tmp_path)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 130 and 'Traceback' not in err
     step = int(re.search(r'seed=0: stopped and saved at step (\d+)', err)[1])
-    assert err.splitlines()[-1] == 'stopped; the same command goes on from there'
+    assert err.splitlines()[-1] == 'stopped; rerun the same command to resume'
     assert str(step) in os.listdir(folder / 'checkpoints') and not (folder / 'result.json').exists()
     # A constant learning rate may train for another length: here one that ends.
     code, _, err = command(*TINY, f'--workdir={tmp_path}', f'--config.train.steps={step + 2}')
@@ -359,7 +358,7 @@ def test_ctrl_c_and_the_same_command_again(command, quick_environment, tmp_path)
 
 def test_scores_of_generators(command, tmp_path):
     gan = f'--config={ROOT}/configs/digits_gan.py'
-    for run in sweep_runs.plan([gan], {'model.layer': ['convnorm', 'spectralnorm']}, [0, 1], str(tmp_path)):
+    for run in sweep.plan([gan], {'model.layer': ['convnorm', 'spectralnorm']}, [0, 1], str(tmp_path)):
         distance = accuracy(run.values['model.layer'], 0, run.seed)
         result = {'fid_classifier': distance, 'real_fid_classifier': 0.1, 'data': 'digits', 'seed': run.seed}
         os.makedirs(run.folder)

@@ -31,11 +31,11 @@ def test_what_else_lies_in_a_folder(make_picture_folder, tmp_path):
 @pytest.mark.parametrize(
     ('spoil', 'message'),
     [
-        (lambda root: (root / 'train' / 'dog').mkdir(), r'train/dog: expected pictures \(.jpg .*found none'),
+        (lambda root: (root / 'train' / 'dog').mkdir(), r'train/dog: expected images \(.jpg .*found none'),
         (lambda root: (root / 'val' / 'cat').rename(root / 'val' / 'dog'), "val: class 'dog' is not in .*train"),
         (
             lambda root: [p.rename(root / p.name) for p in (root / 'val').iterdir()],
-            'val: expected a folder of pictures',
+            'val: expected a folder of images',
         ),
         (
             lambda root: (root / 'val').rename(root / 'test'),
@@ -63,7 +63,7 @@ def test_pictures_in_sub_folders_are_found_as_by_torchvision(make_picture_folder
     (ant / 'b' / '.hidden').mkdir()
     (ant / 'b' / '.hidden' / '9.jpg').write_bytes((ant / '004.jpg').read_bytes())
     source = sources.load_source('folder', root, image_size=8, workers=0)
-    store = source.train.images.store
+    store = source.train.images.records
     expected = ['004.jpg', '005.jpg', 'b-c/1.jpg', 'b/c/0.jpg', 'b/x.jpg/2.jpg', 'link/3.jpg']
     assert [name.decode() for name in store.names[:6]] == [f'train/ant/{name}' for name in expected]
     assert list(places(source.train.images)[:6]) == [4, 5, 1, 0, 2, 3]

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convnorm_jax.data import cache, sources
+from convnorm_jax import files
+from convnorm_jax.data import cache, location, sources
 
 REAL_CIFAR10 = Path(__file__).parents[3] / 'shared' / 'data' / 'tfds'
 SIZES = {'train': 30, 'test': 12}
@@ -150,7 +151,7 @@ def test_newest_version_is_read_whatever_tfds_expects(tmp_path):
 def test_provenance(tmp_path, text, suffix):
     if text is not None:
         (tmp_path / 'PROVENANCE.md').write_text(text)
-    assert sources._provenance(tmp_path) == suffix
+    assert location.provenance(tmp_path) == suffix
 
 
 def one_line(error):
@@ -283,14 +284,14 @@ def test_changed_source_is_decoded_anew(prepared):
 
 def test_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / 'x.npy'
-    cache.write_atomically(path, lambda f: f.write(b'old'))
+    files.write_atomically(path, lambda f: f.write(b'old'))
 
     def fail(file):
         file.write(b'half')
         raise OSError('disk full')
 
     with pytest.raises(OSError, match='disk full'):
-        cache.write_atomically(path, fail)
+        files.write_atomically(path, fail)
     assert path.read_bytes() == b'old' and [p.name for p in tmp_path.iterdir()] == ['x.npy']
 
 

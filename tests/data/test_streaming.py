@@ -12,9 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from convnorm_jax.data import images as pictures
-from convnorm_jax.data import records as stores
-from convnorm_jax.data import sources, splits, streaming
+from convnorm_jax.data import images, records, sources, splits, streaming
 
 
 @pytest.fixture(scope='module')
@@ -39,7 +37,7 @@ def training(source, batch_size=8, augmentation='resized_crop_flip', seed=0, **o
 
 
 def test_a_folder(source, folder):
-    assert source.name == 'folder' and source.description == 'pictures in bugs (3 classes) at 16x16'
+    assert source.name == 'folder' and source.description == 'images in bugs (3 classes) at 16x16'
     assert source.class_names == ('ant', 'bee', 'cat') and source.num_classes == 3
     assert source.train.images.shape == (39, 16, 16, 3) and source.test.images.shape == (12, 16, 16, 3)
     assert source.train.images.dtype == np.uint8 and source.train.labels.dtype == np.int32
@@ -63,7 +61,7 @@ def test_no_imagenet(tmp_path):
 
 
 def test_center_crops_become_an_array(source, folder):
-    want = [pictures.center_crop(cv2.imread(str(p))[..., ::-1], 16) for p in sorted((folder / 'train').glob('*/*'))]
+    want = [images.center_crop(cv2.imread(str(p))[..., ::-1], 16) for p in sorted((folder / 'train').glob('*/*'))]
     found = np.asarray(source.train.images)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, want)
@@ -75,13 +73,13 @@ def test_center_crops_become_an_array(source, folder):
 
 def test_an_epoch_is_whole_batches_of_a_fresh_order(source):
     batches = training(source)
-    epochs = [[batches.places(epoch * 4 + i)[1] for i in range(4)] for epoch in range(3)]
+    epochs = [[batches.indices(epoch * 4 + i)[1] for i in range(4)] for epoch in range(3)]
     for epoch in epochs:
         flat = np.concatenate(epoch)
         assert len(set(flat.tolist())) == 32 and flat.min() >= 0 and flat.max() < 39
     assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
-    assert not np.array_equal(epochs[0][0], training(source, seed=1).places(0)[1])
-    seen = {int(i) for step in range(80) for i in batches.places(step)[1]}
+    assert not np.array_equal(epochs[0][0], training(source, seed=1).indices(0)[1])
+    seen = {int(i) for step in range(80) for i in batches.indices(step)[1]}
     assert seen == set(range(39))  # what an epoch leaves out changes
 
 
@@ -101,21 +99,21 @@ def test_labels_are_those_of_the_pictures(source):
 
 
 class Recorded:
-    """A store that notes which rows are read."""
+    """Records that remember which rows were read."""
 
-    def __init__(self, store):
-        self.store, self.rows = store, []
+    def __init__(self, records):
+        self.records, self.rows = records, []
 
     def read(self, row):
         self.rows.append(int(row))
-        return self.store.read(row)
+        return self.records.read(row)
 
 
 def test_a_run_that_goes_on_reads_what_the_first_one_left(source):
     def run(start, stop, *, until):
-        recorded = Recorded(source.train.images.store)
+        recorded = Recorded(source.train.images.records)
         batches = training(source)
-        batches = dataclasses.replace(batches, pictures=dataclasses.replace(batches.pictures, store=recorded))
+        batches = dataclasses.replace(batches, images=dataclasses.replace(batches.images, records=recorded))
         reader = streaming.read(batches, stop, start=start)
         found = [next(reader) for _ in range(until - start)]
         reader.close()
@@ -165,7 +163,7 @@ def crops(source, batch_size, augmentation, epoch):
     steps = len(source.train.labels) // batch_size
     found = {}
     for step in range(epoch * steps, (epoch + 1) * steps):
-        found |= dict(zip(batches.places(step)[1].tolist(), batches(step)['images']))
+        found |= dict(zip(batches.indices(step)[1].tolist(), batches(step)['images']))
     return found
 
 
@@ -239,11 +237,11 @@ def test_a_broken_picture_is_named(make_picture_folder, tmp_path, workers):
     path = root / 'train' / 'bee' / '001.jpg'
     path.write_bytes(path.read_bytes()[:-30])
     source = sources.load_source('folder', root, image_size=8)
-    with pytest.raises(ValueError, match=f'^{path}: expected a picture'):
+    with pytest.raises(ValueError, match=f'^{path}: expected an image'):
         list(streaming.read(training(source, batch_size=2), 3, workers=workers))
     path.unlink()
     if not workers:
-        with pytest.raises(ValueError, match=f'^{path}: can not be read .No such file'):
+        with pytest.raises(ValueError, match=f'^{path}: cannot be read .No such file'):
             list(streaming.read(training(source, batch_size=2), 3))
 
 
@@ -279,7 +277,7 @@ def test_shared_memory_is_given_back(make_picture_folder, tmp_path, damage, plac
     environment = {**os.environ, 'PYTHONPATH': str(pathlib.Path(streaming.__file__).parents[2])}
     command = [sys.executable, str(tmp_path / 'reads.py'), str(root), place]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and ('007.jpg: expected a picture' in done.stdout) == (damage == 'damaged')
+    assert done.returncode == 0 and ('007.jpg: expected an image' in done.stdout) == (damage == 'damaged')
     assert 'shared_memory' not in done.stderr and 'Exception ignored' not in done.stderr, done.stderr
 
 
@@ -330,7 +328,7 @@ def make_imagenet(root, sizes):
 
 def test_imagenet_from_tfds(tmp_path, monkeypatch):
     path = make_imagenet(tmp_path / 'tfds', {'train': 20, 'validation': 7})
-    monkeypatch.setattr(stores, '_CHUNK', 6)
+    monkeypatch.setattr(records, '_CHUNK', 6)
     source = sources.load_source('imagenet', tmp_path / 'tfds', image_size=16)
     assert source.class_names == ('n01', 'n02', 'n03') and source.description == 'ImageNet (3 classes) at 16x16'
     np.testing.assert_array_equal(source.train.labels, np.arange(20) ** 2 % 3)
@@ -343,9 +341,9 @@ def test_imagenet_from_tfds(tmp_path, monkeypatch):
         np.testing.assert_array_equal(batch['labels'], places(batch['images']) ** 2 % 3)
     # The labels are read once.
     with monkeypatch.context() as patch:
-        patch.setattr(stores.RecordStore, 'labels', None)
+        patch.setattr(records.TFDSRecords, 'labels', None)
         again = sources.load_source('imagenet', tmp_path / 'tfds', image_size=16)
     np.testing.assert_array_equal(again.train.labels, source.train.labels)
     (path / 'imagenet2012-train.array_record-00000-of-00001').write_bytes(b'')
-    with pytest.raises(ValueError, match=r'expected an intact TFDS-prepared folder|can not be read'):
+    with pytest.raises(ValueError, match=r'expected an intact TFDS-prepared folder|cannot be read'):
         sources.load_source('imagenet', tmp_path / 'tfds')

@@ -93,7 +93,7 @@ def test_extract_compiles_once(images):
 
 def test_extract_says_what_it_wants(extractor, images):
     for wrong in (images / 255, images[0], images[:0], [1]):
-        with pytest.raises(ValueError, match=r'expected uint8 \[N, H, W, C\] with at least one picture'):
+        with pytest.raises(ValueError, match=r'expected uint8 \[N, H, W, C\] with at least one image'):
             extract(extractor, wrong, 8)
 
 

@@ -86,7 +86,7 @@ def test_inception_score_of_extremes():
     certain = 1e4 * np.eye(10)[np.arange(200) % 10]
     np.testing.assert_allclose(inception_score(certain), (10, 0), atol=1e-9)
     np.testing.assert_allclose(inception_score(certain[::10]), (1, 0), atol=1e-9)
-    with pytest.raises(ValueError, match='splits=10: expected 1 to the number of pictures, 9'):
+    with pytest.raises(ValueError, match='splits=10: expected 1 to the number of images, 9'):
         inception_score(certain[:9])
     with pytest.raises(ValueError, match='logits: 1 of 10 numbers are not finite'):
         inception_score(np.where(np.arange(10) == 3, np.inf, 0.0)[None], 1)

@@ -116,8 +116,8 @@ def test_a_depthwise_convnorm_is_measured_as_an_isometry():
 def dense_norm(site, variables):
     """Norm of the linear part of a whole layer at evaluation."""
     inside = {k: functools.reduce(lambda tree, key: tree.get(key, {}), site.path, v) for k, v in variables.items()}
-    size = int(np.prod(site.picture))
-    batch = np.concatenate([np.eye(size), np.zeros((1, size))]).astype(np.float32).reshape(-1, *site.picture)
+    size = int(np.prod(site.input_shape))
+    batch = np.concatenate([np.eye(size), np.zeros((1, size))]).astype(np.float32).reshape(-1, *site.input_shape)
     y = np.asarray(site.module.apply(inside, batch), np.float64).reshape(size + 1, -1)
     return np.linalg.norm(y[:-1] - y[-1], 2)
 
@@ -140,7 +140,7 @@ def test_operators_of_a_net(name, layer):
     apart = np.linalg.norm(logits[::2] - logits[1::2], axis=1) / np.linalg.norm(
         (x[::2] - x[1::2]).reshape(20, -1), axis=1
     )
-    by_hand = np.prod([o.layer_norm for o in operators]) / np.prod(operators[-2].output[:-1]) ** 0.5
+    by_hand = np.prod([o.layer_norm for o in operators]) / np.prod(operators[-2].output_shape[:-1]) ** 0.5
     np.testing.assert_allclose(bound, by_hand, rtol=1e-6)
     assert 0 < apart.max() <= bound
 

@@ -215,7 +215,7 @@ def test_another_file_is_no_fid(tmp_path):
     with pytest.raises(ValueError, match='cannot be read'):
         find_weights(path)
     path.write_bytes(b'other')
-    with pytest.raises(ValueError, match='expected 6726825d: other weights give scores that are no FID'):
+    with pytest.raises(ValueError, match='expected 6726825d: scores of other weights are not FID'):
         find_weights(path)
 
 
@@ -229,7 +229,7 @@ def test_downloads_once(tmp_path, monkeypatch):
 
     monkeypatch.setenv('CONVNORM_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setattr(inception_weights.urllib.request, 'urlopen', download)
-    with pytest.raises(ValueError, match='as downloaded have a sha256 of'):
+    with pytest.raises(ValueError, match='downloaded Inception weights have the sha256'):
         find_weights()
     assert not (tmp_path / 'cache').exists()
     monkeypatch.setattr(inception_weights, '_SHA256', inception_weights.hashlib.sha256(content).hexdigest()[:8])

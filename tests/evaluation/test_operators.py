@@ -74,7 +74,7 @@ def layer_matrices(model, variables):
     """{name: float64 matrix} of the layers of a net."""
     sites = find_sites(model, variables, SHAPE)
     inside = [inner_variables(variables, site.path) for site in sites]
-    return {s.name: dense_matrix(functools.partial(s.module.apply, i), s.picture) for s, i in zip(sites, inside)}
+    return {s.name: dense_matrix(functools.partial(s.module.apply, i), s.input_shape) for s, i in zip(sites, inside)}
 
 
 def values(matrix):
@@ -113,7 +113,7 @@ def test_the_layers_of_a_resnet(layer):
     assert {o.kind for o in measured[:-1]} == {{'convnorm': 'ConvNorm', 'batchnorm': 'Conv'}[layer]}
     matrices = layer_matrices(model, variables)
     for found in measured:
-        assert matrices[found.name].shape == (np.prod(found.output), np.prod(found.picture))
+        assert matrices[found.name].shape == (np.prod(found.output_shape), np.prod(found.input_shape))
         np.testing.assert_allclose(found.layer_norm, values(matrices[found.name])[0], rtol=1e-4)
 
 
@@ -153,7 +153,7 @@ def test_circular_values_of_convnorm(name):
     found = next(o for o in measured if o.name == name)
     params, stats = (inner_variables(variables, name.split('/'))[c] for c in ('params', 'batch_stats'))
     kernel, taps = (np.asarray(params[k], np.float64) for k in ('kernel', 'affine_kernel'))
-    grid = tuple(n + k - 1 for n, k in zip(found.picture, kernel.shape[:2]))
+    grid = tuple(n + k - 1 for n, k in zip(found.input_shape, kernel.shape[:2]))
     v = np.broadcast_to(np.asarray(stats['preconditioner'], np.float64), (*grid, kernel.shape[-1]))
     convolution = filter_matrix(v) @ convolution_matrix(kernel, (*grid, kernel.shape[2]), circular=True)
     np.testing.assert_allclose(found.conv_circular, values(convolution), atol=1e-5)
@@ -179,7 +179,7 @@ def test_convnorms_convolution_is_a_part_of_the_circular_one():
         full = full.reshape(h, w, -1, h, w, kernel.shape[2])[:, :, :, kh - 1 :, kw - 1 :]
         crop = kh // 2
         part = full[crop : h - crop : site.strides[0], crop : w - crop : site.strides[1]]
-        part = part.reshape(-1, np.prod(found.picture))
+        part = part.reshape(-1, np.prod(found.input_shape))
         np.testing.assert_allclose(found.conv_norm, values(part)[0], rtol=1e-4)
 
 

@@ -64,7 +64,7 @@ def test_dtypes():
 
 @pytest.mark.parametrize('labels', [None, np.zeros(3, np.int32), np.zeros((4, 1), np.int32)])
 def test_wrong_labels(labels):
-    with pytest.raises(ValueError, match=r'labels.shape=.*4 pictures'):
+    with pytest.raises(ValueError, match=r'labels.shape=.*4 images'):
         ConditionalBatchNorm(2, use_running_average=True).init(jax.random.key(0), jnp.zeros((4, 2)), labels)
 
 

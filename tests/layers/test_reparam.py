@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from convnorm_jax.layers import orthogonal
+from convnorm_jax.layers import orthogonal, spectral_norm
 from convnorm_jax.layers.reparam import ONIConv, OWNConv, SpectralNormConv, WeightNormConv
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -141,7 +141,7 @@ def test_own_golden(golden, case):
 def test_spectral_norm_golden(golden, nhwc):
     g = {k.removeprefix('sn/'): v for k, v in golden.items() if k.startswith('sn/')}
     layer = SpectralNormConv(16, padding=1, use_bias=False)
-    x, v0 = nhwc(g['x']), orthogonal.normalized(random(0, 72))  # v0 has no part in a training pass
+    x, v0 = nhwc(g['x']), spectral_norm.normalized(random(0, 72))  # v0 has no part in a training pass
     variables = {'params': {'kernel': hwio(g['w'])}, 'batch_stats': {'u': jnp.asarray(g['u0']), 'v': v0}}
     y, variables = train(layer, variables, x)
     close(y, nhwc(g['y_train']), GOLDEN_TOLERANCE)
@@ -159,7 +159,7 @@ def test_spectral_norm_converges_to_the_largest_singular_value():
     kernel = variables['params']['kernel']
     u, s, vt = np.linalg.svd(rows_of(kernel))
     stats = variables['batch_stats']
-    estimate = orthogonal.norm_estimate(orthogonal.reshaped_operator(kernel), stats['u'], stats['v'])
+    estimate = spectral_norm.norm_estimate(spectral_norm.reshaped_operator(kernel), stats['u'], stats['v'])
     np.testing.assert_allclose(estimate, s[0], rtol=1e-5)
     np.testing.assert_allclose(np.abs(u[:, 0] @ stats['u']), 1, rtol=1e-4)
     np.testing.assert_allclose(np.abs(vt[0] @ stats['v']), 1, rtol=1e-4)
@@ -169,7 +169,7 @@ def test_spectral_norm_converges_to_the_largest_singular_value():
 def test_convolution_norm_is_that_of_the_dense_matrix(padding, strides):
     kernel = random(1, 3, 3, 2, 3)
     s = np.linalg.svd(dense_convolution(kernel, (6, 5), strides, padding), compute_uv=False)
-    norm = jax.jit(lambda k: orthogonal.convolution_norm(k, (6, 5), strides, padding, iterations=500))
+    norm = jax.jit(lambda k: spectral_norm.convolution_norm(k, (6, 5), strides, padding, iterations=500))
     np.testing.assert_allclose(norm(kernel), s[0], rtol=1e-4)
 
 
@@ -188,7 +188,7 @@ def test_conv_mode_makes_the_layer_norm_one(padding, strides):
 def test_reshaped_norm_is_not_that_of_the_layer():
     # What the docstring says of the two modes, at its extreme: all taps equal.
     kernel = np.ones((3, 3, 1, 1), np.float32)
-    norm = jax.jit(lambda k: orthogonal.convolution_norm(k, (6, 6), padding='CIRCULAR'))(kernel)
+    norm = jax.jit(lambda k: spectral_norm.convolution_norm(k, (6, 6), padding='CIRCULAR'))(kernel)
     np.testing.assert_allclose(norm, 3 * np.linalg.norm(kernel), rtol=1e-5)
 
 
@@ -270,7 +270,7 @@ REPARAMETRIZATIONS = {
     'oni bounded': lambda k: orthogonal.oni(k, rows=False, bounded_columns=True),
     'own': functools.partial(orthogonal.own, groups=2),
     'weight norm': lambda k: orthogonal.weight_norm(k, jnp.arange(1.0, 5.0)),
-    'convolution norm': lambda k: orthogonal.convolution_norm(k, (4, 4), iterations=300),
+    'convolution norm': lambda k: spectral_norm.convolution_norm(k, (4, 4), iterations=300),
 }
 
 
@@ -287,11 +287,15 @@ def test_gradients_are_finite_differences(name):
 
 
 def test_spectral_norm_gradient_has_constant_singular_vectors():
-    kernel, u, v = random(13, 3, 3, 2, 4), orthogonal.normalized(random(14, 4)), orthogonal.normalized(random(15, 18))
+    kernel, u, v = (
+        random(13, 3, 3, 2, 4),
+        spectral_norm.normalized(random(14, 4)),
+        spectral_norm.normalized(random(15, 18)),
+    )
     cotangent = random(16, 3, 3, 2, 4)
 
     def loss(kernel):
-        return (kernel / orthogonal.norm_estimate(orthogonal.reshaped_operator(kernel), u, v) * cotangent).sum()
+        return (kernel / spectral_norm.norm_estimate(spectral_norm.reshaped_operator(kernel), u, v) * cotangent).sum()
 
     w, c = rows_of(kernel), rows_of(cotangent)
     sigma = np.float64(u) @ w @ np.float64(v)
@@ -402,8 +406,8 @@ def test_statistics_move_in_training_only(name):
 def test_initial_singular_vectors():
     x = random(25, 1, 6, 6, 3)
     stats = [init(SpectralNormConv(64, init_iterations=n), x) for n in (0, 15)]
-    operator = orthogonal.reshaped_operator(stats[0]['params']['kernel'])
-    drawn, warm = (orthogonal.norm_estimate(operator, **s['batch_stats']) for s in stats)
+    operator = spectral_norm.reshaped_operator(stats[0]['params']['kernel'])
+    drawn, warm = (spectral_norm.norm_estimate(operator, **s['batch_stats']) for s in stats)
     exact = np.linalg.norm(rows_of(stats[0]['params']['kernel']), 2)
     assert abs(drawn) < 0.5 * exact and 0.9 * exact < warm <= exact * (1 + 1e-6)
     # Two layers draw their own; parameters alone are enough to make statistics.
@@ -411,7 +415,7 @@ def test_initial_singular_vectors():
     assert np.abs(other['batch_stats']['u'] - stats[0]['batch_stats']['u']).max() > 0.01
     params = {'params': stats[0]['params']}
     _, made = SpectralNormConv(64).apply(params, x, use_running_average=True, mutable=['batch_stats'])
-    assert 0.9 * exact < orthogonal.norm_estimate(operator, **made['batch_stats']) <= exact * (1 + 1e-6)
+    assert 0.9 * exact < spectral_norm.norm_estimate(operator, **made['batch_stats']) <= exact * (1 + 1e-6)
 
 
 @pytest.mark.parametrize('name', CONVOLUTIONS)

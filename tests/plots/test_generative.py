@@ -160,12 +160,12 @@ GOOD = np.zeros((2, 8, 8, 1))
         (lambda p: plots.sample_grid(GOOD.astype(int), p), 'images.dtype=int64'),
         (lambda p: plots.sample_grid(GOOD - 1, p), r'images=-1 ... -1: expected floats in \[0, 1\]'),
         (lambda p: plots.sample_grid(GOOD, p, columns=0), 'columns=0'),
-        (lambda p: plots.sample_grid(GOOD, p, labels=[1]), 'labels=1 in number: expected 2'),
+        (lambda p: plots.sample_grid(GOOD, p, labels=[1]), r'len\(labels\)=1: expected 2'),
         (lambda p: plots.sample_progress([], p), r'progress=\[\]'),
         (lambda p: plots.sample_progress([(0, GOOD), (5, GOOD[:1])], p), r'images at step 5: shape \(1, 8, 8, 3\)'),
         (lambda p: plots.interpolation_grid(GOOD, p), r'rows.shape=\(2, 8, 8, 1\): expected \[R, N, H, W, C\]'),
         (lambda p: plots.real_and_fake(GOOD, np.zeros((2, 4, 4, 1)), p), r'fake.shape=\(2, 4, 4, 1\)'),
-        (lambda p: plots.gan_curves([{'generator_loss': 1}], p), 'rows=1'),
+        (lambda p: plots.gan_curves([{'generator_loss': 1}], p), r'len\(rows\)=1'),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, call, message):

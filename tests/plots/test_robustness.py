@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from convnorm_jax import plots
 from convnorm_jax.attacks.simba import SimbaResult, simba_summary
 from convnorm_jax.data.corruptions import CORRUPTIONS, corrupt, mean_corruption_accuracy
-from convnorm_jax.plots import robustness
+from convnorm_jax.plots import corruptions, robustness
 
 CURVES = {'a': [(8, 0.5), (0, 0.9), (4, 0.75)], 'b': [(0, 1.0), (16, 0.0)]}
 ROWS = [('clean', 0.8125, 16), ('PGD-20', 0.5, 16), ('AutoAttack', 0.0, 16)]
@@ -34,13 +35,14 @@ def searches():
 @pytest.fixture
 def drawn(monkeypatch):
     """drawn() -> the figure of the last picture written."""
-    figures, write = [], robustness.write
+    figures, write = [], robustness.write  # corruptions has the same one
 
     def keep(figure, path):
         figures.append(figure)
         return write(figure, path)
 
-    monkeypatch.setattr(robustness, 'write', keep)
+    for module in (robustness, corruptions):
+        monkeypatch.setattr(module, 'write', keep)
     return lambda: figures[-1]
 
 
@@ -68,8 +70,8 @@ def check_texts(figure):
     lambda path, title: robustness.epsilon_curve({f'method {i}': [(0, 1), (8, i / 8)] for i in range(8)}, path, title),
     lambda path, title: robustness.attack_bars(ROWS, path, title),
     lambda path, title: robustness.attack_bars([('a very long attack', 1.0, 9), ('b', 0, 10000)], path, title),
-    lambda path, title: robustness.corruption_table(table(), path, title),
-    lambda path, title: robustness.corruption_pictures(CLEAN, corrupted(CLEAN, CORRUPTIONS), path, title),
+    lambda path, title: plots.corruption_table(table(), path, title),
+    lambda path, title: plots.corruption_pictures(CLEAN, corrupted(CLEAN, CORRUPTIONS), path, title),
     lambda path, title: robustness.query_curve(searches(), path, title),
 ], ids=['epsilon', 'one point', 'many', 'bars', 'two bars', 'table', 'pictures', 'queries'])  # fmt: skip
 def test_pictures(tmp_path, draw, title, drawn, check_picture):
@@ -142,7 +144,7 @@ def test_attack_bars_of_unlike_numbers_of_examples_name_them(tmp_path, drawn):
 @pytest.mark.parametrize('severities', [(1, 2, 3, 4, 5), (5, 1)])
 def test_corruption_table_writes_every_accuracy_and_the_means(tmp_path, drawn, severities):
     given = table(severities=severities)
-    robustness.corruption_table(given, tmp_path / 'a.png')
+    plots.corruption_table(given, tmp_path / 'a.png')
     (axes,) = drawn().axes
     means = mean_corruption_accuracy(given)
     expected = [
@@ -164,7 +166,7 @@ def test_corruption_pictures_are_in_their_places(tmp_path, drawn, shape, check_p
     clean = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
     given = corrupted(clean, ('contrast', 'gaussian_noise'))
     path = tmp_path / 'a.png'
-    picture = check_picture(path, robustness.corruption_pictures(clean, given, path))
+    picture = check_picture(path, plots.corruption_pictures(clean, given, path))
     (axes,) = drawn().axes
     mosaic, (height, width) = axes.images[0].get_array(), shape[:2]
     for place, name in zip(axes.get_yticks(), given, strict=True):
@@ -225,7 +227,7 @@ def test_query_curve_is_the_share_fooled_within_so_many_queries(tmp_path, drawn)
 )
 def test_what_is_wrong_is_named(tmp_path, draw, given, message):
     with pytest.raises(ValueError, match=message) as error:
-        getattr(robustness, draw)(given, tmp_path / 'a.png')
+        getattr(plots, draw)(given, tmp_path / 'a.png')
     assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
 
 
@@ -237,15 +239,15 @@ def test_the_marked_epsilon_is_in_255ths(tmp_path):
 @pytest.mark.parametrize(
     ('clean', 'pictures', 'message'),
     [
-        (CLEAN, {}, 'pictures={}'),
-        (CLEAN, {'fog': [CLEAN] * 4}, r"pictures\['fog'\]=4 of uint8 \(8, 8, 3\): expected 5"),
-        (CLEAN, {'fog': [CLEAN] * 4 + [CLEAN[:4]]}, r"pictures\['fog'\]=5 of uint8 \(4, 8, 3\) and uint8 \(8, 8, 3\)"),
-        (CLEAN, {'fog': [CLEAN / 255] * 5}, r"pictures\['fog'\]=5 of float64"),
+        (CLEAN, {}, 'images={}'),
+        (CLEAN, {'fog': [CLEAN] * 4}, r"images\['fog'\]=4 of uint8 \(8, 8, 3\): expected 5"),
+        (CLEAN, {'fog': [CLEAN] * 4 + [CLEAN[:4]]}, r"images\['fog'\]=5 of uint8 \(4, 8, 3\) and uint8 \(8, 8, 3\)"),
+        (CLEAN, {'fog': [CLEAN / 255] * 5}, r"images\['fog'\]=5 of float64"),
         (CLEAN / 255, {'fog': [CLEAN] * 5}, r'clean=float64 \(8, 8, 3\): expected uint8'),
         (CLEAN[..., :2], {'fog': [CLEAN[..., :2]] * 5}, r'clean=uint8 \(8, 8, 2\)'),
     ],
 )
 def test_pictures_that_are_none(tmp_path, clean, pictures, message):
     with pytest.raises(ValueError, match=message):
-        robustness.corruption_pictures(clean, pictures, tmp_path / 'a.png')
+        plots.corruption_pictures(clean, pictures, tmp_path / 'a.png')
     assert not list(tmp_path.iterdir())

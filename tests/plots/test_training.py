@@ -65,7 +65,7 @@ def test_drops_are_where_a_constant_rate_falls(rates, drops):
 
 
 def test_no_row_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match='rows=1'):
+    with pytest.raises(ValueError, match=r'len\(rows\)=1'):
         training.learning_curves([{'train_loss': 1}], tmp_path / 'a.png')
 
 

@@ -121,7 +121,7 @@ def test_a_damaged_checkpoint_names_its_folder(make, tmp_path, damage):
     for path in files_of(folder / 'arrays'):
         path.write_bytes(b'') if damage == 'emptied' else path.unlink()
     checkpointer = make(read_only=True)
-    with pytest.raises(Damaged, match='the checkpoint can not be read') as error:
+    with pytest.raises(Damaged, match='the checkpoint cannot be read') as error:
         checkpointer.restore(2, arrays(0))
     assert str(folder) in str(error.value) and '\n' not in str(error.value)
     assert checkpointer.restore(1, arrays(0))[1] == {'step': 1}
@@ -245,7 +245,7 @@ def test_whatever_bit_flips_a_resume_finds_what_was_saved(make, tmp_path, capsys
             jax.tree.map(np.testing.assert_array_equal, found[name], leaf)
         if step == 2:
             moved += 1
-            assert 'checkpoint of step 3 is damaged (' in err and 'going on from step 2' in err
+            assert 'checkpoint of step 3 is damaged (' in err and 'resuming from step 2' in err
             assert f'kept in {tmp_path}/damaged/3;' in err and len(err.splitlines()) == 1
             assert len(files_of(tmp_path / 'damaged' / '3')) == len(files_of(kept / '3'))
             assert steps_on_disk(checkpointer) == [1, 2]
@@ -298,7 +298,7 @@ def test_an_evaluation_moves_nothing_and_says_what_it_uses(make, tmp_path, capsy
     checkpointer = make(read_only=True)
     assert checkpointer.restore_one('latest', many(0))[1:] == ({'step': 3}, {'step': 3})
     assert capsys.readouterr().err == ''
-    # The best can not be read: the next best.
+    # The best cannot be read: the next best.
     shutil.rmtree(tmp_path / 'checkpoints' / '1' / 'arrays')
     assert checkpointer.restore_one('best', many(0))[1] == {'step': 3}
     shutil.rmtree(tmp_path / 'checkpoints' / '3' / 'arrays')
@@ -343,7 +343,7 @@ def test_trouble_of_our_own_is_no_damage(make, tmp_path, monkeypatch):
             raise trouble
 
         monkeypatch.setattr(checkpointer._manager, 'restore', fails)
-        with pytest.raises(ValueError, match='can not be read') as error:
+        with pytest.raises(ValueError, match='cannot be read') as error:
             checkpointer.resume(many(0))
         assert not isinstance(error.value, Damaged)
     assert steps_on_disk(make(read_only=True)) == [1]

@@ -7,8 +7,10 @@ import pathlib
 import pytest
 
 from convnorm_jax.configs import default
-from convnorm_jax.training import config as config_lib
-from convnorm_jax.training.config import check_config, check_same_run, differences, flatten
+from convnorm_jax.configs.default import KEYS
+from convnorm_jax.configs.keys import flatten
+from convnorm_jax.runs.workdir import check_same_run, differences
+from convnorm_jax.training.config import check_config
 
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[2] / 'configs').glob('[!_]*.py'))
 
@@ -40,11 +42,11 @@ def test_the_configs_of_the_house(name):
     assert flatten(json.loads(config.to_json())) == flatten(config)  # a run's folder holds it as JSON
 
 
-@pytest.mark.parametrize('key', config_lib._CHOICES)
+@pytest.mark.parametrize('key', [name for name, key in KEYS.items() if key.choices])
 def test_an_unknown_choice(key):
     with pytest.raises(ValueError, match=rf"config\.{key}='nonsense': expected one of ") as error:
         check_config(changed(key, 'nonsense'))
-    assert all(repr(choice) in str(error.value) for choice in config_lib._CHOICES[key])
+    assert all(repr(choice) in str(error.value) for choice in KEYS[key].allowed())
 
 
 # Needed beside a value for the whole config to pass.
@@ -57,9 +59,9 @@ COMPANIONS = {
 }
 
 
-@pytest.mark.parametrize('key', config_lib._RANGES)
+@pytest.mark.parametrize('key', [name for name, key in KEYS.items() if key.interval])
 def test_a_value_out_of_range(key):
-    low, high, low_allowed, high_allowed = config_lib._RANGES[key]
+    low, high, low_allowed, high_allowed = KEYS[key].bounds()
     wrong = [low - 1, high * 2 + 1, float('nan'), *([] if low_allowed else [low]), *([] if high_allowed else [high])]
     for value in wrong:
         with pytest.raises(ValueError, match=rf'config\.{key}={value}(\.0)?: expected (at|above|below)'):
@@ -78,7 +80,7 @@ def test_every_number_of_the_config_is_checked():
         for key, value in flatten(default.get_config()).items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
-    assert numbers <= set(config_lib._RANGES)
+    assert numbers <= {name for name, key in KEYS.items() if key.interval}
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caps
         pass
     assert (
         capsys.readouterr().err
-        == f'warning: --workdir={tmp_path}/run: no lock can be had there (Operation not supported)\n'
+        == f'warning: --workdir={tmp_path}/run: the file system has no locks (Operation not supported)\n'
     )
 
 
@@ -126,7 +126,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(experiment, whole, tmp_path, 
         loop.train(experiment, str(tmp_path))
     words = str(error.value)
     assert words.startswith(f'--workdir={tmp_path}: no space left on the device; ')
-    assert words.endswith('; free some space and give the same command again') and '\n' not in words
+    assert words.endswith('; free some space and rerun the same command') and '\n' not in words
     assert kept in words or what in ('a row', 'events')
     assert ends_as(experiment, tmp_path, whole)
 
@@ -157,7 +157,7 @@ def test_a_full_disk_under_a_checkpoint(experiment, whole, tmp_path, monkeypatch
     [
         (OSError(errno.EDQUOT, 'x'), 'quota'),
         (PermissionError(errno.EACCES, 'x'), 'no permission'),
-        (OSError(errno.EROFS, 'x'), 'only be read'),
+        (OSError(errno.EROFS, 'x'), 'read-only'),
         (ValueError('RESOURCE_EXHAUSTED: Failed to write: No space left on device [x]'), 'no space left'),
         (ValueError('PERMISSION_DENIED: Permission denied'), 'no permission'),
     ],
@@ -191,8 +191,8 @@ def test_an_error_while_reading_is_not_blamed_on_the_run_folder(number):
         try:
             raise error
         except OSError as cause:
-            raise UserError('/data/x.jpg: can not be read') from cause
-    assert str(raised.value) == '/data/x.jpg: can not be read'
+            raise UserError('/data/x.jpg: cannot be read') from cause
+    assert str(raised.value) == '/data/x.jpg: cannot be read'
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_hours_of_work(tmp_path, monkeypatch):

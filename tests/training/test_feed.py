@@ -70,7 +70,7 @@ def test_a_config_gives_the_feed(tiny_config, make_picture_folder, tmp_path):
     whole = experiment.evaluator.evaluate(state.eval_variables, experiment.attacked_data)
     experiment.evaluator.batch_size = 8
     found = experiment.evaluator.evaluate(state.eval_variables, test)
-    assert isinstance(test['images'], streaming.Pictures)
+    assert isinstance(test['images'], streaming.StreamedImages)
     assert found['accuracy'] == whole['accuracy'] and found['loss'] == pytest.approx(whole['loss'], rel=1e-5)
     config.eval.examples = 5
     assert len(setup.build(config, jax.devices()[:2]).attacked.labels) == 5
@@ -100,7 +100,7 @@ def test_slow_input_is_told_once_an_epoch(clock):
             line = waiting.warning(1000.0 * epoch + step + 1, 3, ended=False)
             assert bool(line) == (step == 99)
             if line:
-                assert line.startswith('input bound: 25% of the time went to waiting for pictures')
+                assert line.startswith('input bound: 25% of the time was spent waiting for images')
                 assert 'config.data.workers (now 3)' in line
         assert not waiting.warning(1000.0 * epoch + 150, 3, ended=True)
 

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 
+from convnorm_jax.configs.keys import flatten
 from convnorm_jax.data import splits
 from convnorm_jax.runs.checkpoint import Checkpointer
 from convnorm_jax.runs.metrics import read_rows
 from convnorm_jax.runs.workdir import load_config
 from convnorm_jax.training import loop
-from convnorm_jax.training.config import flatten
 from convnorm_jax.training.totals import zero_totals
 from tests.selection import few
 
@@ -274,20 +274,20 @@ def test_nothing_to_restore(experiment, tmp_path, folder):
 
 def test_a_folder_that_can_not_be_written(experiment, tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(ValueError, match='can not write there'):
+    with pytest.raises(ValueError, match='cannot write there'):
         loop.train(experiment, str(tmp_path / 'file'))
 
 
 def test_pictures_too_small_leave_no_folder(tiny_experiment, tmp_path):
     experiment = tiny_experiment({'model.name': 'vgg11', 'model.depth': (1, 1, 1, 1)})
-    with pytest.raises(ValueError, match='pictures of 8x8'):
+    with pytest.raises(ValueError, match='images of 8x8'):
         loop.train(experiment, str(tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()
 
 
 def test_damaged_config(tmp_path):
     (tmp_path / 'config.json').write_text('{"seed": ')
-    with pytest.raises(ValueError, match=r'config\.json: can not be read'):
+    with pytest.raises(ValueError, match=r'config\.json: cannot be read'):
         load_config(str(tmp_path))
     with pytest.raises(ValueError, match='no run there'):
         load_config(str(tmp_path / 'nowhere'))
@@ -361,7 +361,7 @@ def test_a_damaged_checkpoint_costs_only_time(experiment, whole, tmp_path, monke
     capsys.readouterr()
     loop.train(experiment, workdir)
     err = capsys.readouterr().err
-    assert 'checkpoint of step 6 is damaged (' in err and f'kept in {tmp_path}/damaged/6; going on from step 5' in err
+    assert 'checkpoint of step 6 is damaged (' in err and f'kept in {tmp_path}/damaged/6; resuming from step 5' in err
     assert f'resuming {workdir} at step 5' in err
     same(saved(experiment, workdir)[0], saved(experiment, whole[0])[0])
     assert rows(workdir) == rows(whole[0])

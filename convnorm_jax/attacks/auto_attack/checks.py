@@ -1,52 +1,53 @@
-"""Signs that an evaluation by attacks is not to be trusted, as AutoAttack looks for them.
+"""Signs that an evaluation by attacks cannot be trusted: AutoAttack's checks.
 
-Croce and Hein 2020 (arXiv 2003.01690) and the checks of their code. Each function returns a
-sentence, or None where there is nothing to say.
+Croce and Hein 2020 (arXiv 2003.01690) and the checks of their code.
 """
 
+from collections.abc import Callable, Collection, Mapping
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convnorm_jax.attacks import loops, losses, projections
+from convnorm_jax import mesh as mesh_lib
+from convnorm_jax.attacks import losses, projections
+from convnorm_jax.attacks.inputs import Array, LogitsFn
 
-# Outputs of one example may differ by so much of their length between two passes (AutoAttack's).
+# Allowed relative difference of the outputs of one example between two passes (AutoAttack's value).
 _REPEATABLE = 1e-4
 _REPEATS = 5
 _PROBABILITY = 1e-5
 _VANISHING = 1e-7
-# A share of the examples by which the black box may beat the white boxes.
+# The share of the examples by which black-box attacks may be better than white-box attacks.
 _BLACK_BOX_LEAD = 0.002
 
 
-def check_outputs(predict, images):
-    """Warnings about the outputs on one batch: not finite, random, of one another, or probabilities.
+def check_outputs(predict: Callable[[Array], jax.Array], images: np.ndarray) -> list[str]:
+    """Warnings about the outputs of one batch: not finite, random, dependent on one another, or probabilities.
 
     Args:
       predict: images -> logits [B, K], jitted or not.
       images: [B, H, W, C].
-
-    Returns:
-      List of str.
     """
-    outputs = [loops.to_host(predict(images)).astype(np.float64) for _ in range(_REPEATS)]
+    outputs = [mesh_lib.fetch(predict(images)).astype(np.float64) for _ in range(_REPEATS)]
     if not np.isfinite(outputs).all():
         return ['the outputs are not all finite: no attack can follow them']
     warnings = []
     if max(_difference(outputs[0], other) for other in outputs[1:]) > _REPEATABLE:
         warnings.append('the output is random: attacks that do not average over it are too weak')
-    elif len(images) > 1 and _difference(outputs[0], _beside_another(predict, images)) > _REPEATABLE:
+    elif len(images) > 1 and _difference(outputs[0], _next_to_others(predict, images)) > _REPEATABLE:
         warnings.append('an output depends on the rest of its batch: evaluate with fixed statistics')
     if _are_probabilities(outputs[0]):
         warnings.append('the outputs look like probabilities: give the logits, or gradients vanish')
     return warnings
 
 
-def check_gradients(logits_fn, images, labels):
+def check_gradients(logits_fn: LogitsFn, images: jax.Array, labels: jax.Array) -> str | None:
     """A warning if the gradient of the cross-entropy vanishes at some images of one batch.
 
-    Vanishing is meant against the gradient of the margin: below float32's resolution of a
-    probability of one, only rounding is left of it. AutoAttack looks for exact zeros, which XLA's
-    fused softmax does not give.
+    It vanishes if it is tiny relative to the gradient of the margin: when a probability rounds to
+    one in float32, only rounding errors are left. AutoAttack looks for exact zeros, which XLA's
+    fused softmax does not return.
     """
 
     def lengths(loss):
@@ -57,13 +58,15 @@ def check_gradients(logits_fn, images, labels):
     if not vanishing:
         return None
     return (
-        f'the gradient of the cross-entropy vanishes at {vanishing} of {len(labels)} images: attacks along it see '
-        'nothing there (a masked gradient?); look at what apgd-dlr and square find'
+        f'the gradient of the cross-entropy vanishes at {vanishing} of {len(labels)} images: attacks along it '
+        'cannot work there (a masked gradient?); look at what apgd-dlr and square find'
     )
 
 
-def check_black_box(accuracies, white_box, black_box):
-    """A warning if attacks without gradients broke what those with gradients did not.
+def check_black_box(
+    accuracies: Mapping[str, float], white_box: Collection[str], black_box: Collection[str]
+) -> str | None:
+    """A warning if attacks without gradients broke examples that those with gradients did not.
 
     Args:
       accuracies: {attack: robust accuracy after it}, in the order they ran.
@@ -75,13 +78,13 @@ def check_black_box(accuracies, white_box, black_box):
         return None
     return (
         f'attacks without gradients lowered the robust accuracy by {min(before) - min(after):.2%} further: the '
-        'gradients are probably masked, and the true robustness is lower still; give Square more queries or write '
-        'an attack for this defence'
+        'gradients are probably masked, and the true robustness is even lower; give Square more queries or write '
+        'an attack for this defense'
     )
 
 
-def _beside_another(predict, images):
-    """The outputs of a batch whose second half was replaced by its first, and the other way round."""
+def _next_to_others(predict, images):
+    """The outputs of a batch whose second half is replaced by its first, and vice versa."""
     half = len(images) // 2
     left = predict(jnp.concatenate([images[:half], images[: len(images) - half]]))
     right = predict(jnp.concatenate([images[len(images) - half :][::-1][:half], images[half:]]))
@@ -89,7 +92,7 @@ def _beside_another(predict, images):
 
 
 def _difference(a, b):
-    """The largest distance between two outputs of one example, each divided by its length."""
+    """The largest distance between two outputs of one example, each divided by its norm."""
     a, b = (x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-10) for x in (a, b))
     return np.linalg.norm(a - b, axis=1).max()
 

@@ -1,44 +1,47 @@
 """AutoAttack: several attacks in turn, each on the examples that are still robust.
 
 Croce and Hein 2020 (arXiv 2003.01690): APGD on the cross-entropy, targeted APGD on the DLR loss,
-targeted FAB, Square, with no number left to choose. Examples that are still robust are packed into
-batches of one shape, so that nothing is compiled twice and little is computed for nothing.
+targeted FAB, Square, without free parameters. Examples that are still robust are packed into
+batches of one shape: every program is compiled once, and few computations are wasted.
 
-Every example draws its random numbers from its own key, whatever the packing or an interruption.
+Every example draws its random numbers from its own key, independently of packing and interruptions.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convnorm_jax.attacks import inputs, loops, losses, projections
+from convnorm_jax import mesh as mesh_lib
+from convnorm_jax.attacks import inputs, losses, projections
 from convnorm_jax.attacks.auto_attack import checks
+from convnorm_jax.attacks.auto_attack.batches import Batches, joined
 from convnorm_jax.attacks.auto_attack.members import Member, check_names, make_member
-from convnorm_jax.attacks.auto_attack.saved import Progress, check_place_of_state, load_progress, save_progress
+from convnorm_jax.attacks.auto_attack.saved import Progress, check_state_path, load_progress, save_progress
 from convnorm_jax.errors import UserError
 
 STANDARD = ('apgd-ce', 'apgd-t', 'fab-t', 'square')
 
-_SAVE_EVERY = 30.0  # seconds, next to the end of every attack
-# Rounding may carry a point on the ball's surface so far outside, relative to its radius.
+_SAVE_EVERY = 30.0  # seconds; also at the end of every attack
+# By rounding, a point may be outside of the ball by this share of its radius.
 _ROUNDING = 1e-4
-# Between chunks the host keeps states of about so many pictures an example; beyond so many bytes none are
-# kept, and a batch stays together to the end of a round.
+# Between chunks the host keeps a state of about `_STATE_SIZE` images per example. Above `_MOST_KEPT` bytes no state is
+# kept, and examples are packed again only after a round.
 _STATE_SIZE, _MOST_KEPT = 6, 4 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class EnsembleResult:
-    """What an ensemble found.
+    """The result of an ensemble of attacks.
 
     Attributes:
       images: float32 [N, H, W, C]: adversarial where one was found, else the clean image.
-      robust: bool [N]: rightly classified and not broken by any attack. Logits that are not finite
-        classify nothing.
+      robust: bool [N]: classified correctly and not broken by any attack. Logits that are not finite
+        count as misclassified.
       clean_accuracy, robust_accuracy: in [0, 1].
       attacks: for each attack, in order: {'name', 'attacked', 'broken', 'robust_accuracy' after it,
         'seconds'}.
@@ -49,11 +52,20 @@ class EnsembleResult:
     robust: np.ndarray
     clean_accuracy: float
     robust_accuracy: float
-    attacks: list
-    warnings: list
+    attacks: list[dict[str, Any]]
+    warnings: list[str]
 
 
-def autoattack(logits_fn, images, labels, *, epsilon, norm='linf', rng, **options):
+def autoattack(
+    logits_fn: inputs.LogitsFn,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    epsilon: float,
+    norm: str = 'linf',
+    rng: jax.Array,
+    **options: Any,
+) -> np.ndarray:
     """Adversarial images by AutoAttack's standard ensemble; see `run_ensemble`, whose options it takes.
 
     Returns:
@@ -81,22 +93,22 @@ def run_ensemble(
     log: Callable[[str], None] = print,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> EnsembleResult:
-    """Runs attacks one after another on what the ones before left robust. Not jittable: it jits.
+    """Runs attacks one after another, each on the examples that are still robust. Not jittable: it jits.
 
     Args:
-      logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K]. A `jax.tree_util.Partial` that
-        holds the variables of a large net saves compiling them in as constants.
+      logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K]. Give a `jax.tree_util.Partial` that
+        holds the variables of a large net: otherwise they are compiled in as constants.
       images: float [N, H, W, C] in [0, 1]. labels: int [N].
       epsilon: radius of the ball, in pixel units of [0, 1].
       norm: 'linf' or 'l2'.
       rng: one PRNG key. Example i draws from `fold_in(rng, i)`.
       attacks: names among `members.MEMBERS`, in the order to run them.
-      batch_size: examples at a time, cut over the devices of `sharding`.
+      batch_size: examples at a time, split over the devices of `sharding`.
       steps, queries, targets, restarts: see `members.make_member`; the defaults are AutoAttack's.
-      state_path: a file; the state is saved there, and a run of the same arguments and net goes on from
-        it. Another net is known by its logits, to the last bit, of all images and of the first batch
-        moved at random; other logits are refused. On a GPU the same net may have others where
-        algorithms are chosen by timing: XLA_FLAGS=--xla_gpu_autotune_level=0 fixes them.
+      state_path: a file in which the state is saved; a run of the same arguments and net resumes from it. A net is
+        identified by its logits, to the last bit, of all images and of the first batch moved at random; other logits
+        are refused. On a GPU autotuning may change the logits of the same net:
+        XLA_FLAGS=--xla_gpu_autotune_level=0 prevents it.
       sharding: of the batch axis, for several devices.
       log: takes a line of text.
       progress: called with (attack, examples done, examples in all) of a round.
@@ -106,25 +118,25 @@ def run_ensemble(
     """
     images, labels = _checked(images, labels, epsilon, norm, batch_size)
     logits_fn = logits_fn if isinstance(logits_fn, jax.tree_util.Partial) else jax.tree_util.Partial(logits_fn)
-    # All that can be refused is, before the net has run once.
+    # Everything that can be refused is refused before the net has run.
     if state_path:
-        check_place_of_state(state_path)
+        check_state_path(state_path)
     one_batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), jnp.float32)
     classes = inputs.class_count(logits_fn, one_batch)
     inputs.check_classes(labels, len(images), 'labels', classes)
     check_names(attacks, classes)
     sizes = {'steps': steps, 'queries': queries, 'targets': targets, 'restarts': restarts}
-    platform = _platform(sharding)
-    members = [make_member(name, norm, classes, platform=platform, **sizes) for name in attacks]
-    keys = inputs.typed_key(rng)
-    run = _Run(logits_fn, images, labels, float(epsilon), norm, keys, batch_size, sharding, log, progress)
+    batches = Batches(batch_size, sharding)
+    members = [make_member(name, norm, classes, platform=batches.platform, **sizes) for name in attacks]
+    problem = _Problem(logits_fn, images, labels, float(epsilon), norm, inputs.typed_key(rng))
+    run = _Run(problem, batches, log, progress)
     clean = losses.correct(run.clean, labels)
-    identity = run.identity(attacks, sizes, members) if state_path else None
+    identity = run.identity(attacks, sizes, members) if state_path else {}
     state = load_progress(state_path, identity) if state_path else None
     if state is None:
         state = Progress(images.copy(), clean.copy(), warnings=run.first_warnings())
     else:
-        log(f'going on from {state_path}: {state.robust.mean():.2%} robust so far')
+        log(f'resuming from {state_path}: {state.robust.mean():.2%} robust so far')
     clean_accuracy = float(clean.mean())
     log(f'clean accuracy {clean_accuracy:.2%} of {len(labels)} examples, {norm} epsilon {epsilon:.4g}')
     for warning in state.warnings:
@@ -149,14 +161,26 @@ def run_ensemble(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """What is attacked, and in which ball: arguments of `run_ensemble`, checked."""
+
+    logits_fn: jax.tree_util.Partial
+    images: np.ndarray
+    labels: np.ndarray
+    epsilon: float
+    norm: str
+    rng: jax.Array
+
+
 class _Saver:
-    """Writes the state now and then."""
+    """Writes the state every `_SAVE_EVERY` seconds."""
 
     def __init__(self, path, identity):
         self.path, self.identity, self.last = path, identity, time.monotonic()
 
     def __call__(self, state, now=False):
-        if self.path and jax.process_index() == 0 and (now or time.monotonic() - self.last > _SAVE_EVERY):
+        if self.path and mesh_lib.is_leader() and (now or time.monotonic() - self.last > _SAVE_EVERY):
             save_progress(self.path, self.identity, state)
             self.last = time.monotonic()
 
@@ -164,45 +188,28 @@ class _Saver:
 class _Run:
     """The examples and the programs of one call of `run_ensemble`."""
 
-    def __init__(self, logits_fn, images, labels, epsilon, norm, rng, batch_size, sharding, log, progress):
-        self.logits_fn, self.images, self.labels = logits_fn, images, labels
-        self.epsilon, self.norm, self.rng = epsilon, norm, rng
-        self.batch_size, self.sharding, self.log, self.progress = batch_size, sharding, log, progress
+    def __init__(self, problem, batches, log, progress):
+        self.logits_fn, self.images, self.labels = problem.logits_fn, problem.images, problem.labels
+        self.epsilon, self.norm, self.rng = problem.epsilon, problem.norm, problem.rng
+        self.batches, self.log, self.progress = batches, log, progress
         self.saver = None
-        keys = inputs.example_keys(self.rng, len(labels))
+        keys = inputs.example_keys(self.rng, len(self.labels))
         self.keys = np.asarray(jax.random.key_data(keys))
         self._predict = jax.jit(lambda f, x: f(x))
-        self._length = jax.jit(lambda a, b: projections.norm_of(a - b, norm))
+        self._length = jax.jit(lambda a, b: projections.norm_of(a - b, self.norm))
         self._keys = jax.jit(self._fold)
-        everything = [self._logits(images[pack])[: len(chosen)] for chosen, pack in self.packs(np.arange(len(labels)))]
-        self.clean = np.concatenate(everything)
+        packs = batches.packs(np.arange(len(self.labels)))
+        self.clean = np.concatenate([self._logits(self.images[pack])[: len(chosen)] for chosen, pack in packs])
 
     def _logits(self, images):
-        return loops.to_host(self._predict(self.logits_fn, self.place(images))).astype(np.float32)
+        return mesh_lib.fetch(self._predict(self.logits_fn, self.batches.place(images))).astype(np.float32)
 
     def _fold(self, data, attack, turn):
         keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(self.rng))
         return inputs.fold_in(inputs.fold_in(keys, attack), turn)
 
-    def place(self, tree):
-        """On the devices: what has a batch axis cut over them."""
-        if self.sharding is None:
-            return jax.tree.map(jnp.asarray, tree)
-        return jax.tree.map(lambda a: self._cut(a) if np.ndim(a) else jnp.asarray(a), tree)
-
-    def _cut(self, array):
-        if self.sharding.is_fully_addressable or not getattr(array, 'is_fully_addressable', True):
-            return jax.device_put(array, self.sharding)
-        return jax.make_array_from_callback(array.shape, self.sharding, lambda index: array[index])
-
-    def packs(self, examples):
-        """(examples, the same filled up to a whole batch with the first of them) in turn."""
-        for first in range(0, len(examples), self.batch_size):
-            chosen = examples[first : first + self.batch_size]
-            yield chosen, np.concatenate([chosen, np.repeat(chosen[:1], self.batch_size - len(chosen))])
-
     def identity(self, attacks, sizes, members):
-        """What must be the same for a saved state to be gone on from."""
+        """What must be equal to resume from a saved state."""
         return {
             'attacks': list(attacks),
             'epsilon': self.epsilon,
@@ -218,24 +225,24 @@ class _Run:
         }
 
     def _logits_nearby(self):
-        """The logits of the first batch moved at random: nets that agree on the images seldom agree next to them."""
-        _, pack = next(self.packs(np.arange(len(self.labels))))
+        """The logits of the first batch moved at random: nets that agree on the images rarely agree next to them."""
+        _, pack = next(self.batches.packs(np.arange(len(self.labels))))
         moved = self.images[pack] + np.random.default_rng(0).uniform(-0.05, 0.05, self.images[pack].shape)
         return self._logits(moved.clip(0, 1).astype(np.float32))
 
     def first_warnings(self):
-        """What is seen before any attack, on the first batch; of outputs that are not finite, on all."""
+        """The warnings before any attack, from the first batch; of outputs that are not finite, from all images."""
         lost = int((~np.isfinite(self.clean).all(-1)).sum())
         if lost:
             return [f'the outputs are not all finite for {lost} of {len(self.labels)} images, which count as wrong']
-        batch = slice(0, self.batch_size)
+        batch = slice(0, self.batches.size)
         images, labels = self.images[batch], self.labels[batch]
         found = checks.check_outputs(lambda x: self._predict(self.logits_fn, jnp.asarray(x)), images)
         gradient = checks.check_gradients(self.logits_fn, jnp.asarray(images), jnp.asarray(labels))
         return found + ([gradient] if gradient else [])
 
     def attack(self, member: Member, state: Progress):
-        """All rounds of one attack; `state` is brought up to date, and saved."""
+        """Runs all rounds of one attack; updates and saves `state`."""
         begun = time.monotonic() - state.seconds
         if state.attacked is None:
             state.attacked = int(state.robust.sum())
@@ -265,32 +272,31 @@ class _Run:
                 return
             chunks = range(state.chunk, min(state.chunk + every, member.chunks))
             last, kept = chunks.stop == member.chunks, []
-            for number, (chosen, pack) in enumerate(self.packs(examples)):
-                leaves = None if state.kept is None else _rows(state.kept, number, self.batch_size)
+            for number, (chosen, pack) in enumerate(self.batches.packs(examples)):
+                leaves = None if state.kept is None else self.batches.rows(state.kept, number)
                 reached = self._advance(member, state, pack, leaves, chunks)
                 self._note(member, state, chosen, pack, reached)
                 if not last:
-                    kept.append(
-                        [loops.to_host(leaf)[: len(chosen)] if leaf.ndim else leaf for leaf in jax.tree.leaves(reached)]
-                    )
+                    leaves = mesh_lib.fetch(jax.tree.leaves(reached))
+                    kept.append([leaf[: len(chosen)] if leaf.ndim else leaf for leaf in leaves])
                 if self.progress:
-                    self.progress(member.name, number * self.batch_size + len(chosen), len(examples))
-            state.kept = _stay(kept, state.robust[examples]) if kept and state.robust.any() else None
+                    self.progress(member.name, number * self.batches.size + len(chosen), len(examples))
+            state.kept = joined(kept, state.robust[examples]) if kept and state.robust.any() else None
             state.chunk, state.seconds = chunks.stop, time.monotonic() - begun
             self.saver(state)
 
     def _advance(self, member, state, pack, leaves, chunks):
-        """The state of one batch after some chunks, or after fewer if all are fooled by then."""
-        keys = self._keys(self.place(self.keys[pack]), len(state.attacks), state.turn)
-        images, labels = self.place(self.images[pack]), self.place(self.labels[pack])
-        targets = self.place(self._targets(member, pack, state.turn))
+        """The state of one batch after some chunks, or fewer if all are fooled before."""
+        keys = self._keys(self.batches.place(self.keys[pack]), len(state.attacks), state.turn)
+        images, labels = self.batches.place(self.images[pack]), self.batches.place(self.labels[pack])
+        targets = self.batches.place(self._targets(member, pack, state.turn))
         epsilon = jnp.float32(self.epsilon)
         common = (self.logits_fn, images, labels, keys, targets, epsilon)
         if leaves is None:
             reached = member.start(*common)
         else:
             structure = jax.tree.structure(jax.eval_shape(member.start, *common))
-            reached = jax.tree.unflatten(structure, self.place(leaves))
+            reached = jax.tree.unflatten(structure, self.batches.place(leaves))
         for chunk in chunks:
             reached = member.advance(*common, reached, chunk)
             if bool(member.found(reached, epsilon)[1].all()):
@@ -303,38 +309,18 @@ class _Run:
         return np.asarray(losses.nth_wrong_class(self.clean[pack], self.labels[pack], turn))
 
     def _note(self, member, state, chosen, pack, reached):
-        """Takes over what an attack broke, after looking at it once more."""
+        """Records the examples that an attack broke, after checking them again."""
         found, fooled = member.found(reached, jnp.float32(self.epsilon))
         if not bool(fooled.any()):
             return
         found = jnp.clip(found, 0, 1)
         wrong = ~losses.correct(self._logits(found), self.labels[pack])
-        inside = loops.to_host(self._length(found, self.place(self.images[pack]))) <= self.epsilon * (1 + _ROUNDING)
+        inside = mesh_lib.fetch(self._length(found, self.batches.place(self.images[pack]))) <= self.epsilon * (
+            1 + _ROUNDING
+        )
         broken = (wrong & inside)[: len(chosen)]
         state.robust[chosen[broken]] = False
-        state.images[chosen[broken]] = loops.to_host(found)[: len(chosen)][broken]
-
-
-def _rows(kept, number, batch_size):
-    """The leaves of one pack's state, filled up as the pack is."""
-
-    def rows(leaf):
-        if not np.ndim(leaf):
-            return leaf
-        part = leaf[number * batch_size : (number + 1) * batch_size]
-        return np.concatenate([part, np.repeat(part[:1], batch_size - len(part), axis=0)])
-
-    return [rows(leaf) for leaf in kept]
-
-
-def _stay(kept, robust):
-    """The states of the examples that are still robust, leaf by leaf."""
-    return [np.concatenate(leaves)[robust] if np.ndim(leaves[0]) else leaves[0] for leaves in zip(*kept)]
-
-
-def _platform(sharding):
-    """Of the devices that the programs will run on."""
-    return next(iter(jnp.zeros(()).devices() if sharding is None else sharding.device_set)).platform
+        state.images[chosen[broken]] = mesh_lib.fetch(found)[: len(chosen)][broken]
 
 
 def _checked(images, labels, epsilon, norm, batch_size):

@@ -1,9 +1,9 @@
-"""The attacks that an ensemble runs, each cut into short jitted programs.
+"""The attacks of AutoAttack, each split into short jitted programs.
 
-A member's run over a batch is: start, then chunks of iterations. Chunks are short enough to be
-written out in full on a CPU (`loops.unrolls`), and let the host stop when all are fooled. What the
-last chunk has beyond the run changes nothing. A round is one run: of a target class, or of a random
-start.
+A member's run over a batch is a start, then chunks of iterations. Chunks are short enough to be
+unrolled on a CPU (`loops.unrolls`), and the host can stop between them when all are fooled.
+Iterations of the last chunk past the run change nothing. A round is one run, with one target class
+or one random start.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from convnorm_jax.errors import UserError
 
 MEMBERS = ('apgd-ce', 'apgd-dlr', 'apgd-t', 'fab-t', 'square')
 
-# Iterations in one program where loops are written out: compile time against dispatches.
+# Iterations of one unrolled program: a compromise between compile time and dispatches.
 _CPU_CHUNK = {'apgd': 10, 'fab': 5, 'square': 25}
 
 
@@ -31,16 +31,16 @@ class Member:
 
     Attributes:
       name: one of `MEMBERS`.
-      rounds: runs, one after another, each over the examples still robust.
-      chunks: calls of `advance` that make a run.
-      repack_every: so many chunks, after which the examples still robust are packed anew.
-      targeted: whether a round aims at a class.
-      white_box: whether it takes gradients.
+      rounds: runs, one after another, each over the examples that are still robust.
+      chunks: calls of `advance` in a run.
+      repack_every: number of chunks after which the examples that are still robust are packed again.
+      targeted: whether a round has a target class.
+      white_box: whether it uses gradients.
       start: jitted (logits_fn, images, labels, keys, targets, epsilon) -> state.
       advance: jitted (logits_fn, images, labels, keys, targets, epsilon, state, chunk) -> state.
       found: (state, epsilon) -> (images [B, H, W, C], fooled bool [B]).
 
-    logits_fn is a `jax.tree_util.Partial`: what it holds are arguments of the programs.
+    logits_fn is a `jax.tree_util.Partial`: the arrays it holds are arguments of the programs.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Member:
     found: Callable[..., Any]
 
 
-@functools.lru_cache(maxsize=64)  # the programs of a member are compiled once, whatever the radius
+@functools.lru_cache(maxsize=64)  # a member's programs are compiled once for all radii
 def make_member(
     name: str,
     norm: str,
@@ -73,9 +73,9 @@ def make_member(
       norm: 'linf' or 'l2'.
       classes: number of logits.
       steps: iterations of APGD and FAB; queries: of Square.
-      targets: classes that a targeted attack tries; all wrong ones where there are fewer.
+      targets: classes that a targeted attack tries; all wrong ones if there are fewer.
       restarts: runs of an untargeted attack.
-      platform: that it will run on, 'cpu' or another: sets how long its programs are.
+      platform: that it will run on, 'cpu' or another: determines the length of the programs.
 
     Raises:
       UserError: another name or norm, a number below 1, too few classes for the DLR loss.
@@ -98,7 +98,7 @@ def make_member(
 
 
 def check_names(names: Sequence[str], classes: int) -> None:
-    """Raises UserError unless all are of `MEMBERS`, and a model of so many classes can be attacked by them."""
+    """Raises UserError unless all are in `MEMBERS` and can attack a model of so many classes."""
     if isinstance(names, str):
         raise UserError(f'attacks={names!r}: expected a sequence of names, such as ({names!r},)')
     for name in names:
@@ -111,7 +111,7 @@ def check_names(names: Sequence[str], classes: int) -> None:
 
 
 def _chunk(family, total, otherwise, on_cpu):
-    """(iterations in one program, programs in turn) for at least `total`; as little beyond as there can be."""
+    """(iterations of one program, calls of it) for at least `total` iterations, with the fewest past it."""
     most = _CPU_CHUNK[family] if on_cpu else otherwise
     chunks = -(-total // most)
     return -(-total // chunks), chunks

@@ -1,7 +1,7 @@
-"""The state of an ensemble's run, and its file.
+"""The state of an AutoAttack run, and its file.
 
-In a run of several processes the first one reads and writes the file, and tells the others what it found: the file may
-lie on a disk of its own.
+In a run of several processes, process 0 reads and writes the file, which may be on its own disk, and broadcasts the
+content to the others.
 """
 
 import dataclasses
@@ -11,32 +11,35 @@ import json
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from convnorm_jax.errors import UserError
 from convnorm_jax.files import check_place, write_atomically
+from convnorm_jax.mesh import from_leader
 
-_DAMAGED = (ValueError, KeyError, TypeError, EOFError, NotImplementedError, RuntimeError, struct.error)
-_DAMAGED += (zipfile.BadZipFile, zlib.error)
-# What another net, or this one computed otherwise, changes.
+_DAMAGED = (
+    *(ValueError, KeyError, TypeError, EOFError, NotImplementedError, RuntimeError),
+    *(struct.error, zipfile.BadZipFile, zlib.error),
+)
+# What differs for another net, or for this one on another device or version.
 _OUTPUTS = ('predictions', 'logits', 'logits next to the images')
 
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
       images: float32 [N, H, W, C], adversarial where one was found. robust: bool [N].
-      attacks: figures of the attacks that are done, see `ensemble.EnsembleResult`.
+      attacks: figures of the finished attacks, see `ensemble.EnsembleResult`.
       warnings: from before the first attack.
-      turn, chunk: rounds of the current attack that are done, and chunks of the current round.
-      kept: leaves of the current round's state, of the examples still robust, or None at its start.
-      attacked: examples that the current attack began with, or None before it.
-      seconds: that the current attack has taken.
+      turn, chunk: finished rounds of the current attack, and finished chunks of the current round.
+      kept: leaves of the current round's state, of the examples that are still robust; None at its start.
+      attacked: number of examples at the start of the current attack; None before it.
+      seconds: taken by the current attack so far.
     """
 
     images: np.ndarray
@@ -49,33 +52,41 @@ class Progress:
     attacked: int | None = None
     seconds: float = 0.0
 
-    def next_attack(self):
-        """Back to the start, for the next attack."""
+    def next_attack(self) -> None:
+        """Resets the fields of the current attack, for the next one."""
         self.turn, self.chunk, self.kept, self.attacked, self.seconds = 0, 0, None, None, 0.0
 
 
-def save_progress(path, identity, progress):
-    """Writes the state to a file, at once or not at all.
+def save_progress(path: str, identity: Mapping[str, Any], progress: Progress) -> None:
+    """Writes the state to a file, atomically.
 
     Args:
       path: of the file, ending in .npz or not.
-      identity: {name: number, text, list or array}, what a later run must share.
-      progress: a `Progress`.
+      identity: {name: number, text, list or array}, which a resumed run must share.
+      progress: of the run.
     """
     plain = {name: getattr(progress, name) for name in ('attacks', 'warnings', 'turn', 'chunk', 'attacked', 'seconds')}
     words = json.dumps({'identity': _plain(identity), 'progress': plain, 'kept': progress.kept is not None})
-    content = {f'kept_{i}': np.asarray(leaf) for i, leaf in enumerate(progress.kept or ())}
+    content: dict[str, Any] = {f'kept_{i}': np.asarray(leaf) for i, leaf in enumerate(progress.kept or ())}
     content |= {'words': np.array(words), 'images': progress.images, 'robust': progress.robust}
     write_atomically(path, lambda file: np.savez(file, **content))
 
 
-def check_place_of_state(path):
-    """Raises UserError, in all processes, unless the first one can write a file there."""
-    from_leader(lambda: check_place(path, 'state_path') or b'')
+def check_state_path(path: str) -> None:
+    """Raises UserError, in all processes, unless process 0 can write a file there."""
+
+    def check():
+        check_place(path, 'state_path')
+        return b''
+
+    from_leader(check)
 
 
-def load_progress(path, identity):
+def load_progress(path: str, identity: Mapping[str, Any]) -> Progress | None:
     """The state in a file, or None if there is no such file.
+
+    Args:
+      path, identity: see `save_progress`.
 
     Raises:
       UserError: the file cannot be read, is damaged, or is of a run of another identity.
@@ -84,31 +95,8 @@ def load_progress(path, identity):
     return _parsed(content)[0] if content else None
 
 
-def from_leader(make):
-    """What `make()`, bytes, returned in process 0 alone; an exception of it there is one everywhere."""
-    if jax.process_count() == 1:
-        return make()
-    content, caught = b'', None
-    if jax.process_index() == 0:
-        try:
-            content = make()
-        except Exception as error:
-            content, caught = str(error).encode(), error
-    kind = {type(None): 0, UserError: 1}.get(type(caught), 2)
-    kind, *size = (int(x) for x in multihost_utils.broadcast_one_to_all(np.array([kind, *divmod(len(content), 2**20)])))
-    buffer = np.zeros(size[0] * 2**20 + size[1], np.uint8)
-    if jax.process_index() == 0:
-        buffer[:] = np.frombuffer(content, np.uint8)
-    content = np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes() if buffer.size else b''
-    if caught is not None:
-        raise caught
-    if kind:
-        raise (UserError if kind == 1 else RuntimeError)(f'process 0: {content.decode()}')
-    return content
-
-
 def _checked_file(path, identity):
-    """The bytes of a file that holds a state of this identity; none if it is not there."""
+    """The bytes of a file that holds a state of this identity; b'' if there is no file."""
     try:
         with open(path, 'rb') as file:
             content = file.read()
@@ -144,12 +132,12 @@ def _parsed(content):
     kept = [arrays[f'kept_{i}'] for i in range(len(arrays) - 3)] if words['kept'] else None
     images, robust = arrays['images'], arrays['robust']
     if robust.dtype != bool or robust.shape != images.shape[:1]:
-        raise zipfile.BadZipFile('images and robust do not belong together')
+        raise zipfile.BadZipFile('images and robust do not match')
     return Progress(images, robust, kept=kept, **words['progress']), dict(words['identity'])
 
 
 def _plain(identity):
-    """Arrays as digests, so that JSON holds them."""
+    """The identity with arrays replaced by digests, for JSON."""
     return {
         name: hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
         if isinstance(value, np.ndarray)

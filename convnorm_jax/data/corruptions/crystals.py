@@ -1,9 +1,9 @@
-"""Frost of our own: crystals, grown from fixed seeds, in place of the authors' photographs.
+"""Frost from crystals that are grown from fixed seeds, in place of the authors' photographs.
 
-The authors blend in photographs of frosted windows that we may not ship. So numbers on this
-corruption are not comparable to CIFAR-10-C's. Each plate has about the mean colour and contrast of
-one of the authors' photographs at their scale, so that the corruption is about as strong as
-theirs; its pattern, straight branches at 60 degrees on a haze, is ours.
+The authors blend in photographs of frosted windows, whose licence does not allow them to be shipped here.
+Accuracies under this corruption are therefore not comparable to CIFAR-10-C's. Each plate has about the mean
+colour and contrast of one of the authors' photographs at their scale, so that the corruption is about as strong;
+its pattern, straight branches at 60 degrees on a haze, is new.
 """
 
 import cmath
@@ -19,34 +19,35 @@ from convnorm_jax.data.corruptions import pixels
 # Mean red, green and blue, and the standard deviation of all three, of each plate, in levels of 255.
 _TONES = ((80, 150, 165, 20), (200, 205, 214, 22), (200, 205, 214, 22), (138, 153, 166, 30), (112, 123, 135, 43))
 
-_PLATE = 128  # side of a plate for 32x32 pictures, in pixels
+_PLATE = 128  # side of a plate for 32x32 images, in pixels
 _CRYSTALS_PER_PIXEL = 30 / _PLATE**2
 _BRANCHINGS = (0.12, 0.28, 0.44, 0.6, 0.76)  # along a branch
 _OVERSAMPLING = 4
-_LINE_BITS = 4  # OpenCV draws to 1/16 pixel
+_LINE_BITS = 4  # OpenCV draws lines to 1/16 pixel
 
 
-def plates(height, width):
-    """The five plates for pictures of a size; the same at every call, whatever the seed.
+def plates(height: int, width: int) -> np.ndarray:
+    """The five plates for images of a size; the same at every call and for every seed.
 
     Args:
-        height, width: of the pictures, in pixels.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
 
     Returns:
-        uint8 [5, S, S, 3], S at least twice the picture's longer side. Read only.
+        uint8 [5, S, S, 3], S at least twice the image's longer side. Read-only.
     """
     scale = pixels.length_scale(height, width)
     return _grow(max(round(_PLATE * scale), 2 * max(height, width)), scale)
 
 
 @functools.lru_cache(maxsize=4)
-def _grow(side, scale):
+def _grow(side: int, scale: float) -> np.ndarray:
     grown = np.stack([_plate(number, side, scale) for number in range(len(_TONES))])
     grown.flags.writeable = False
     return grown
 
 
-def _plate(number, side, scale):
+def _plate(number: int, side: int, scale: float) -> np.ndarray:
     rng = np.random.default_rng(number)
     fine = side * _OVERSAMPLING
     canvas = np.zeros((fine, fine), np.uint8)
@@ -63,10 +64,10 @@ def _plate(number, side, scale):
     return np.clip(np.array(colour) + spread * pattern[:, :, None], 0, 255).astype(np.uint8)
 
 
-def _draw_branch(canvas, rng, start, along, depth):
-    """A straight branch with shorter ones at 60 degrees on both sides; places are complex numbers."""
-    ends = [(round(end.real * 2**_LINE_BITS), round(end.imag * 2**_LINE_BITS)) for end in (start, start + along)]
-    cv2.line(canvas, *ends, int(rng.integers(90, 255)), 1 + depth, cv2.LINE_AA, _LINE_BITS)
+def _draw_branch(canvas: np.ndarray, rng: np.random.Generator, start: complex, along: complex, depth: int) -> None:
+    """A straight branch with shorter ones at 60 degrees on both sides; positions are complex numbers."""
+    first, last = ((round(end.real * 2**_LINE_BITS), round(end.imag * 2**_LINE_BITS)) for end in (start, start + along))
+    cv2.line(canvas, first, last, int(rng.integers(90, 255)), 1 + depth, cv2.LINE_AA, _LINE_BITS)
     if depth == 0:
         return
     shares = rng.uniform(0.3, 0.6, 2 * len(_BRANCHINGS))

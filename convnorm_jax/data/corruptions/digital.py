@@ -1,31 +1,32 @@
 """Contrast, elastic transform, pixelation, JPEG.
 
-Every function for `corrupt`: images uint8 [N, H, W, C], severity 1 to 5, N NumPy generators ->
-uint8, same shape.
+Each function for `corrupt` maps images uint8 [N, H, W, C], a severity of 1 to 5 and N NumPy generators to
+uint8 images of the same shape.
 """
 
 import cv2
 import numpy as np
 
 from convnorm_jax.data.corruptions import pixels
+from convnorm_jax.data.corruptions.pixels import Rngs
 
 
-def contrast(images, severity, rngs):
-    """mean + c (x - mean), the mean that of the picture's channel."""
+def contrast(images: np.ndarray, severity: int, rngs: Rngs) -> np.ndarray:
+    """Reduces the contrast: mean + c (x - mean), where the mean is that of the image's channel."""
     del rngs
     kept = np.float32((0.75, 0.5, 0.4, 0.3, 0.15)[severity - 1])
-    # The sum of integers is exact: no order of summation in which a batch could differ from its parts.
+    # The sum of integers is exact, so the result does not depend on the batch.
     total = images.sum((1, 2), np.int64, keepdims=True)
     means = (total / (255 * images.shape[1] * images.shape[2])).astype(np.float32)
     return pixels.to_uint8((pixels.to_float(images) - means) * kept + means)
 
 
-def elastic_transform(images, severity, rngs):
-    """A random affine map, then a smooth random displacement of every pixel.
+def elastic_transform(images: np.ndarray, severity: int, rngs: Rngs) -> np.ndarray:
+    """Applies a random affine map, then a smooth random displacement of each pixel.
 
-    The affine map moves three points of the picture by up to c each way, the displacement is
-    uniform noise in [-1, 1] after a Gaussian filter of sigma s, times a; a, s and c are shares of
-    the picture's short side.
+    The affine map moves three points of the image by up to c in each direction. The displacement is
+    uniform noise in [-1, 1] after a Gaussian filter of sigma s, times a. a, s and c are shares of
+    the image's short side.
     """
     a, s, c = ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03))[severity - 1]
     height, width = images.shape[1:3]
@@ -39,8 +40,8 @@ def elastic_transform(images, severity, rngs):
     return pixels.to_uint8(pixels.interpolate(moved, rows + shifts[..., 1], columns + shifts[..., 0], 'reflect'))
 
 
-def _affine_places(moves, height, width):
-    """Where in the old picture each pixel of the moved one lies: rows and columns, float64 [N, H, W]."""
+def _affine_places(moves: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Position in the old image of each pixel of the moved one: rows and columns, float64 [N, H, W]."""
     centre, arm = np.array([width // 2, height // 2]), min(height, width) // 3
     before = centre + arm * np.array([[1, 1], [1, -1], [-1, -1]])
     after = np.concatenate([before + moves, np.ones((len(moves), 3, 1))], 2)
@@ -53,8 +54,8 @@ def _affine_places(moves, height, width):
     return y, x
 
 
-def pixelate(images, severity, rngs):
-    """Fewer pixels, int(c H) by int(c W), by Pillow's box filter, and back to H by W by the same."""
+def pixelate(images: np.ndarray, severity: int, rngs: Rngs) -> np.ndarray:
+    """Resizes to int(c H) by int(c W) pixels with Pillow's box filter, and back to H by W with the same."""
     del rngs
     share = (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1]
     height, width = images.shape[1:3]
@@ -70,14 +71,14 @@ def pixelate(images, severity, rngs):
     return values.astype(np.uint8)[:, rows[:, None], columns]
 
 
-def jpeg_compression(images, severity, rngs):
-    """libjpeg's baseline JPEG of quality c, colour at half the resolution (4:2:0)."""
+def jpeg_compression(images: np.ndarray, severity: int, rngs: Rngs) -> np.ndarray:
+    """Encodes by libjpeg's baseline JPEG of quality c, colour at half the resolution (4:2:0), and decodes."""
     del rngs
     quality = (80, 65, 58, 50, 40)[severity - 1]
     settings = [cv2.IMWRITE_JPEG_QUALITY, quality]
     out = np.empty_like(images)
     for i, image in enumerate(images):
-        # OpenCV's order is blue, green, red; a grey picture reads the same backwards.
+        # OpenCV's order is blue, green, red; reversing the one channel of a grey image changes nothing.
         _, code = cv2.imencode('.jpg', image[:, :, ::-1], settings)
-        out[i] = cv2.imdecode(code, cv2.IMREAD_UNCHANGED).reshape(image.shape)[:, :, ::-1]
+        out[i] = np.asarray(cv2.imdecode(code, cv2.IMREAD_UNCHANGED)).reshape(image.shape)[:, :, ::-1]
     return out

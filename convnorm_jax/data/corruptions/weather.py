@@ -1,18 +1,19 @@
 """Snow, frost, fog, brightness.
 
-Every function for `corrupt`: images uint8 [N, H, W, C], severity 1 to 5, N NumPy generators ->
-uint8, same shape.
+Each function for `corrupt` maps images uint8 [N, H, W, C], a severity of 1 to 5 and N NumPy generators to
+uint8 images of the same shape.
 """
 
 import numpy as np
 
 from convnorm_jax.data.corruptions import blur, crystals, pixels
+from convnorm_jax.data.corruptions.pixels import Rngs
 
 
-def snow(images, severity, rngs):
-    """Smeared flakes and the same turned by 180 degrees on a whitened picture.
+def snow(images: np.ndarray, severity: int, rngs: Rngs) -> np.ndarray:
+    """Adds smeared flakes, and the same flakes turned by 180 degrees, to a whitened image.
 
-    Flakes are normal noise, enlarged, and cut off below a threshold; they fall at an angle uniform
+    Flakes are normal noise, enlarged, and set to zero below a threshold. They fall at an angle uniform
     in [-135, -45] degrees.
     """
     mean, sigma, zoom, threshold, radius, blur_sigma, kept = (
@@ -35,10 +36,10 @@ def snow(images, severity, rngs):
     return pixels.to_uint8(out + layer + layer[:, ::-1, ::-1])
 
 
-def frost(images, severity, rngs):
-    """a x + b plate, from a random crop of a random one of our own plates (`crystals.plates`).
+def frost(images: np.ndarray, severity: int, rngs: Rngs) -> np.ndarray:
+    """Computes a x + b plate, with a random crop of one of this package's own plates (`crystals.plates`).
 
-    Not comparable to CIFAR-10-C's: a and b are the authors', the frost is not.
+    Not comparable to CIFAR-10-C: a and b are the authors', the frost is not.
     """
     kept, strength = ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45))[severity - 1]
     height, width = images.shape[1:3]
@@ -54,28 +55,28 @@ def frost(images, severity, rngs):
     return pixels.to_uint8(np.float32(kept) * pixels.to_float(images) + np.float32(strength) * layer)
 
 
-def fog(images, severity, rngs):
-    """(x + a plasma) max(x) / (max(x) + a), with `plasma_fractal`."""
+def fog(images: np.ndarray, severity: int, rngs: Rngs) -> np.ndarray:
+    """Computes (x + a plasma) max(x) / (max(x) + a), with `plasma_fractal`."""
     strength, decay = ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))[severity - 1]
     height, width = images.shape[1:3]
     size = 1 << (max(height, width) - 1).bit_length()
     clouds = plasma_fractal(rngs, size, decay)[:, :height, :width, None].astype(np.float32)
     x = pixels.to_float(images)
     brightest = x.max((1, 2, 3), keepdims=True)
-    strength = np.float32(strength)
-    return pixels.to_uint8((x + strength * clouds) * (brightest / (brightest + strength)))
+    amount = np.float32(strength)
+    return pixels.to_uint8((x + amount * clouds) * (brightest / (brightest + amount)))
 
 
-def plasma_fractal(rngs, size, decay):
-    """Clouds by the diamond-square algorithm, periodic, from 0 to 1: float64 [N, size, size].
+def plasma_fractal(rngs: Rngs, size: int, decay: float) -> np.ndarray:
+    """Draws clouds by the diamond-square algorithm, periodic, from 0 to 1: float64 [N, size, size].
 
-    At every step the middles of squares, then those of diamonds, become the mean of their four
+    At each step the middles of the squares, then those of the diamonds, become the mean of their four
     corners plus a number uniform in [-a, a]; a falls by decay^2 as the squares halve.
 
     Args:
         rngs: N NumPy generators, one for each map.
         size: a power of two.
-        decay: the authors' wibbledecay; the larger, the smoother.
+        decay: the authors' wibbledecay; a larger one gives smoother clouds.
     """
     wobble = np.stack([rng.uniform(-1, 1, size * size - 1) for rng in rngs])
     used = 0
@@ -103,11 +104,11 @@ def plasma_fractal(rngs, size, decay):
     return heights / heights.max((1, 2), keepdims=True)
 
 
-def brightness(images, severity, rngs):
-    """The value of HSV raised by c, up to 1; hue and saturation stay.
+def brightness(images: np.ndarray, severity: int, rngs: Rngs) -> np.ndarray:
+    """Raises the value of HSV by c, up to 1; hue and saturation stay.
 
-    Value is the largest channel and the others are proportional to it at constant hue and
-    saturation, so that all are multiplied by new value / old value; black becomes grey.
+    The value is the largest channel, and the others are proportional to it at constant hue and
+    saturation. So all are multiplied by new value / old value; black becomes grey.
     """
     del rngs
     x = pixels.to_float(images)

@@ -1,26 +1,25 @@
-"""The runs of a sweep: their names and configs, which of them are finished, their processes."""
+"""The runs of a sweep: which of them are finished, and their processes."""
 
 import dataclasses
 import fcntl
-import itertools
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from convnorm_jax.cli.command_line import read_config
+from convnorm_jax.configs.default import KEYS
+from convnorm_jax.configs.keys import flatten
 from convnorm_jax.errors import UserError
-from convnorm_jax.runs.interrupt import StopRequest
-from convnorm_jax.runs.workdir import check_workdir, keep_earlier_result, load_config, read_result
-from convnorm_jax.training.config import flatten
+from convnorm_jax.runs.interrupt import Stopped, StopRequest
+from convnorm_jax.runs.workdir import keep_earlier_result, load_config, read_result
 
-# What changes nothing in result.json, where a folder's config.json may differ from the config of today.
-_WITHOUT_EFFECT = ('plots', 'log.', 'checkpoint.', 'data.data_dir', 'eval.batch_size')
-_ATTACK_FIGURES = ('epsilon', 'step_size', 'pgd_steps', 'restarts')  # in result.json by the names of the config
+# Settings of the attacks that result.json holds, by the names of the config.
+_ATTACK_FIGURES = ('epsilon', 'step_size', 'pgd_steps', 'restarts')
 _SECONDS_BETWEEN_LOOKS = 0.1
 
 
@@ -33,7 +32,7 @@ class Run:
       seed: of this run.
       folder: of this run.
       arguments: of `convnorm_jax.cli.run`.
-      config: what these make.
+      config: that they make.
     """
 
     values: dict
@@ -43,51 +42,13 @@ class Run:
     config: ConfigDict
 
     @property
-    def name(self):
+    def name(self) -> str:
         """Name of the folder."""
         return os.path.basename(self.folder)
 
 
-class Stopped(Exception):
-    """The sweep was asked to stop; its runs saved.
-
-    Attributes:
-      signal: number of the signal that asked.
-    """
-
-    def __init__(self, number):
-        super().__init__('stopped; the same command goes on from there')
-        self.signal = number
-
-
-def plan(arguments, grid, seeds, workdir):
-    """The `Run`s of a sweep, every config and folder checked; the first seed of all combinations comes first.
-
-    Args:
-      arguments: `--config=FILE` and the overrides that all runs share.
-      grid: {key: values as typed}.
-      seeds: whole numbers.
-      workdir: the sweep's folder.
-
-    Raises:
-      ValueError: an impossible combination, a value given twice, a folder with another run.
-    """
-    runs = [
-        _make_run(arguments, dict(zip(grid, texts, strict=True)), seed, workdir)
-        for seed in seeds
-        for texts in itertools.product(*grid.values())
-    ]
-    folders = set()
-    for run in runs:
-        if run.folder in folders:
-            raise UserError(f'--grid: {run.name} comes up twice; give every value once')
-        folders.add(run.folder)
-        check_workdir(run.folder, run.config)
-    return runs
-
-
-def finished_result(run):
-    """The flat dict of a run's result.json, None unless it is there and of this very config."""
+def finished_result(run: Run) -> dict[str, Any] | None:
+    """The flat dict of a run's result.json; None unless it is there and of this config."""
     result = read_result(run.folder)
     try:
         saved = flatten(load_config(run.folder))
@@ -95,22 +56,22 @@ def finished_result(run):
         return None
     if result is None or 'incomplete' in result:
         return None
-    given = flatten(run.config.to_dict())
-    same = all(given[k] == saved.get(k, given[k]) for k in given if not k.startswith(_WITHOUT_EFFECT))
-    # An evaluation by hand writes another result, but no config.
+    given = flatten(run.config)
+    same = all(given[k] == saved.get(k, given[k]) for k in given if KEYS[k].affects_result)
+    # An evaluation by hand writes another result but the same config.
     attacks = ((result.get(name), given[f'attack.{name}']) for name in _ATTACK_FIGURES)
     return result if same and all(found in (None, value) for found, value in attacks) else None
 
 
-def run_all(runs, jobs, say):
+def run_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> list[Run]:
     """Runs `convnorm_jax.cli.run` for each, up to `jobs` at a time, each in a process of its own.
 
     Their output is appended to log.txt in their folders.
 
     Args:
-      runs: list of `Run`.
+      runs: those to do.
       jobs: at least 1.
-      say: function of a line of text.
+      say: prints a line of text.
 
     Returns:
       The runs that failed.
@@ -118,7 +79,9 @@ def run_all(runs, jobs, say):
     Raises:
       Stopped: after a first SIGINT or SIGTERM, when the processes have saved and stopped.
     """
-    waiting, running, failed = list(enumerate(runs, 1)), [], []
+    waiting = list(enumerate(runs, 1))
+    running: list[_Process] = []
+    failed: list[Run] = []
     told = False
     with StopRequest() as stop:
         try:
@@ -134,45 +97,45 @@ def run_all(runs, jobs, say):
                     running.remove(process)
                     failed += [process.run] if process.failed(told, say) else []
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
-        except BaseException:  # a second Ctrl-C: the runs take their second one as "now"
+        except BaseException:  # a second Ctrl-C: the second one makes the runs stop at once
             _interrupt(running)
             raise
     if stop.signal and (told or waiting):
-        raise Stopped(stop.signal)
+        raise Stopped(stop.signal, 'stopped')
     return failed
 
 
-def short_keys(keys):
-    """{key: a short name of it}: without its section, where that is clear enough."""
+def short_keys(keys: Iterable[str]) -> dict[str, str]:
+    """{key: its short name}: without its section, where that is clear enough."""
     short = {key: key.split('.', 1)[-1] for key in keys}
     vague = [name for name in short.values() if name in ('name', 'kind') or list(short.values()).count(name) > 1]
     return {key: key if name in vague else name for key, name in short.items()}
 
 
-def value_text(value):
-    """A value of a config as people write it."""
+def value_text(value: Any) -> str:
+    """A value of a config as people write it: 0.1, 1e-4, resnet18."""
     if isinstance(value, float) and float(f'{value:g}') == value:
         return f'{value:g}'
     return str(value)
 
 
 class _Process:
-    """A run's process; it holds the lock on its log.txt to its end, even if the sweep is killed before it."""
+    """A run's process; it holds the lock on its log.txt until it ends, even if the sweep is killed first."""
 
     def __init__(self, run, title, say):
         self.run, self.title, self.begin = run, title, time.monotonic()
         self.path, self.start = os.path.join(run.folder, 'log.txt'), 0
-        self.process, self.error = None, f'another process is at work in {run.folder}'
+        self.process, self.error = None, f'another process is working in {run.folder}'
         try:
             os.makedirs(run.folder, exist_ok=True)
             with open(self.path, 'ab') as log:
                 if _lock(log):
                     self.start = log.tell()
-                    keep_earlier_result(run.folder)  # what is there at the end is new
+                    keep_earlier_result(run.folder)  # a result at the end is then new
                     self.process = _start(run, log)
                     say(f'{title}: started')
         except OSError as error:
-            self.error = f'{run.folder}: can not write there ({error.strerror})'
+            self.error = f'{run.folder}: cannot write there ({error.strerror})'
 
     def ended(self):
         return self.process is None or self.process.poll() is not None
@@ -182,7 +145,7 @@ class _Process:
             self.process.send_signal(signal.SIGINT)
 
     def failed(self, told, say):
-        """Says in one line how it ended; True if not well, though it was not told to stop."""
+        """Prints in one line how it ended; True if it failed without having been told to stop."""
         problem = self._problem()
         if not problem:
             say(f'{self.title}: done in {time.monotonic() - self.begin:.0f} s, {_headline(finished_result(self.run))}')
@@ -201,7 +164,7 @@ class _Process:
         return None if finished_result(self.run) else f'no result.json of this config in {self.run.folder}'
 
     def _last_line(self):
-        """Of what it said since its start."""
+        """The last line it printed."""
         with open(self.path, 'rb') as log:
             log.seek(self.start)
             lines = [line.strip() for line in log.read().decode(errors='replace').splitlines()]
@@ -216,7 +179,7 @@ def _headline(result):
 
 
 def _lock(file):
-    """False if another process holds the lock; one that inherits the file holds it to its end."""
+    """False if another process holds the lock; a process that inherits the file holds the lock until it ends."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -227,31 +190,17 @@ def _lock(file):
 
 
 def _start(run, log):
-    # In a group of its own Ctrl-C in the terminal does not reach it: it must hear of it once, from the sweep.
+    # A session of its own keeps Ctrl-C in the terminal from it: the sweep sends it one SIGINT.
     return subprocess.Popen(
         [sys.executable, '-m', 'convnorm_jax.cli.run', *run.arguments, f'--workdir={run.folder}'],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        env={**os.environ, 'PYTHONUNBUFFERED': '1'},  # or the table would come after the error
+        env={**os.environ, 'PYTHONUNBUFFERED': '1'},  # otherwise the table would come after the error
     )
 
 
 def _interrupt(processes):
     for process in processes:
         process.interrupt()
-
-
-def _make_run(arguments, texts, seed, workdir):
-    arguments = (*arguments, *(f'--config.{key}={text}' for key, text in texts.items()), f'--config.seed={seed}')
-    config = read_config(arguments)
-    flat = flatten(config)
-    values = {key: flat[key] for key in texts}
-    names = short_keys(values)
-    parts = [f'{names[key]}={_file_text(value)}' for key, value in values.items()]
-    return Run(values, seed, os.path.join(workdir, ','.join([*parts, f'seed={seed}'])), arguments, config)
-
-
-def _file_text(value):
-    return re.sub(r'[^\w.+-]+', '-', value_text(value)).strip('-')
