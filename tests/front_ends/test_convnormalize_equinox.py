@@ -14,6 +14,7 @@ eqx = pytest.importorskip('equinox')
 from convnorm_jax.equinox import ConvNorm, ConvNormTranspose, convnormalize  # noqa: E402
 from tests.front_ends import nets_equinox as nets  # noqa: E402
 from tests.front_ends.reports import ALONE, left, pairs  # noqa: E402
+from tests.selection import few  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -82,7 +83,7 @@ def test_what_is_replaced(net):
     assert np.isfinite(jax.jit(lambda x: run(model, copied(state), x)[0])(images())).all()
 
 
-@pytest.mark.parametrize('net', nets.NETS)
+@pytest.mark.parametrize('net', few(nets.NETS, nets.ResNet, nets.Decoder))
 def test_it_trains(net):
     model, state = converted(net)[2:4]
     x, labels = images(1), jnp.arange(8) % 3

@@ -13,6 +13,7 @@ import convnorm_jax.nnx
 
 eqx = pytest.importorskip('equinox')
 from convnorm_jax import equinox as convnorm_eqx  # noqa: E402
+from tests.selection import few  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -106,7 +107,20 @@ def ones(value, rank):
     return value if isinstance(value, tuple) else (value or 1,) * rank
 
 
-@pytest.mark.parametrize('name', NNX)
+SOME = (
+    'valid',
+    'same_even_strided',
+    'depthwise',
+    'circular',
+    'volume',
+    'up',
+    'up_pairs',
+    'up_same',
+    'up_transposed_kernel',
+)
+
+
+@pytest.mark.parametrize('name', few(NNX, *SOME))
 def test_nnx(name):
     size, kernel_size, options = NNX[name]
     up, x, rank = name.startswith('up'), images(size), len(size)
@@ -127,7 +141,7 @@ def test_nnx(name):
     check(layer(x), conv(x), full(x), kernel, spans, steps, circular)
 
 
-@pytest.mark.parametrize('name', EQUINOX)
+@pytest.mark.parametrize('name', few(EQUINOX, *SOME))
 def test_equinox(name):
     size, kernel_size, options = EQUINOX[name]
     up, rank = name.startswith('up'), len(size)

@@ -13,6 +13,7 @@ from convnorm_jax.errors import UserError
 from convnorm_jax.nnx import ConvNorm, ConvNormTranspose, convnormalize
 from tests.front_ends.nets_nnx import NETS, ConvNeXt, Decoder, MobileNet, PreActivation, ResNet
 from tests.front_ends.reports import ALONE, left, pairs
+from tests.selection import few
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -68,7 +69,7 @@ def test_what_is_replaced(net):
     assert not any(isinstance(node, (ConvNorm, ConvNormTranspose)) for _, node in nnx.iter_graph(model))
 
 
-@pytest.mark.parametrize('net', NETS)
+@pytest.mark.parametrize('net', few(NETS, ResNet, Decoder))
 def test_it_trains(net):
     model = nnx.clone(converted(net)[2])
     x, labels = images(1), jnp.arange(8) % 3

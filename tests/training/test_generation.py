@@ -42,6 +42,7 @@ def same(one, other):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(tiny_gan, tmp_path, monkeypatch):
     experiment = tiny_gan()
     whole, broken = str(tmp_path / 'whole'), str(tmp_path / 'broken')
