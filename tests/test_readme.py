@@ -60,6 +60,7 @@ def test_the_page_has_the_readmes_examples():
     assert blocks('python', NET_PAGE)[:3] == blocks('python', LAYER)
 
 
+@pytest.mark.slow
 def test_the_training_loop_learns(capsys):
     run(blocks('python', NET_PAGE)[3], 'docs/your_net.md')
     assert float(re.search(r'loss ([\d.]+)', capsys.readouterr().out)[1]) < 2.0  # chance is ln 10 = 2.30
