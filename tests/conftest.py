@@ -72,6 +72,17 @@ def _mark_products(items):
             item.add_marker('slow')
 
 
+@pytest.fixture(scope='module', autouse=True)
+def bounded_memory():
+    """Drops compiled programs when they hold gigabytes: thousands are compiled in a session."""
+    yield
+    pages = pathlib.Path('/proc/self/statm')
+    if pages.exists() and int(pages.read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') > 2e9:
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture(scope='session')
 def golden_dir():
     """Folder of the golden values; see its README.md."""

@@ -355,14 +355,16 @@ def test_state_tells_what_was_found(problem, norm):
 
 def test_unrolled_equals_loop(problem, monkeypatch):
     state = begin(problem, 'linf')
-    looped = go_on(problem, 'linf', state)
-    monkeypatch.setattr('convnorm_jax.attacks.loops.unrolls', lambda copies: True)
     logits_fn, images, labels, targets = problem
     options = {'norm': 'linf', 'targets': targets, 'count': 2}
-    unrolled = jax.jit(lambda state: fab_advance(logits_fn, images, labels, state, **options)).lower(state).compile()
-    assert_same(unrolled(state), looped)
-    # Nothing but the projection loops.
-    assert unrolled.as_text().count(' while(') == 2
+    results, loops = [], []
+    for unrolls in (False, True):
+        monkeypatch.setattr('convnorm_jax.attacks.loops.unrolls', lambda copies, unrolls=unrolls: unrolls)
+        program = jax.jit(lambda state: fab_advance(logits_fn, images, labels, state, **options)).lower(state)
+        results.append(program.compile()(state))
+        loops.append(program.as_text().count('stablehlo.while'))
+    assert_same(*results)
+    assert loops == [2, 1]  # the projection loops itself
 
 
 def test_an_example_alone_is_as_in_a_padded_batch(problem):
