@@ -170,4 +170,4 @@ def test_missing_packages_are_one_line(command, monkeypatch, tmp_path):
 
 def test_help(command):
     code, out, _ = command('--help')
-    assert code == 0 and 'python -m experiments.export --workdir=DIR --out=FILE' in out
+    assert code == 0 and 'convnorm export --workdir=DIR --out=FILE' in out

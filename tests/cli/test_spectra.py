@@ -147,7 +147,7 @@ def test_output_that_is_a_file(command, runs, tmp_path):
 
 def test_help(command):
     code, out, _ = command('--help')
-    assert code == 0 and 'python -m experiments.spectra --workdirs=runs/A,runs/B' in out
+    assert code == 0 and 'convnorm spectra --workdirs=runs/A,runs/B' in out
 
 
 def test_labels_tell_the_runs_apart():
