@@ -45,6 +45,7 @@ def trained(request):
     return found
 
 
+@pytest.mark.slow
 def test_four_devices_train_as_one(trained):
     (_, _, one, history), (mesh, _, four, history4) = trained[1], trained[4]
     assert mesh.size == 4 and len(four.params['linear']['kernel'].sharding.device_set) == 4
@@ -54,6 +55,7 @@ def test_four_devices_train_as_one(trained):
         np.testing.assert_array_equal(a['accuracy'], b['accuracy'])
 
 
+@pytest.mark.slow
 def test_four_devices_evaluate_and_attack_as_one(trained):
     random = np.random.default_rng(1)
     split = {

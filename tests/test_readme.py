@@ -60,13 +60,24 @@ def test_the_page_has_the_readmes_examples():
     assert blocks('python', NET_PAGE)[:3] == blocks('python', LAYER)
 
 
+@pytest.mark.slow
 def test_the_training_loop_learns(capsys):
     run(blocks('python', NET_PAGE)[3], 'docs/your_net.md')
     assert float(re.search(r'loss ([\d.]+)', capsys.readouterr().out)[1]) < 2.0  # chance is ln 10 = 2.30
 
 
+def test_the_training_loop_of_nnx_learns_and_its_net_is_restored(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = run('\n'.join(blocks('python', NET_PAGE)[4:6]), 'docs/your_net.md')
+    assert float(re.search(r'loss ([\d.]+)', capsys.readouterr().out)[1]) < 2.0
+    for net in (found['net'], found['restored']):
+        net.eval()
+    images = found['images'][:4]
+    assert (found['restored'](images) == found['net'](images)).all()
+
+
 def test_the_other_examples_of_that_page(capsys):
-    nnx, equinox, functions = blocks('python', NET_PAGE)[4:]
+    nnx, equinox, functions = blocks('python', NET_PAGE)[6:]
     assert run(functions, 'docs/your_net.md')['y'].shape == (8, 32, 32, 16)
     assert run(nnx, 'docs/your_net.md')['logits'].shape == (64, 10)
     assert capsys.readouterr().out.strip() == blocks('text', NET_PAGE)[0].strip()

@@ -26,8 +26,9 @@ _BASE = os.path.join(_PACKAGED, 'default.py')
 
 # The end of --help of commands that take --config.
 ABOUT_CONFIGS = """
-Every key of a config is in configs/default.py. Of a KEY that is given twice the last value counts. None is
-accepted where it is the default.
+Every key of a config, with its default and what it is for, is in convnorm_jax/configs/default.py, and on the page
+"Every key of a config" of the site. Of a KEY that is given twice the last value counts. None is accepted where it is
+the default.
 """
 _ABOUT_ERRORS = """
 A mistake in a command, its config, its data or its folders is one line of error, and exit code 2. With

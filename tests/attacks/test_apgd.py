@@ -328,6 +328,7 @@ def test_chunks_give_the_whole():
         np.testing.assert_array_equal(leaf, whole[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_jitted_equals_eager_with_a_traced_radius():
     images, labels = batch()
 

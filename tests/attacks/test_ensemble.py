@@ -86,6 +86,7 @@ def test_breaks_just_what_can_be_broken(problem, whole):
         assert any(line.startswith(f'{name}: broke') for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('norm', attacks.NORMS)
 def test_minimal_perturbation_of_a_linear_classifier_to_one_percent(problem, norm):
     """Every example alone: safe at 99 % of its distance from the boundary, broken at 101 %."""
@@ -310,6 +311,7 @@ def test_a_prime_number_is_cut_into_few_programs():
     assert make_member('square', 'linf', 10, **sizes, platform='tpu').chunks == 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['apgd-ce', 'fab-t', 'square'])
 def test_what_the_last_program_has_beyond_the_run_changes_nothing(problem, name, monkeypatch):
     """Seven iterations, in programs of 7 and of 3."""

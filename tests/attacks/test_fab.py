@@ -323,6 +323,7 @@ def assert_same(a, b, atol=1e-5):
         np.testing.assert_allclose(left, right, atol=atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('norm', NORMS)
 def test_pieces_add_up_to_the_whole_jitted_or_not(problem, norm):
     state = begin(problem, norm)

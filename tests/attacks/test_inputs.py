@@ -109,6 +109,7 @@ def test_traced_pixels_outside_come_out_as_nan(batch, name):
     np.testing.assert_array_equal(found[::3], clean[::3])  # the others are not touched
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @EACH
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -226,6 +227,7 @@ def test_dlr_of_two_classes_is_refused_before_the_net_runs(batch, attack):
 # --- radii -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'norm'), IN_BOTH_NORMS)
 def test_a_radius_an_image(batch, name, norm):
     """Each image as with its own radius for all: never a radius a channel, though there are as many."""
@@ -293,6 +295,7 @@ def test_no_key_where_one_is_needed(batch):
             ensemble(logits_fn, *batch, rng=rng)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('generator', ['rbg', 'unsafe_rbg'])
 @pytest.mark.parametrize('name', ['pgd', 'apgd', 'fab', 'square', 'simba'])
@@ -366,6 +369,7 @@ def breaks_off(images):
     return jnp.where(jnp.abs(first[:, None] - 0.5) > 0.01, jnp.nan, logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['apgd-ce', 'apgd-t', 'fab-t', 'square'])
 def test_an_image_that_makes_a_net_give_nan_has_broken_it(name):
     images = np.full((2, 1, 1, 1), 0.5, np.float32)
@@ -399,6 +403,7 @@ def test_restarts_of_pgd_are_not_held_up_by_a_loss_that_is_nan(batch):
 # --- dtypes ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize(('name', 'norm'), IN_BOTH_NORMS)
@@ -467,6 +472,7 @@ def test_strict_promotion(batch, name, norm, dtype, context):
     assert found.shape == batch[0].shape and found.dtype == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @STRICT
 @pytest.mark.parametrize('norm', inputs.NORMS)

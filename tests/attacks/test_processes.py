@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 PROGRAM = """
@@ -41,6 +43,7 @@ run(net, '/not/there/state.npz')
 """
 
 
+@pytest.mark.slow
 def test_the_leader_decides_about_a_saved_state(tmp_path):
     with socket.socket() as listener:
         listener.bind(('localhost', 0))

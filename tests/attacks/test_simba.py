@@ -111,6 +111,7 @@ def numpy_simba(image, label, order, basis, epsilon):
     return applied(delta), queries, fooled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('basis', 'epsilon'), [('pixel', None), ('dct', None), ('dct', 0.07)])
 def test_simba_is_the_numpy_loop(basis, epsilon):
     images, labels = batch()
@@ -297,6 +298,7 @@ def test_written_out_equals_a_loop(monkeypatch):
     assert 2 <= results[True].queries.max() <= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('budget', [1, 4, 5, 1000])
 def test_no_query_beyond_the_budget(budget):
     """Within a chunk too, and between + and - of a vector."""

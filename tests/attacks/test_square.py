@@ -158,6 +158,7 @@ def draws_of(keys, norm):
     return [[(tuple(x[query, i] for x in moves), sides[query]) for query in range(QUERIES)] for i in range(len(keys))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('norm', inputs.NORMS)
 def test_square_is_the_numpy_loop(norm):
     """One example at a time, float64, from the same start and draws."""
@@ -281,6 +282,7 @@ def test_one_program_serves_every_chunk():
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('norm', inputs.NORMS)
 def test_an_example_does_not_depend_on_its_batch(norm):
     """Four of eight, in another order and one twice: from the start, and packed between two chunks."""

@@ -125,6 +125,7 @@ def test_the_last_stage_takes_what_is_left():
 # --- the command ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_keeps_what_stages_found_before_they_were_stopped(tmp_path, monkeypatch, capsys):
     (tmp_path / 'plan_test_stages.py').write_text(STAGES)
     monkeypatch.setenv('PYTHONPATH', f'{tmp_path}:{ROOT}')

@@ -46,6 +46,7 @@ def workdir(command, folder):
     return folder
 
 
+@pytest.mark.slow
 def test_the_run(workdir):
     out = (workdir / 'printed.txt').read_text()
     result = json.loads((workdir / 'result.json').read_text())
@@ -74,6 +75,7 @@ def test_the_run(workdir):
     assert all(path.read_bytes().startswith(b'\x89PNG') for path in (workdir / 'plots').iterdir())
 
 
+@pytest.mark.slow
 def test_evaluation_again_with_other_samples(command, workdir):
     before = json.loads((workdir / 'result.json').read_text())
     code, _, err = command('--mode=eval', f'--workdir={workdir}', '--config.eval.samples=30', '--noconfig.plots')

@@ -118,6 +118,7 @@ def copy(trained, tmp_path):
     return workdir
 
 
+@pytest.mark.slow
 def test_evaluation_with_another_attack(command, copy, result, quick_compilation):
     code, out, _ = command(
         '--mode=eval',

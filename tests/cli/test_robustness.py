@@ -67,6 +67,7 @@ def without_seconds(data):
     return [without_seconds(item) for item in data] if isinstance(data, list) else data
 
 
+@pytest.mark.slow
 def test_the_report(workdir):
     report = json.loads((workdir / 'report.json').read_text())
     result = json.loads((workdir / 'result.json').read_text())

@@ -174,6 +174,7 @@ def test_runs_that_are_missing_are_named(command, written):
     assert tables(out)[0][2][2] == '-'
 
 
+@pytest.mark.slow
 def test_a_result_of_another_config_does_not_count(command, written):
     arguments = DIGITS, NOISE, LAYERS, RATES, f'--workdir={written}', '--mode=report'
     for change in ('--config.attack.epsilon=4', '--config.eval.examples=100', '--config.attack.names=pgd'):

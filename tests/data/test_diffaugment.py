@@ -82,6 +82,7 @@ def test_translation_with_64_bit_types(dtype):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 def test_cutout(shape):
     height, width = shape[1:3]
@@ -145,6 +146,7 @@ def test_no_policy_is_the_identity():
     assert diffaugment(KEY, images, ()) is images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_jitted_vmapped_and_eager_agree(dtype):
     images = jnp.asarray(draw((2, 3, 16, 16, 3)), dtype)
@@ -158,6 +160,7 @@ def test_jitted_vmapped_and_eager_agree(dtype):
     np.testing.assert_allclose(np.float32(jax.jit(apply)(keys[0], images[0])), np.float32(eager[0]), atol=atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('policy', [('color',), ('translation',), ('cutout',), module.POLICIES])
 def test_the_gradient_is_the_transposed_of_what_it_does(policy):
     # With its numbers fixed it is affine: f(x) - f(0) = A x, and the gradient of <y, f(x)> is A^T y.

@@ -231,6 +231,7 @@ def test_split_subset_and_noise(source):
     assert batch['labels'].tolist() == [noisy[place] for place in places(batch['images']).tolist()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_broken_picture_is_named(make_picture_folder, tmp_path, workers):
     root = make_picture_folder(tmp_path / 'x', train=2, val=1)
@@ -326,6 +327,7 @@ def make_imagenet(root, sizes):
     return path
 
 
+@pytest.mark.slow
 def test_imagenet_from_tfds(tmp_path, monkeypatch):
     path = make_imagenet(tmp_path / 'tfds', {'train': 20, 'validation': 7})
     monkeypatch.setattr(records, '_CHUNK', 6)

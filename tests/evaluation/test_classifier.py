@@ -38,6 +38,7 @@ def evaluator(net, batch_size):
     return Evaluator(net[0], mesh_lib.create_mesh(jax.devices()[:1]), batch_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('batch_size', [4, 27, 40])
 def test_every_example_counts_once(net, batch_size):
     logits_fn, variables, split = net
@@ -80,6 +81,7 @@ def pgd_from_the_pictures(logits_fn, images, labels):
     return attacks.pgd(logits_fn, images, labels, epsilon=EPSILON, step_size=STEP_SIZE, steps=3)
 
 
+@pytest.mark.slow
 def test_pgd_equals_one_batch(net):
     key = jax.random.key(5)
     expected = direct(net, lambda f, x, y: attacks.pgd(f, x, y, epsilon=EPSILON, step_size=STEP_SIZE, steps=3, rng=key))
@@ -89,6 +91,7 @@ def test_pgd_equals_one_batch(net):
         assert found['examples'] == N and found['seconds'] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('examples', [0, 13])
 def test_fgsm_on_the_first_so_many(net, examples):
     done = []

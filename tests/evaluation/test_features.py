@@ -44,6 +44,7 @@ def images():
     return np.random.default_rng(0).integers(0, 256, (N, 8, 8, 1), np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'size'), [('simple_cnn', 8), ('resnet18', 8)])
 def test_features_of_a_classifier_are_the_input_of_its_last_layer(name, size):
     model = create_model(

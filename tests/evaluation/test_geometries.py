@@ -85,6 +85,7 @@ def net(name, layer):
 NETS = {'mobilenet': ('conv1', 'depthwise1_1', 'depthwise2_1'), 'sequence_cnn': ('conv1_1', 'conv2_1')}
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('layer', ['convnorm', 'batchnorm', 'oni'])
 @pytest.mark.parametrize('name', NETS)
@@ -122,6 +123,7 @@ def dense_norm(site, variables):
     return np.linalg.norm(y[:-1] - y[-1], 2)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('layer', ['convnorm', 'batchnorm', 'spectralnorm'])
 @pytest.mark.parametrize('name', NETS)

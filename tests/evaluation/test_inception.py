@@ -62,6 +62,7 @@ def sample(array, count=256):
     return flat[np.linspace(0, flat.size - 1, min(count, flat.size)).astype(int)]
 
 
+@pytest.mark.slow
 def test_every_block_against_pytorch(golden, outputs):
     blocks = outputs[0]
     names = [key.removeprefix('block/') for key in golden if key.startswith('block/')]

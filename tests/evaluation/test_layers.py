@@ -35,6 +35,7 @@ def trained(layer, passes=2, **options):
     return model, variables
 
 
+@pytest.mark.slow
 def test_convnorm_flattens_the_power_spectrum():
     model, variables = trained('convnorm', spectrum='exact')
     # Without its running spectrum the layer recomputes it from the kernel.
@@ -92,6 +93,7 @@ def expected_kernel(layer, params, stats):
     return rows.reshape(*kernel.transpose(3, 2, 0, 1).shape).transpose(2, 3, 1, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('layer', ['spectralnorm', 'weightnorm', 'oni', 'own'])
 def test_reparametrized_kernels_are_measured_as_they_come_out(layer):
     model, variables = trained(layer)

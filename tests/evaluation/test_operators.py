@@ -104,6 +104,7 @@ def filter_matrix(v):
     return convolution_matrix(kernel, v.shape, circular=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('layer', ['convnorm', 'batchnorm'])
 def test_the_layers_of_a_resnet(layer):
     model, variables, measured = resnet(layer)
@@ -117,6 +118,7 @@ def test_the_layers_of_a_resnet(layer):
         np.testing.assert_allclose(found.layer_norm, values(matrices[found.name])[0], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('layer', ['none', 'weightnorm', 'spectralnorm', 'oni', 'own', 'groupnorm', 'switchnorm'])
 def test_a_strided_layer_of_each_other_kind(layer):
     model, variables, found = one_layer(layer)

@@ -59,6 +59,7 @@ def converted(net):
     return model, state, *convert(model, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('net', nets.NETS)
 def test_what_is_replaced(net):
     model, state, new, new_state, report = converted(net)
@@ -83,6 +84,7 @@ def test_what_is_replaced(net):
     assert np.isfinite(jax.jit(lambda x: run(model, copied(state), x)[0])(images())).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('net', few(nets.NETS, nets.ResNet, nets.Decoder))
 def test_it_trains(net):
     model, state = converted(net)[2:4]

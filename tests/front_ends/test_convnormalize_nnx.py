@@ -48,6 +48,7 @@ def converted(net):
     return model, arrays(model), *convert(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('net', NETS)
 def test_what_is_replaced(net):
     model, before, new, report = converted(net)
@@ -69,6 +70,7 @@ def test_what_is_replaced(net):
     assert not any(isinstance(node, (ConvNorm, ConvNormTranspose)) for _, node in nnx.iter_graph(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('net', few(NETS, ResNet, Decoder))
 def test_it_trains(net):
     model = nnx.clone(converted(net)[2])
@@ -195,6 +197,7 @@ class OwnCall(nnx.Conv):
         return super().__call__(x) + 1
 
 
+@pytest.mark.slow
 def test_every_reason():
     new, report = convert(Odd(nnx.Rngs(0)))
     found = left(report)
@@ -245,6 +248,7 @@ class Repeated(nnx.Module):
         return self.many_norm(self.many(jnp.stack([x, -x]))).sum(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('graph', [True, False])
 def test_calls_of_every_kind(graph):
     model = Repeated(nnx.Rngs(0))

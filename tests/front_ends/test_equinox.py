@@ -31,6 +31,7 @@ def over_batch(model, x, state):
     return jax.vmap(model, axis_name='batch', in_axes=(0, None), out_axes=(0, None))(x, state)
 
 
+@pytest.mark.slow
 def test_a_net_trains_and_infers():
     """In a Sequential, which must see that the layers have a state."""
 
@@ -88,6 +89,7 @@ def test_saved_and_loaded(tmp_path):
     assert eqx.tree_equal(same, (layer, state))
 
 
+@pytest.mark.slow
 def test_layers_stacked_and_scanned():
     keys = jax.random.split(jax.random.key(0), 3)
     build = lambda key: eqx.nn.make_with_state(ConvNorm)(4, 4, 3, padding=1, image_size=(6, 6), key=key)
@@ -109,6 +111,7 @@ def test_layers_stacked_and_scanned():
     assert after.get(layers.state_index)['count'].tolist() == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_gradients_of_single_examples_within_the_axis():
     """As `jax.vmap(jax.grad(...))` has them; in training they pass through the statistics to the whole batch."""
     layer, state = make(4, 8, 3, image_size=(6, 6))

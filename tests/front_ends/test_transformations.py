@@ -48,6 +48,7 @@ def test_jit(library, train):
     close(jax.jit(call)(one.params, one.state, x), call(one.params, one.state, x))
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('train', [True, False])
 def test_vmap_over_layers(library, train):
@@ -96,6 +97,7 @@ def test_pmap(library):
     close(jax.pmap(call, devices=jax.devices()[:2])(*given), each(call, *given))
 
 
+@pytest.mark.slow
 def test_shard_map(library):
     """Two devices, each with its own half of the batch; gradients of the shared parameters are summed."""
     one, x = layer(library), jnp.stack([images('plain', seed) for seed in range(2)])
@@ -130,6 +132,7 @@ def test_jvp_and_jacfwd(library):
     close(forward, backward, 1e-4)
 
 
+@pytest.mark.slow
 def test_float64(library):
     with jax.enable_x64(True):
         one = build(library, 'plain', param_dtype=jnp.float64)
@@ -143,6 +146,7 @@ def test_float64(library):
         close((y, state), exact.apply(one.params, one.state, x, True), 1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('dtype,tolerance', [(jnp.bfloat16, 0.03), (jnp.float16, 0.004)])
 def test_half_precision(library, dtype, tolerance):

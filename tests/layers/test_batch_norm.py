@@ -191,6 +191,7 @@ def assert_close(found, expected, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.slow
 def test_gradients_after_a_channelwise_convolution(arguments):
     assert_close(after_channelwise(*arguments), by_definition(*arguments), 1e-6)
     found = jax.jit(jax.grad(lambda a: loss(after_channelwise, a)))(arguments)
@@ -198,6 +199,7 @@ def test_gradients_after_a_channelwise_convolution(arguments):
     assert_close(found, jax.jit(jax.grad(lambda a: loss(by_definition, a)))(arguments), 5e-5)
 
 
+@pytest.mark.slow
 def test_second_derivatives_after_a_channelwise_convolution(arguments):
     def penalty(layer):
         first = jax.grad(lambda b: loss(layer, b))

@@ -149,6 +149,7 @@ def golden_layer(request, load_golden, nhwc):
     return GoldenLayer(load_golden(f'layer_{name}'), nhwc, None if method == 'None' else method)
 
 
+@pytest.mark.slow
 def test_golden_training_outputs(golden_layer, nhwc):
     for s, y in enumerate(golden_layer.outputs):
         close(y, nhwc(golden_layer.golden[f'train_y{s}']), GOLDEN_TOLERANCE)
@@ -519,6 +520,7 @@ def test_initial_values_are_those_of_pytorch():
 # --- precision -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', [(6, 6), (9, 9)], ids=['dense', 'separable'])
 @pytest.mark.parametrize('param_dtype', [jnp.float32, jnp.bfloat16])
 def test_bfloat16(size, param_dtype):

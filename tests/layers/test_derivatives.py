@@ -91,6 +91,7 @@ def modes(function, params, x):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('name', LAYERS)
 @pytest.mark.parametrize('method', EVERY)
@@ -112,6 +113,7 @@ class Small(nn.Module):
         return ConvNorm(1, (1, 1), use_batch_norm=False, method=self.method)(x, not train).mean((1, 2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', few(EVERY, None))
 def test_hessian_and_jacobians(method):
     net, x = Small(method), random(5, 2, 3, 3, 1)
@@ -133,6 +135,7 @@ def test_hessian_and_jacobians(method):
     close(gradient, 2 * y @ forward)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('name', ['convolution', 'transposed'])
 @pytest.mark.parametrize('method', few(EVERY, None))
@@ -171,6 +174,7 @@ def test_the_gradient_is_the_one_written_by_hand():
 # --- other transformations --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('name', ['convolution', 'transposed'])
 @pytest.mark.parametrize('method', EVERY)
@@ -186,6 +190,7 @@ def test_gradients_of_each_example(name, method):
     close(found, jax.tree.map(lambda *g: jnp.stack(g), *(jax.jit(gradient)(variables['params'], a) for a in x)))
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('name', ['convolution', 'even kernel'])
 @pytest.mark.parametrize('method', EVERY)
@@ -245,6 +250,7 @@ class Scanned(nn.Module):
         return body(self.method, self.remat, name='block')(x, train)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('remat', [False, True])
 @pytest.mark.parametrize('method', EVERY)

@@ -49,6 +49,7 @@ def exported(name, method, platforms, batch='b'):
     return export.export(run, platforms=platforms)(params, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('platforms', [('cpu',), ('cpu', 'cuda', 'tpu')], ids=', '.join)
 @pytest.mark.parametrize('name', LAYERS)
@@ -67,6 +68,7 @@ def has(module, operation):
     return f'stablehlo.{operation}' in module.mlir_module()
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('batch', ['b', '16'])
 @pytest.mark.parametrize('name', ['convolution', 'transposed'])
@@ -82,6 +84,7 @@ def test_a_program_holds_the_form_of_its_platform(name, batch):
     assert has(both, 'convolution') and has(both, 'case')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', few(LAYERS, 'convolution'))
 def test_a_method_that_was_asked_for_holds_everywhere(name):
     for platform in ('cpu', 'cuda', 'tpu'):

@@ -37,6 +37,7 @@ PADDINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('strides', [(1, 1), (2, 2), (3, 1)])
 @pytest.mark.parametrize(
@@ -56,6 +57,7 @@ def test_filter_and_crop(strides, size, kernel_size, padding):
     np.testing.assert_allclose(out, expected, rtol=0, atol=3e-6 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', [(6, 6), (18, 18), (5, 33)])
 def test_filter_and_crop_default_path(size):
     grid = spectral.grid_size(size, (3, 3))
@@ -68,6 +70,7 @@ def test_filter_and_crop_default_path(size):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('form')
 def test_gradient_of_filter_and_crop():
     grid = (7, 6)
@@ -98,6 +101,7 @@ def test_filter_and_crop_in_bfloat16():
     assert 1e-5 < error < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('grid', [(6, 7), (12, 13)], ids=['dense', 'separable'])
 def test_jit_equals_eager(grid):
     kernel, y = jnp.asarray(random(23, 3, 3, 2, 3)), jnp.asarray(random(24, 2, *grid, 3))

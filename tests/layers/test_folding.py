@@ -48,6 +48,7 @@ class Layers(nn.Module):
         return ConvNormTranspose(3, **self.options)(x, not train)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('method', [None, *METHODS])
 @pytest.mark.parametrize('affine,batch_norm', [(True, True), (True, False), (False, True), (False, False)])
@@ -140,6 +141,7 @@ def test_training_with_a_deny_list_equals_training_with_the_statistics_named():
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('method', [None, *METHODS])
 @pytest.mark.parametrize('height,width', [(33, 32), (32, 31), (34, 32)])
@@ -181,6 +183,7 @@ class Scanned(nn.Module):
         return body(self.remat, name='blocks')(x, train)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('first', [True, False])
 @pytest.mark.parametrize('remat', [True, False])
@@ -202,6 +205,7 @@ def test_layers_in_a_scan(first, remat):
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_strict_promotion():
     x = np.random.default_rng(6).random((8, 6, 6, 2), np.float32)
     with jax.numpy_rank_promotion('raise'), jax.numpy_dtype_promotion('strict'):

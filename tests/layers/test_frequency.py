@@ -108,6 +108,7 @@ def test_gradients_are_the_adjoints(geometry):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['one matrix, strided', 'separable, odd and even', 'transposed, one matrix'])
 def test_second_derivatives(name):
     # Of a gradient's square, as a gradient penalty takes them: against the FFT in float64, differentiated by JAX.
@@ -161,6 +162,7 @@ def test_number_of_products():
         assert len(frequency.kernel_filters(kernel, geometry)) == bilinear.products(geometry)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('size', [(6, 6), (12, 11)])
 @pytest.mark.parametrize('strides', [(1, 1), (2, 2)])
@@ -185,6 +187,7 @@ def test_methods_agree(size, strides):
             np.testing.assert_allclose(a, b, rtol=0, atol=3e-5 * max(1, np.abs(b).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', [8, 16])
 def test_bfloat16_error(size):
     """What the README states of it: below 1.5 % of the output's root mean square (1.0-1.1 % here)."""

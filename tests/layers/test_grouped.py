@@ -43,6 +43,7 @@ def of_group(tree, group, groups):
     return jax.tree.map(part, tree)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('features,groups', [(4, 4), (8, 4), (6, 2)], ids=['depthwise', 'multiplier', 'grouped'])
 @pytest.mark.parametrize('train', [False, True])
@@ -106,6 +107,7 @@ def test_the_norm_of_the_convolution_itself(shape, groups):
     np.testing.assert_allclose(y * sigma, columns, atol=1e-3 * np.abs(columns).max())
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('groups', [1, 4])
 @pytest.mark.parametrize('train', [False, True])
@@ -192,6 +194,7 @@ def dense(kernel, groups):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('lags', ocnn.LAGS)
 @pytest.mark.parametrize('strides', [1, 2])
@@ -220,6 +223,7 @@ def test_ocnn_of_one_axis(stride, lags):
     np.testing.assert_allclose(value, ocnn.deconvolution_penalty(kernel[None], (1, stride), lags), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('name,left_out', [('mobilenet', {'conv1'}), ('sequence_cnn', set())])
 @pytest.mark.parametrize('layer', ['convnorm', 'batchnorm'])

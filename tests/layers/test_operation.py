@@ -83,6 +83,7 @@ def error(found, expected):
     return np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('name', GEOMETRIES)
@@ -183,6 +184,7 @@ def with_variables(name, method, dtype):
     return layer, {**variables, 'params': shaken}, x
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('name', LAYERS)
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])
@@ -209,6 +211,7 @@ def test_the_layer_of_an_accelerator(name, dtype, as_on_an_accelerator):
 # --- normalization after the channel-wise convolution --------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.covering(2)
 @pytest.mark.parametrize('kernel_size', [(1, 1), (3, 3), (2, 4), (4, 1)], ids=str)
 @pytest.mark.parametrize('circular', [False, True])

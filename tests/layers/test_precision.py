@@ -129,6 +129,7 @@ def test_a_scan_over_steps_keeps_the_dtypes(x64):
     assert stats['count'] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('size', [(6, 5), (11, 12)], ids=['dense', 'separable'])
 @pytest.mark.parametrize('method', EVERY)
@@ -152,6 +153,7 @@ def test_parameters_in_bfloat16_round_nothing_but_themselves(method, size):
 HALF = {'bfloat16': 0.05, 'float16': 0.006}
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('dtype', HALF)
 @pytest.mark.parametrize('cls', [ConvNorm, ConvNormTranspose])
@@ -213,6 +215,7 @@ def assert_runs(make, shape, dtype='float32'):
     jax.eval_shape(lambda v: model.apply(v, x, False), variables)
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('dtype,param_dtype', [(None, 'float32'), ('bfloat16', 'float32'), ('bfloat16', 'bfloat16')])
 @pytest.mark.parametrize('method', EVERY)
@@ -256,6 +259,7 @@ def test_batch_norm_under_strict_promotion(strict, dtype):
             assert_runs(lambda train, layer=layer: layer(use_running_average=not train), shape, dtype or 'float32')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('name', LAYERS)
 def test_layers_to_compare_with_under_strict_promotion(strict, name, dtype):

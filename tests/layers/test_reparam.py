@@ -403,6 +403,7 @@ def test_statistics_move_in_training_only(name):
     jax.tree.map(np.testing.assert_array_equal, update['batch_stats'], once['batch_stats'])
 
 
+@pytest.mark.slow
 def test_initial_singular_vectors():
     x = random(25, 1, 6, 6, 3)
     stats = [init(SpectralNormConv(64, init_iterations=n), x) for n in (0, 15)]

@@ -50,6 +50,7 @@ def close(found, expected, tolerance=1e-4):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max(), 0.1 * largest))
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('name', LAYERS)
 @pytest.mark.parametrize('method', [None, *METHODS])
@@ -77,6 +78,7 @@ def test_shard_map(name, method):
     close(found, (expected, expected[1][0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', few([None, *METHODS], None))
 def test_eager_shard_map(method):
     (layer, variables, x), mesh = case('convolution', method), make_mesh((2, 2), ('data', 'model'))
@@ -106,6 +108,7 @@ def test_forward_mode_within_shard_map():
     close(jax.jit(sharded)(x), jax.jit(along)(x))
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('name', ['convolution', 'transposed'])
 @pytest.mark.parametrize(

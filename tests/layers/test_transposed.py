@@ -70,6 +70,7 @@ def bare(features, kernel_size, strides, padding, **options):
     return ConvNormTranspose(features, kernel_size, strides, padding, use_affine=False, use_batch_norm=False, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size,kernel_size,strides,padding', GEOMETRIES)
 def test_against_the_dense_matrix(size, kernel_size, strides, padding):
     x = random(0, 2, *size, 3)
@@ -182,6 +183,7 @@ def test_gradients_are_finite_differences():
     np.testing.assert_allclose((moved(1) - moved(-1)) / (2 * step), along, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_gradient_of_a_gradient():
     layer, x = ConvNormTranspose(2), random(11, 2, 2, 2, 2)
     variables = init(layer, x)
@@ -209,6 +211,7 @@ def test_initial_values_are_those_of_pytorch():
     assert 0.9 / 8 < np.abs(kernel).max() <= 1 / 8 * (1 + 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('layer', [SpectralNormConv, ONIConv, OWNConv, WeightNormConv])
 def test_reparametrized_kernels_are_those_of_the_convolution(layer):
     """The same kernel and state give the same reparametrized kernel, transposed or not."""

@@ -196,6 +196,7 @@ def reference(name, layer, variables, images):
     return features @ params['linear']['kernel'] + params['linear']['bias']
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('layer', ['none', 'batchnorm', 'convnorm'])
 @pytest.mark.parametrize('name', NETS)
@@ -216,6 +217,7 @@ def test_a_folded_net_is_the_same(name):
     np.testing.assert_allclose(jax.jit(model.apply)(folded, images), expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('layer', few(LAYERS, 'convnorm'))
 @pytest.mark.parametrize('name', NETS)
 def test_every_parameter_learns(name, layer):
@@ -240,6 +242,7 @@ def test_every_parameter_learns(name, layer):
             assert np.abs(leaf).max() > 1e-6, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NETS)
 def test_bfloat16(name):
     model, variables, images = small(name, 'convnorm')

@@ -113,6 +113,7 @@ def test_small_nets_parameters():
     assert parameters(create_model('simple_cnn2', num_classes=10, layer='batchnorm')) == by_hand
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('name', MODELS)
 @pytest.mark.parametrize('layer', LAYERS)
@@ -265,6 +266,7 @@ def test_bfloat16(name, layer):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('layer', LAYERS)
 def test_every_parameter_of_a_net_learns(layer):
     model = create_model('resnet18', num_classes=5, layer=layer, width=4, depth=(1, 1))
@@ -313,6 +315,7 @@ def test_wrong_options(options, message):
         create_model(**{'name': 'resnet18', 'num_classes': 10, 'layer': 'batchnorm', **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name,depth', [('resnet18', (1, 2)), ('simple_cnn', (1, 2)), ('simple_cnn2', None)])
 @pytest.mark.parametrize(
     'layer,option', [('spectralnorm', 'iterations'), ('groupnorm', 'groups'), ('oni', 'iterations')]

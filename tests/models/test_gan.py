@@ -53,6 +53,7 @@ def size_of(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('num_classes', [0, 3])
 @pytest.mark.parametrize('name,size', SIZES)
@@ -80,6 +81,7 @@ def test_a_forward_pass(name):
     assert np.all(np.isfinite(logits)) and np.std(logits) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'size,num_classes,generator_parameters,discriminator_parameters',
     [
@@ -111,6 +113,7 @@ def test_parameters_of_dcgan():
     assert size_of(shapes(discriminator, jnp.zeros((1, 64, 64, 3)))[0]['params']) == taps + 16 * 512 + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', GANS)
 def test_statistics_move_in_training_only(name):
     _, discriminator = tiny(name, 8)
@@ -126,6 +129,7 @@ def test_statistics_move_in_training_only(name):
     assert any(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', GANS)
 def test_the_label_changes_the_output(name):
     generator, discriminator = tiny(name, 8, num_classes=2)
@@ -140,6 +144,7 @@ def test_the_label_changes_the_output(name):
         assert np.abs(first - second).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('name', GANS)
 @pytest.mark.parametrize('dense', DENSE_LAYERS)
@@ -172,6 +177,7 @@ def test_projection_term(name, dense):
     np.testing.assert_allclose(difference, expected, atol=2e-5 * np.abs(pooled).max())
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('layer', LAYERS)
 @pytest.mark.parametrize('name', GANS)
@@ -182,6 +188,7 @@ def test_every_layer(name, layer):
     assert images.shape == (2, 8, 8, 3) and logits.shape == (2,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', few(GANS, 'sngan'))
 def test_convnorm_in_both_nets_trains(name):
     generator, discriminator = tiny(name, 8, generator_layer='convnorm', discriminator_layer='convnorm')

@@ -93,6 +93,7 @@ def test_a_pixel_that_is_no_number_is_vermillion(tmp_path):
     assert len(find(picture, np.full((16, 16, 3), colour, np.uint8))) == 1
 
 
+@pytest.mark.slow
 def test_sample_progress(tmp_path, check_picture):
     progress, path = [(step, draw(11, 8, 8, 3)) for step in range(0, 10_000, 1000)], tmp_path / 'progress.png'
     check_picture(path, plots.sample_progress(progress[::-1], path, 'a run'))
@@ -185,6 +186,7 @@ def curve_rows(count, every=10):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('count', [1, 20, 300])
 @pytest.mark.parametrize('scores', [(), ['fid_classifier'], {'fid_classifier': 'FID', 'classifier_score': 'score'}])
 def test_gan_curves(tmp_path, check_picture, count, scores):

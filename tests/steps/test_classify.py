@@ -64,6 +64,7 @@ def test_jitted_equals_eager(convnorm, batch):
     assert int(after.step) == int(eager_state.step) == 1
 
 
+@pytest.mark.slow
 def test_metrics_are_sums_and_counts(convnorm, batch):
     _, state, _, metrics = convnorm
     key = jax.random.fold_in(state.rng, 0)
@@ -145,6 +146,7 @@ def test_moving_average(batch):
     assert not np.allclose(state.ema['linear']['kernel'], state.params['linear']['kernel'], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('microbatches', [1, 2])
 @pytest.mark.parametrize('layer', ['batchnorm', 'convnorm'])
 def test_statistics_of_the_average_are_estimated_with_it(layer, microbatches, batch):

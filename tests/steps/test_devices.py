@@ -51,6 +51,7 @@ def check(found, params):
     assert gradients <= sum(size for _, size in found) < 1.35 * gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('layer', ['convnorm', 'batchnorm', 'spectralnorm'])
 def test_a_clean_step(layer, mesh):
     model, tx = (

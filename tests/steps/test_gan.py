@@ -156,6 +156,7 @@ def averaged():
     return state, jax.jit(step)
 
 
+@pytest.mark.slow
 def test_the_discriminators_updates_leave_the_generators_statistics():
     state, step = averaged()
     batch = images_and_labels(4, (8, 8, 1))
@@ -169,6 +170,7 @@ def test_the_discriminators_updates_leave_the_generators_statistics():
     assert largest_difference(expected, after.generator.model_state) < 1e-5
 
 
+@pytest.mark.slow
 def test_statistics_of_the_averaged_generator_are_estimated_with_it():
     state, step = averaged()
     for number in range(3):

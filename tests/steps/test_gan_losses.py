@@ -138,6 +138,7 @@ def critic_fn(params, statistics, train, own_batch_norm=True, running=None):
     return apply
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('train', [False, True])
 def test_gradient_penalty_by_finite_differences_of_the_pictures(problem, train):
     params, statistics, real, fake = problem
@@ -155,6 +156,7 @@ def test_gradient_penalty_by_finite_differences_of_the_pictures(problem, train):
             assert found == pytest.approx(((norms - target) ** 2).mean(), rel=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('train', [False, True])
 def test_the_gradient_of_the_penalty_by_finite_differences_of_the_parameters(problem, train):
     params, statistics, real, fake = problem

@@ -53,6 +53,7 @@ def test_the_carried_perturbation_is_part_of_the_state(tiny_experiment, tmp_path
     assert expected.initial_state().perturbation.shape == (64, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_ocnn_is_added_to_the_loss(tiny_experiment):
     batch = {'images': np.zeros((64, 8, 8, 1), np.uint8) + np.arange(8, dtype=np.uint8)[:, None] * 30,
              'labels': np.arange(64) % 10}  # fmt: skip

@@ -37,6 +37,7 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(whole, tmp_path):
     experiment, workdir = whole
     shutil.copytree(workdir, tmp_path / 'run')
@@ -58,6 +59,7 @@ def formerly(whole, tmp_path):
     return experiment, str(tmp_path / 'run'), arrays['state']
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_statistics_of_the_average_is_evaluated(formerly):
     experiment, workdir, state = formerly
     variables, progress, _ = loop.restore_variables(experiment, workdir, 'best')

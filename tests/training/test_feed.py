@@ -54,6 +54,7 @@ def test_streamed_batches(streamed, devices):
     assert len(list(some.batches(7))) == 2  # nothing beyond the end
 
 
+@pytest.mark.slow
 def test_a_config_gives_the_feed(tiny_config, make_picture_folder, tmp_path):
     config = tiny_config({'data.name': 'folder', 'data.data_dir': str(make_picture_folder(tmp_path / 'x'))})
     config.update_from_flattened_dict({'data.image_size': 8, 'data.batch_size': 8, 'data.workers': 0})

@@ -136,6 +136,7 @@ def test_a_finished_run_stays_as_it_is(experiment, whole, tmp_path):
     assert rows(workdir) == rows(whole[0])
 
 
+@pytest.mark.slow
 def test_more_epochs_continue(tiny_experiment, tmp_path):
     constant = {'schedule.kind': 'constant', 'checkpoint.every_steps': 0}
     workdir, straight = str(tmp_path / 'continued'), str(tmp_path / 'straight')
@@ -185,6 +186,7 @@ def test_early_stopping(tiny_experiment, tmp_path, monkeypatch):
     assert loop.train(patient, workdir).step == 25  # more patience goes on
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_experiment, tmp_path, monkeypatch):
     workdir = str(tmp_path)
     good = tiny_experiment({'model.layer': 'none'})

@@ -50,6 +50,7 @@ def temporaries(layers, clipped):
     return step.lower(state, x).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != 'cpu', reason='of XLA:CPU')
 @pytest.mark.parametrize('clipped', [False, True])
 def test_two_arrays_are_kept_for_a_layer(clipped):
