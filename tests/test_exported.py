@@ -99,7 +99,6 @@ NETS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('key', few(NETS, 'simple_cnn-convnorm', 'simple_cnn-oni'))
 def test_every_net(key, tmp_path):
     name, layer, options = NETS[key]
@@ -150,7 +149,6 @@ CONVNORM = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', few(CONVNORM, '2-D'))
 def test_every_geometry(name, tmp_path):
     shape, model = CONVNORM[name]

@@ -13,6 +13,7 @@ from convnorm_jax.evaluation.classifier import AttackSettings, Evaluator
 from convnorm_jax.models import create_model
 from convnorm_jax.steps import classify
 from convnorm_jax.steps.state import create_state, make_optimizer
+from tests.selection import few
 
 SHAPE, BATCH, STEPS = (8, 8, 3), 16, 5
 MEAN, STD = (0.4,) * 3, (0.3,) * 3
@@ -20,7 +21,7 @@ MEAN, STD = (0.4,) * 3, (0.3,) * 3
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
-@pytest.fixture(scope='module', params=['convnorm', 'batchnorm'])
+@pytest.fixture(scope='module', params=few(['convnorm', 'batchnorm'], 'convnorm'))
 def trained(request):
     """{number of devices: (mesh, model, state after 5 steps, metrics of each)}."""
     random = np.random.default_rng(0)
@@ -45,7 +46,6 @@ def trained(request):
     return found
 
 
-@pytest.mark.slow
 def test_four_devices_train_as_one(trained):
     (_, _, one, history), (mesh, _, four, history4) = trained[1], trained[4]
     assert mesh.size == 4 and len(four.params['linear']['kernel'].sharding.device_set) == 4

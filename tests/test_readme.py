@@ -11,6 +11,7 @@ import pytest
 
 from convnorm_jax.cli.convnorm import COMMANDS
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
 DOCS = ROOT / 'docs'

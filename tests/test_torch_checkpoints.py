@@ -50,7 +50,6 @@ CHECKPOINTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('wrap', CHECKPOINTS.values(), ids=CHECKPOINTS)
 def test_a_checkpoint_is_imported(small, wrap):
     model, parameters = small

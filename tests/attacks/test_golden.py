@@ -24,7 +24,7 @@ EPSILON, STEP_SIZE = 8 / 255, 2 / 255
 AT_A_KINK = 2
 
 
-@pytest.fixture(scope='module', params=few([None, *METHODS], None, 'frequency'))
+@pytest.fixture(scope='module', params=few([None, *METHODS], None))
 def method(request):
     return request.param
 

@@ -227,7 +227,6 @@ def test_dlr_of_two_classes_is_refused_before_the_net_runs(batch, attack):
 # --- radii -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'norm'), IN_BOTH_NORMS)
 def test_a_radius_an_image(batch, name, norm):
     """Each image as with its own radius for all: never a radius a channel, though there are as many."""
@@ -403,7 +402,6 @@ def test_restarts_of_pgd_are_not_held_up_by_a_loss_that_is_nan(batch):
 # --- dtypes ----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize(('name', 'norm'), IN_BOTH_NORMS)

@@ -111,7 +111,6 @@ def numpy_simba(image, label, order, basis, epsilon):
     return applied(delta), queries, fooled
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(('basis', 'epsilon'), [('pixel', None), ('dct', None), ('dct', 0.07)])
 def test_simba_is_the_numpy_loop(basis, epsilon):
     images, labels = batch()

@@ -158,7 +158,6 @@ def draws_of(keys, norm):
     return [[(tuple(x[query, i] for x in moves), sides[query]) for query in range(QUERIES)] for i in range(len(keys))]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('norm', inputs.NORMS)
 def test_square_is_the_numpy_loop(norm):
     """One example at a time, float64, from the same start and draws."""

@@ -9,6 +9,8 @@ import pytest
 from convnorm_jax.cli import convnorm
 from convnorm_jax.version import __version__
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, 'argv', ['convnorm', *arguments])

@@ -83,7 +83,6 @@ def cells(out):
     return dict(lines)
 
 
-@pytest.mark.slow
 def test_a_classifier(command, classifier, tmp_path):
     from convnorm_jax.training.loop import restore_state
 

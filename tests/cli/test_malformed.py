@@ -49,7 +49,7 @@ def test_there_are_kinds_enough():
     assert len(malformed_cases.KINDS) >= 30 and set(SAMPLE) <= set(malformed_cases.KINDS)
 
 
-@pytest.mark.slow
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('name', SAMPLE)
 @pytest.mark.parametrize('seed', [0, 1])
 def test_a_mistake_is_one_line_and_changes_nothing(command, trained, tmp_path, quick_compilation, name, seed):

@@ -129,7 +129,6 @@ def test_two_processes_give_what_one_gives_and_go_on_on_another_number(together,
             assert row == pytest.approx(wanted, rel=1e-3)
 
 
-@pytest.mark.slow
 def test_one_process_given_another_config_is_said_by_all(together, tmp_path):
     extra = (), ('--config.seed=7',)
     for code, _, said in ended(together(*CLEAN, f'--workdir={tmp_path / "run"}', extra=extra)):

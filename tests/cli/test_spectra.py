@@ -56,7 +56,6 @@ def command(monkeypatch, capsys, tmp_path):
     logging.set_verbosity(verbosity)
 
 
-@pytest.mark.slow
 def test_two_runs_side_by_side(command, runs, tmp_path):
     output = tmp_path / 'out'
     code, out, err = command(f'--workdirs={",".join(runs)}', f'--output={output}', '--checkpoint=latest')

@@ -28,7 +28,6 @@ def numpy_crop(images, offsets, padding):
     return out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [np.uint8, np.float32])
 @pytest.mark.parametrize('padding', [0, 2, 4])
 def test_random_crop(padding, dtype):

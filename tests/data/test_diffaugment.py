@@ -82,7 +82,6 @@ def test_translation_with_64_bit_types(dtype):
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 def test_cutout(shape):
     height, width = shape[1:3]

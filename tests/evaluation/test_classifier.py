@@ -38,7 +38,6 @@ def evaluator(net, batch_size):
     return Evaluator(net[0], mesh_lib.create_mesh(jax.devices()[:1]), batch_size)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('batch_size', [4, 27, 40])
 def test_every_example_counts_once(net, batch_size):
     logits_fn, variables, split = net

@@ -120,7 +120,6 @@ SOME = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', few(NNX, *SOME))
 def test_nnx(name):
     size, kernel_size, options = NNX[name]
@@ -142,7 +141,6 @@ def test_nnx(name):
     check(layer(x), conv(x), full(x), kernel, spans, steps, circular)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', few(EQUINOX, *SOME))
 def test_equinox(name):
     size, kernel_size, options = EQUINOX[name]

@@ -191,7 +191,6 @@ def assert_close(found, expected, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.slow
 def test_gradients_after_a_channelwise_convolution(arguments):
     assert_close(after_channelwise(*arguments), by_definition(*arguments), 1e-6)
     found = jax.jit(jax.grad(lambda a: loss(after_channelwise, a)))(arguments)

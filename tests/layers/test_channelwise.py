@@ -46,7 +46,6 @@ def lax_channelwise(x, kernel):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('kernel_size', [(1, 1), (3, 3), (2, 4), (5, 2)], ids=str)
 def test_gradients_of_the_channelwise_convolution(kernel_size):
     x, kernel = jnp.asarray(random(25, 2, 6, 5, 3)), jnp.asarray(random(26, *kernel_size, 3))

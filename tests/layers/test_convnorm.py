@@ -17,6 +17,7 @@ from convnorm_jax import ConvNorm
 from convnorm_jax.layers import core
 from convnorm_jax.layers.geometry import canonical_padding, of_convolution
 from convnorm_jax.layers.method import METHODS, choose_method
+from tests.selection import few
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -143,13 +144,21 @@ class GoldenLayer:
         return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
 
 
-@pytest.fixture(scope='module', params=[f'{method} {name}' for method in (None, *METHODS) for name in 'abcdefgh'])
+BY_CHOICE = [f'None {name}' for name in 'abcdefgh']
+
+
+@pytest.fixture(
+    scope='module',
+    params=few(
+        [*BY_CHOICE, *(f'{method} {name}' for method in METHODS for name in 'abcdefgh')],
+        *BY_CHOICE, 'frequency a', 'spatial b', 'reference c',
+    ),
+)  # fmt: skip
 def golden_layer(request, load_golden, nhwc):
     method, name = request.param.split()
     return GoldenLayer(load_golden(f'layer_{name}'), nhwc, None if method == 'None' else method)
 
 
-@pytest.mark.slow
 def test_golden_training_outputs(golden_layer, nhwc):
     for s, y in enumerate(golden_layer.outputs):
         close(y, nhwc(golden_layer.golden[f'train_y{s}']), GOLDEN_TOLERANCE)
@@ -520,7 +529,6 @@ def test_initial_values_are_those_of_pytorch():
 # --- precision -----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('size', [(6, 6), (9, 9)], ids=['dense', 'separable'])
 @pytest.mark.parametrize('param_dtype', [jnp.float32, jnp.bfloat16])
 def test_bfloat16(size, param_dtype):

@@ -91,7 +91,6 @@ def modes(function, params, x):
     }
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('name', LAYERS)
 @pytest.mark.parametrize('method', EVERY)

@@ -49,7 +49,6 @@ def exported(name, method, platforms, batch='b'):
     return export.export(run, platforms=platforms)(params, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('platforms', [('cpu',), ('cpu', 'cuda', 'tpu')], ids=', '.join)
 @pytest.mark.parametrize('name', LAYERS)
@@ -68,7 +67,6 @@ def has(module, operation):
     return f'stablehlo.{operation}' in module.mlir_module()
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('batch', ['b', '16'])
 @pytest.mark.parametrize('name', ['convolution', 'transposed'])

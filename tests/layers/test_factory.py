@@ -31,7 +31,6 @@ def build(name, train, options=None, kernel_size=(3, 3), **conv):
     return make_layer(name, **(options or {}))(8, kernel_size, **{'strides': (2, 2), 'padding': 1, **conv}, train=train)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', LAYERS)
 def test_builds_trains_and_evaluates(name):
     x = random(0, 4, 8, 8, 3)
@@ -49,7 +48,6 @@ def test_builds_trains_and_evaluates(name):
         assert np.abs(y - z).max() > 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', LAYERS)
 def test_every_parameter_has_a_finite_gradient(name):
     layer, x = build(name, True, use_bias=True), random(1, 4, 8, 8, 3)

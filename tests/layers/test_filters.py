@@ -37,7 +37,7 @@ PADDINGS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.covering(1)
 @pytest.mark.usefixtures('form')
 @pytest.mark.parametrize('strides', [(1, 1), (2, 2), (3, 1)])
 @pytest.mark.parametrize(

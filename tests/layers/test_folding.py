@@ -48,7 +48,6 @@ class Layers(nn.Module):
         return ConvNormTranspose(3, **self.options)(x, not train)
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('method', [None, *METHODS])
 @pytest.mark.parametrize('affine,batch_norm', [(True, True), (True, False), (False, True), (False, False)])
@@ -141,7 +140,6 @@ def test_training_with_a_deny_list_equals_training_with_the_statistics_named():
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('method', [None, *METHODS])
 @pytest.mark.parametrize('height,width', [(33, 32), (32, 31), (34, 32)])

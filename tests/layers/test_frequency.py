@@ -108,7 +108,6 @@ def test_gradients_are_the_adjoints(geometry):
             )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', ['one matrix, strided', 'separable, odd and even', 'transposed, one matrix'])
 def test_second_derivatives(name):
     # Of a gradient's square, as a gradient penalty takes them: against the FFT in float64, differentiated by JAX.
@@ -162,7 +161,6 @@ def test_number_of_products():
         assert len(frequency.kernel_filters(kernel, geometry)) == bilinear.products(geometry)
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('size', [(6, 6), (12, 11)])
 @pytest.mark.parametrize('strides', [(1, 1), (2, 2)])

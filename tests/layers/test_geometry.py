@@ -132,7 +132,6 @@ class Net(nn.Module):
         return self.layer(x, use_running_average=not train)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', SOME)
 def test_trained_and_folded(name):
     layer, shape = LAYERS[name]
@@ -153,7 +152,6 @@ def test_trained_and_folded(name):
                 net.apply(given, other)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', SOME)
 def test_jit_vmap_and_forward_mode(name):
     layer, shape = LAYERS[name]

@@ -43,7 +43,6 @@ def of_group(tree, group, groups):
     return jax.tree.map(part, tree)
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('features,groups', [(4, 4), (8, 4), (6, 2)], ids=['depthwise', 'multiplier', 'grouped'])
 @pytest.mark.parametrize('train', [False, True])
@@ -107,7 +106,6 @@ def test_the_norm_of_the_convolution_itself(shape, groups):
     np.testing.assert_allclose(y * sigma, columns, atol=1e-3 * np.abs(columns).max())
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('groups', [1, 4])
 @pytest.mark.parametrize('train', [False, True])

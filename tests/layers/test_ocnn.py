@@ -215,7 +215,6 @@ def test_default_on_resnet18_is_the_published_choice(layer):
             assert strides[name + suffix] == (stride, stride)
 
 
-@pytest.mark.slow
 def test_the_sum_on_resnet18_is_the_published_one():
     model, params = net('resnet18', width=4)
     params = drawn(params)

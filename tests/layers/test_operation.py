@@ -83,7 +83,6 @@ def error(found, expected):
     return np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('name', GEOMETRIES)
@@ -184,7 +183,6 @@ def with_variables(name, method, dtype):
     return layer, {**variables, 'params': shaken}, x
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('name', LAYERS)
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])
@@ -211,7 +209,6 @@ def test_the_layer_of_an_accelerator(name, dtype, as_on_an_accelerator):
 # --- normalization after the channel-wise convolution --------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.covering(2)
 @pytest.mark.parametrize('kernel_size', [(1, 1), (3, 3), (2, 4), (4, 1)], ids=str)
 @pytest.mark.parametrize('circular', [False, True])

@@ -153,7 +153,6 @@ def test_parameters_in_bfloat16_round_nothing_but_themselves(method, size):
 HALF = {'bfloat16': 0.05, 'float16': 0.006}
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('dtype', HALF)
 @pytest.mark.parametrize('cls', [ConvNorm, ConvNormTranspose])
@@ -215,7 +214,6 @@ def assert_runs(make, shape, dtype='float32'):
     jax.eval_shape(lambda v: model.apply(v, x, False), variables)
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('dtype,param_dtype', [(None, 'float32'), ('bfloat16', 'float32'), ('bfloat16', 'bfloat16')])
 @pytest.mark.parametrize('method', EVERY)

@@ -50,7 +50,6 @@ def close(found, expected, tolerance=1e-4):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max(), 0.1 * largest))
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('name', LAYERS)
 @pytest.mark.parametrize('method', [None, *METHODS])
@@ -108,7 +107,6 @@ def test_forward_mode_within_shard_map():
     close(jax.jit(sharded)(x), jax.jit(along)(x))
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('name', ['convolution', 'transposed'])
 @pytest.mark.parametrize(

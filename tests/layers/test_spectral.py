@@ -103,7 +103,6 @@ def difference_kernel():
     return np.array([1.0, -1.0], np.float32).reshape(1, 2, 1, 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     'kernel',
     [

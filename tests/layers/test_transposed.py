@@ -70,7 +70,6 @@ def bare(features, kernel_size, strides, padding, **options):
     return ConvNormTranspose(features, kernel_size, strides, padding, use_affine=False, use_batch_norm=False, **options)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('size,kernel_size,strides,padding', GEOMETRIES)
 def test_against_the_dense_matrix(size, kernel_size, strides, padding):
     x = random(0, 2, *size, 3)

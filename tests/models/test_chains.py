@@ -196,7 +196,6 @@ def reference(name, layer, variables, images):
     return features @ params['linear']['kernel'] + params['linear']['bias']
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('layer', ['none', 'batchnorm', 'convnorm'])
 @pytest.mark.parametrize('name', NETS)

@@ -9,6 +9,7 @@ import pytest
 
 from convnorm_jax.layers import LAYERS, make_layer
 from convnorm_jax.models import MODELS, create_model
+from tests.selection import few
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -113,7 +114,6 @@ def test_small_nets_parameters():
     assert parameters(create_model('simple_cnn2', num_classes=10, layer='batchnorm')) == by_hand
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('name', MODELS)
 @pytest.mark.parametrize('layer', LAYERS)
@@ -266,8 +266,7 @@ def test_bfloat16(name, layer):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('layer', LAYERS)
+@pytest.mark.parametrize('layer', few(LAYERS, 'convnorm', 'oni', 'spectralnorm', 'switchnorm'))
 def test_every_parameter_of_a_net_learns(layer):
     model = create_model('resnet18', num_classes=5, layer=layer, width=4, depth=(1, 1))
     images = np.random.default_rng(2).standard_normal((4, 8, 8, 3)).astype(np.float32)

@@ -53,7 +53,6 @@ def size_of(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('num_classes', [0, 3])
 @pytest.mark.parametrize('name,size', SIZES)
@@ -177,7 +176,6 @@ def test_projection_term(name, dense):
     np.testing.assert_allclose(difference, expected, atol=2e-5 * np.abs(pooled).max())
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('layer', LAYERS)
 @pytest.mark.parametrize('name', GANS)

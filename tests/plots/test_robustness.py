@@ -63,7 +63,6 @@ def check_texts(figure):
         assert box.count_overlaps(boxes[:index]) == 0, texts[index]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('title', [None, 'a long title of a picture, longer than the picture is wide'])
 @pytest.mark.parametrize('draw', [
     lambda path, title: robustness.epsilon_curve(CURVES, path, title, epsilon=8),

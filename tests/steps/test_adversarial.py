@@ -90,7 +90,6 @@ def assert_same(state, reference):
     np.testing.assert_allclose(state.params['Dense_0']['bias'], reference.bias, rtol=0, atol=2e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('carry_over', [False, True])
 def test_free_is_the_published_algorithm(problem, carry_over):
     state, metrics, reference = run(

@@ -64,7 +64,6 @@ def test_jitted_equals_eager(convnorm, batch):
     assert int(after.step) == int(eager_state.step) == 1
 
 
-@pytest.mark.slow
 def test_metrics_are_sums_and_counts(convnorm, batch):
     _, state, _, metrics = convnorm
     key = jax.random.fold_in(state.rng, 0)

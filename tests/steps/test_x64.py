@@ -51,7 +51,6 @@ STEPS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize('name', few(STEPS, 'clean', 'free', 'trades'))
 @pytest.mark.parametrize('kind', ['crop', 'crop_flip'])
