@@ -342,7 +342,7 @@ def test_ctrl_c_and_the_same_command_again(command, quick_environment, tmp_path)
     wait_for(lambda: (folder / 'log.txt').exists() and 'epoch ' in (folder / 'log.txt').read_text(), process)
     # Another sweep in the same folder leaves the run alone.
     other = command(*TINY, f'--workdir={tmp_path}', '--config.train.steps=1000000')
-    assert other[0] == 1 and 'another process is at work' in other[2][1]
+    assert other[0] == 1 and 'another process is working in' in other[2][1]
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 130 and 'Traceback' not in err
