@@ -4,6 +4,7 @@ import atexit
 import collections
 import contextlib
 import ctypes
+import gc
 import itertools
 import os
 import pathlib
@@ -40,38 +41,65 @@ reserve_host_threads()
 
 
 # Files that take longest, in order: with these first two processes end together.
-_LONGEST = ()
+_LONGEST = tuple(
+    f'tests/{name}.py'
+    for name in (
+        'cli/test_processes', 'cli/test_robustness', 'cli/test_gan', 'layers/test_operation', 'layers/test_derivatives',
+        'test_torch_import', 'layers/test_geometry', 'steps/test_gan', 'layers/test_precision', 'test_exported',
+        'models/test_gan', 'layers/test_sharding', 'layers/test_folding', 'layers/test_export', 'layers/test_convnorm',
+        'attacks/test_inputs', 'models/test_classifiers', 'cli/test_nets', 'cli/test_sweep', 'cli/test_main',
+        'steps/test_classify', 'models/test_chains', 'front_ends/test_transformations', 'attacks/test_golden',
+    )
+)  # fmt: skip
 
 
 def pytest_configure(config):
     config.option.loadscopereorder = False  # of xdist: by the number of tests, which is not their time
 
 
+def pytest_collection_finish():
+    """Python's garbage collector does not walk again and again through what was imported: a tenth of tracing's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 50)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The longest files first; of products of parameters marked `covering` all but a few are slow."""
+    """The longest files first; of products of parameters marked `covering` all but a few are slow, or beyond."""
     _mark_products(items)
     place = {name: number for number, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: place.get(item.nodeid.partition('::')[0], len(place)))
 
 
 def _mark_products(items):
-    """Of a product marked `covering(n)` so many tests stay as hold every n values together; the rest becomes slow."""
+    """Of a product marked `covering(n)` tests that hold every n values together stay, those for n + 1 become slow.
+
+    The rest is marked `beyond`.
+    """
     products = collections.defaultdict(list)
     for item in items:
         mark = item.get_closest_marker('covering')
         if mark and not item.get_closest_marker('slow'):
             products[item.nodeid.partition('[')[0], *mark.args].append(item)
-    for (_, strength), rest in products.items():
-        values = {item: [(name, id(value)) for name, value in item.callspec.params.items()] for item in rest}
-        held = {item: set(itertools.combinations(pairs, strength)) for item, pairs in values.items()}
-        missing = set().union(*held.values())
-        while missing:
-            best = max(rest, key=lambda item: len(held[item] & missing))
-            missing -= held[best]
-            rest.remove(best)
-        for item in rest:
-            item.add_marker('slow')
+    for (_, strength), product in products.items():
+        quick = _covering(product, strength)
+        slow = _covering(product, strength + 1, quick)
+        for item in product:
+            if item not in quick:
+                item.add_marker('slow' if item in slow else 'beyond')
+
+
+def _covering(product, strength, held=()):
+    """Tests that together with those `held` have each combination of `strength` values that the product has."""
+    values = {item: [(name, id(value)) for name, value in item.callspec.params.items()] for item in product}
+    combinations = {item: set(itertools.combinations(pairs, strength)) for item, pairs in values.items()}
+    missing = set().union(*combinations.values()).difference(*(combinations[item] for item in held))
+    found = []
+    while missing:
+        found.append(max(product, key=lambda item: len(combinations[item] & missing)))
+        missing -= combinations[found[-1]]
+    return found
 
 
 @pytest.fixture(scope='module', autouse=True)

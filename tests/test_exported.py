@@ -149,7 +149,8 @@ CONVNORM = {
 }
 
 
-@pytest.mark.parametrize('name', few(CONVNORM, '2-D'))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CONVNORM)
 def test_every_geometry(name, tmp_path):
     shape, model = CONVNORM[name]
     variables, path = initial(model, shape), tmp_path / 'net'

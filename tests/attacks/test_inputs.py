@@ -486,6 +486,7 @@ def test_strict_promotion_in_the_ensemble(batch, norm, context):
 # --- nothing ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'norm'), IN_BOTH_NORMS)
 def test_an_empty_batch(name, norm):
     images, labels = np.zeros((0, *SHAPE), np.float32), np.zeros(0, int)

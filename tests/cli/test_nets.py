@@ -48,13 +48,10 @@ def test_a_run_with_its_attacks_pictures_and_operators(command, net, tmp_path):
     assert (tmp_path / 'spectra' / 'spectra.png').stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'config,algorithm,ema',
-    [
-        pytest.param('digits_separable', 'free', 0.9, marks=pytest.mark.slow),
-        pytest.param('digits_separable', 'trades', 0.0, marks=pytest.mark.slow),
-        ('digits_sequence', 'fast', 0.9),
-    ],
+    [('digits_separable', 'free', 0.9), ('digits_separable', 'trades', 0.0), ('digits_sequence', 'fast', 0.9)],
 )
 def test_every_way_to_train(config, algorithm, ema):
     config = importlib.import_module(f'configs.{config}').get_config()

@@ -84,7 +84,7 @@ def test_what_is_replaced(net):
     assert np.isfinite(jax.jit(lambda x: run(model, copied(state), x)[0])(images())).all()
 
 
-@pytest.mark.parametrize('net', few(nets.NETS, nets.ResNet, nets.Decoder))
+@pytest.mark.parametrize('net', few(nets.NETS, nets.ResNet))
 def test_it_trains(net):
     model, state = converted(net)[2:4]
     x, labels = images(1), jnp.arange(8) % 3

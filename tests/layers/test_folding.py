@@ -63,6 +63,7 @@ def test_layers(method, affine, batch_norm):
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name,options', [
     pytest.param('resnet18', {'depth': (1, 1, 1, 1)}, marks=pytest.mark.slow),
     pytest.param('vgg11', {}, marks=pytest.mark.slow),

@@ -131,7 +131,8 @@ def largest_difference(one, other):
     return max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)))
 
 
-@pytest.mark.parametrize('layer', ['convnorm', pytest.param('spectralnorm', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('layer', ['convnorm', 'spectralnorm'])
 def test_both_nets_learn_and_count_their_own_updates(layer):
     state, step = real_step(layer)
     after, _ = jax.jit(step)(state, images_and_labels(8, (8, 8, 1)))

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures('quick_compilation')
 SMALL = {'train.adversarial.steps': 2, 'train.adversarial.replays': 2, 'train.epochs': 1.0}
 
 
-@pytest.mark.parametrize('algorithm', few(['free', 'fast', 'pgd', 'trades'], 'free', 'trades'))
+@pytest.mark.parametrize('algorithm', few(['free', 'fast', 'pgd', 'trades'], 'trades'))
 def test_an_algorithm_trains(tiny_experiment, tmp_path, algorithm):
     experiment = tiny_experiment({'train.algorithm': algorithm, **SMALL})
     progress = loop.train(experiment, tmp_path / 'run')
