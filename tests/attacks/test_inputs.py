@@ -227,7 +227,10 @@ def test_dlr_of_two_classes_is_refused_before_the_net_runs(batch, attack):
 # --- radii -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(('name', 'norm'), IN_BOTH_NORMS)
+@pytest.mark.parametrize(
+    ('name', 'norm'),
+    [case if case[0] in ('pgd', 'square') else pytest.param(*case, marks=pytest.mark.slow) for case in IN_BOTH_NORMS],
+)
 def test_a_radius_an_image(batch, name, norm):
     """Each image as with its own radius for all: never a radius a channel, though there are as many."""
     radii = np.array([0.01, 0.04, 0.02, 0.08], np.float32) * (1 if norm == 'linf' else 5)

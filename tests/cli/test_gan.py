@@ -111,6 +111,7 @@ def test_two_evaluations_at_a_time(command, workdir):
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_samples_appear_whole(command, workdir):
     """An evaluation may read them while the training writes."""
     names = sorted(path.name for path in (workdir / 'samples').iterdir())
@@ -136,6 +137,7 @@ def test_what_a_user_gets_wrong(command, tmp_path, options, message):
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_no_classifier(command, workdir, tmp_path):
     code, _, err = command(*TINY, f'--workdir={tmp_path}/run', f'--config.gan.classifier={workdir}')
     assert code == 2 and f'config.gan.classifier={workdir}: expected a run of a classifier on digits' in err[-1]

@@ -135,6 +135,7 @@ def test_an_interrupted_evaluation_ends_in_the_same_report(command, workdir, mon
     assert (workdir / 'report.md').read_text() != text
 
 
+@pytest.mark.slow
 def test_a_finished_evaluation_is_not_repeated(command, workdir, monkeypatch):
     def never(*_, **__):
         raise AssertionError
@@ -175,7 +176,7 @@ def test_the_command_on_four_devices(command, tmp_path):
         ('--config.train.ocnn.pattern=nothing --config.train.ocnn.weight=0.1', 'nothing'),
     ],
 )
-def test_what_a_user_gets_wrong(command, workdir, tmp_path, option, message):
+def test_what_a_user_gets_wrong(command, tmp_path, option, message):
     code, _, err = command('--config=configs/digits_convnorm.py', f'--workdir={tmp_path}/run', *option.split())
     assert code == 2 and message in err[-1] and len(err) < 3
 
@@ -227,6 +228,7 @@ def test_a_picture_that_fails_costs_no_figure(command, copy, monkeypatch):
     assert 'Accuracy against epsilon' in (copy / 'report.md').read_text()
 
 
+@pytest.mark.slow
 def test_a_damaged_figure_is_measured_again(command, copy):
     places = list(copy.glob('evaluation/*/curve-1.json'))
     (whole,) = {json.loads(place.read_text())['accuracy'] for place in places}
@@ -238,6 +240,7 @@ def test_a_damaged_figure_is_measured_again(command, copy):
     assert [json.loads(text)['accuracy'] for text in again] == [whole]
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_told_first(command, copy, monkeypatch):
     def read_only(dir):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))

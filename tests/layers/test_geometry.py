@@ -27,7 +27,7 @@ def random(seed, *shape):
 
 
 @hypothesis.settings(
-    max_examples=int(os.environ.get('CONVNORM_GEOMETRIES', 15)),
+    max_examples=int(os.environ.get('CONVNORM_GEOMETRIES', 8)),
     derandomize=True,
     database=None,
     deadline=None,

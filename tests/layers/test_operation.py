@@ -21,6 +21,7 @@ from convnorm_jax.layers import (
 )
 from convnorm_jax.layers import geometry as geometry_of
 from convnorm_jax.layers.method import METHODS
+from tests.selection import few
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -184,7 +185,7 @@ def with_variables(name, method, dtype):
 
 
 @pytest.mark.covering(1)
-@pytest.mark.parametrize('name', LAYERS)
+@pytest.mark.parametrize('name', few(LAYERS, 'convolution', '1x1', 'transposed'))
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])
 def test_the_layer_of_an_accelerator(name, dtype, as_on_an_accelerator):
     expected = results(*with_variables(name, 'reference', None))
@@ -209,7 +210,7 @@ def test_the_layer_of_an_accelerator(name, dtype, as_on_an_accelerator):
 # --- normalization after the channel-wise convolution --------------------------------------------------------------
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize('kernel_size', [(1, 1), (3, 3), (2, 4), (4, 1)], ids=str)
 @pytest.mark.parametrize('circular', [False, True])
 @pytest.mark.parametrize('dtype,tolerance', [('float32', 2e-5), ('bfloat16', 0.01)])

@@ -195,6 +195,7 @@ def test_a_loop_equals_what_is_written_out(monkeypatch):
     assert largest_difference(written, looped) < 1e-6
 
 
+@pytest.mark.slow
 def test_labels_reach_the_nets():
     batch = images_and_labels(4, (8, 8, 1))
     state, step = real_step('spectralnorm', num_classes=10, n_dis=1)

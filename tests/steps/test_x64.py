@@ -52,7 +52,7 @@ STEPS = {
 
 
 @pytest.mark.covering(1)
-@pytest.mark.parametrize('name', few(STEPS, 'clean', 'free', 'trades'))
+@pytest.mark.parametrize('name', few(STEPS, 'microbatches', 'trades'))
 @pytest.mark.parametrize('kind', ['crop', 'crop_flip'])
 def test_classifiers(name, kind):
     model = create_model('simple_cnn', num_classes=10, layer='convnorm', width=4, depth=(1,))
