@@ -72,7 +72,7 @@ NETS = {
 
 @pytest.fixture(
     scope='module',
-    params=few(NETS, 'resnet18_convnorm'),
+    params=few(NETS, 'simplecnn_attack'),
 )
 def net(request, load_golden, golden_weights, nhwc):
     golden, (name, layer) = load_golden(request.param), NETS[request.param]

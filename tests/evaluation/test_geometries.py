@@ -105,6 +105,7 @@ def test_spectra_of_a_net(name, layer, tmp_path):
     assert plots.layer_spectra(found, tmp_path / 'spectra.png').stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_depthwise_convnorm_is_measured_as_an_isometry():
     _, variables = net('mobilenet', 'convnorm')
     exact = create_model('mobilenet', num_classes=3, layer='convnorm', width=3, depth=(1, 1), spectrum='exact')

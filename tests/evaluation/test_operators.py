@@ -14,7 +14,6 @@ from convnorm_jax.evaluation.layers import effective_kernel, find_sites, inner_v
 from convnorm_jax.evaluation.operators import layer_operators, operator_norm, product_bound
 from convnorm_jax.layers.factory import make_layer
 from convnorm_jax.models import create_model
-from tests.selection import few
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -105,7 +104,8 @@ def filter_matrix(v):
     return convolution_matrix(kernel, v.shape, circular=True)
 
 
-@pytest.mark.parametrize('layer', few(['convnorm', 'batchnorm'], 'convnorm'))
+@pytest.mark.slow
+@pytest.mark.parametrize('layer', ['convnorm', 'batchnorm'])
 def test_the_layers_of_a_resnet(layer):
     model, variables, measured = resnet(layer)
     blocks = [f'layer1_0/conv{i}' for i in (1, 2)] + [f'layer2_0/{part}' for part in ('conv1', 'conv2', 'shortcut')]

@@ -92,6 +92,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_gan, tmp_path):
     assert int(loop.restore_state(longer, folder, 'latest')[0].step) == 4
 
 
+@pytest.mark.slow
 def test_scores_rate_the_checkpoints(tiny_gan, tmp_path):
     distances, given = [3.0, 5.0], []
 
