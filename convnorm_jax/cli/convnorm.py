@@ -5,6 +5,7 @@
 train    train a net and report on it:     convnorm train --config=digits_convnorm
 eval     evaluate a trained net:           convnorm eval --workdir=DIR --config.attack.pgd_steps=20
 sweep    a grid of settings and seeds:     convnorm sweep --config=digits_convnorm --workdir=DIR --seeds=0,1,2
+paper    the paper's claims, with intervals: convnorm paper --claims=noise --data_dir=DIR
 spectra  operator norms of trained nets:   convnorm spectra --workdirs=A,B --output=DIR
 export   a trained net as one file:        convnorm export --workdir=DIR --out=net.exported
 
@@ -22,6 +23,7 @@ COMMANDS = {
     'train': ('run', ('--mode=train',)),
     'eval': ('run', ('--mode=eval',)),
     'sweep': ('sweep', ()),
+    'paper': ('paper', ()),
     'spectra': ('spectra', ()),
     'export': ('export', ()),
 }

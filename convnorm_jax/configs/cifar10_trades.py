@@ -22,5 +22,5 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 2e-4
     config.schedule.milestones = (0.75,)
     config.attack.pgd_steps = 20
-    config.eval.checkpoint = 'latest'  # clean validation accuracy does not choose a robust net
+    config.eval.checkpoint = 'latest'  # as published
     return config

@@ -178,6 +178,12 @@ KEYS = {
         "BatchNorm's during the attack: train or eval; '': train (fast, pgd), eval (trades)",
         choices=('', 'steps.adversarial:BATCH_STATISTICS'),
     ),
+    'train.adversarial.probe_examples': Key(
+        512,
+        'validation examples under PGD at the end of every epoch: that accuracy chooses the best checkpoint, and a '
+        'collapse is a warning; 0: none',
+        interval='[0, 1e7]',
+    ),
     'optimizer.name': Key('sgd', 'sgd, adam or adamw', choices=('steps.state:OPTIMIZERS',)),
     'optimizer.learning_rate': Key(0.1, 'the peak of the schedule', interval='(0, 1e6]'),
     'optimizer.momentum': Key(0.9, "or Adam's first beta", interval='[0, 1)'),
@@ -202,7 +208,7 @@ KEYS = {
     'eval.examples': _free(
         0, 'attack only the first so many test examples; 0: all (imagenet, folder: 1000)', interval='[0, 1e12]'
     ),
-    'eval.checkpoint': _free('best', 'best by validation accuracy, or latest', choices=('best', 'latest')),
+    'eval.checkpoint': _free('best', 'best by validation accuracy (adversarial training: under PGD), or latest', choices=('best', 'latest')),
     'eval.suite': _free('', 'standard: all of eval.parts, and report.md', choices=('evaluation.suite:SUITES',)),
     'eval.parts': _free(
         ('autoattack', 'curve', 'simba', 'corruptions'),

@@ -22,5 +22,4 @@ def get_config() -> ConfigDict:
     config.attack.epsilon = 32.0
     config.attack.step_size = 8.0
     config.attack.pgd_steps = 20
-    config.eval.checkpoint = 'latest'  # clean validation accuracy does not choose a robust net
     return config

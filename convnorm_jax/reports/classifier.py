@@ -120,13 +120,33 @@ def _facts(experiment, variables, chosen, final):
     return {
         **run_facts(experiment, chosen, final),
         'parameters': count_parameters(variables['params']),
-        'best_validation_accuracy': None if chosen.best_rating is None else final.best_rating,
+        **_validation(experiment, chosen, final),
         'epsilon': config.attack.epsilon,
         'step_size': config.attack.step_size,
         'pgd_steps': config.attack.pgd_steps,
         'restarts': config.attack.restarts,
         'attack_loss': config.attack.loss,
     }
+
+
+def _validation(experiment, chosen, final):
+    """What the best checkpoint was chosen by, and of adversarial training also the last epoch's."""
+    best = None if chosen.best_rating is None else final.best_rating
+    if not experiment.probed:
+        return {'best_validation_accuracy': best}
+    return {f'best_{classification.PROBE}': best, f'last_{classification.PROBE}': final.rating}
+
+
+def _collapse(result):
+    """[a line of warning] where catastrophic overfitting was the end of a run."""
+    best, last = (result.get(f'{which}_{classification.PROBE}') for which in ('best', 'last'))
+    if best is None or last is None or not classification.collapsed(last, best):
+        return []
+    advice = '' if result['checkpoint'] == 'best' else ': evaluate it by --config.eval.checkpoint=best'
+    return [
+        f'warning: catastrophic overfitting. Validation accuracy under PGD was {100 * best:.1f} % at best, and '
+        f'{100 * last:.1f} % in the last epoch. The best checkpoint is kept{advice}'
+    ]
 
 
 def _draw(experiment, variables, attacks, found, workdir):
@@ -194,5 +214,6 @@ def _table(experiment, result, attacked, found):
             markdown_table(('attack', 'size', 'accuracy', 'examples'), rows, 2),
             '',
             f'trained at {result["examples_per_second"]:,.0f} examples/s on {result["device"]}',
+            *_collapse(result),
         ]
     )

@@ -16,6 +16,7 @@ class Progress:
     Attributes:
       step: updates done.
       best_step, best_rating: of the best state so far, see `Experiment.rating`; None if none was rated.
+      rating: of the last epoch.
       epochs_since_best: for early stopping.
       seconds, examples: training time without compilation and evaluation, and examples in it.
     """
@@ -23,6 +24,7 @@ class Progress:
     step: int = 0
     best_step: int = 0
     best_rating: float | None = None
+    rating: float | None = None
     epochs_since_best: int = 0
     seconds: float = 0.0
     examples: int = 0

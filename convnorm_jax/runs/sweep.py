@@ -63,7 +63,12 @@ def finished_result(run: Run) -> dict[str, Any] | None:
     return result if same and all(found in (None, value) for found, value in attacks) else None
 
 
-def run_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> list[Run]:
+def run_all(
+    runs: Sequence[Run],
+    jobs: int,
+    say: Callable[[str], None],
+    ended: Callable[[Run, dict | None, float, str], None] = lambda *_: None,
+) -> list[Run]:
     """Runs `convnorm_jax.cli.run` for each, up to `jobs` at a time, each in a process of its own.
 
     Their output is appended to log.txt in their folders.
@@ -72,6 +77,7 @@ def run_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> list[
       runs: those to do.
       jobs: at least 1.
       say: prints a line of text.
+      ended: called with (run, its result, seconds, '') after a run, or with (run, None, seconds, why it failed).
 
     Returns:
       The runs that failed.
@@ -95,7 +101,7 @@ def run_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> list[
                     _interrupt(running)
                 for process in [process for process in running if process.ended()]:
                     running.remove(process)
-                    failed += [process.run] if process.failed(told, say) else []
+                    failed += [process.run] if process.failed(told, say, ended) else []
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
         except BaseException:  # a second Ctrl-C: the second one makes the runs stop at once
             _interrupt(running)
@@ -144,11 +150,13 @@ class _Process:
         if not self.ended():
             self.process.send_signal(signal.SIGINT)
 
-    def failed(self, told, say):
+    def failed(self, told, say, ended):
         """Prints in one line how it ended; True if it failed without having been told to stop."""
-        problem = self._problem()
+        problem, seconds = self._problem(), time.monotonic() - self.begin
+        if not problem or not told:
+            ended(self.run, None if problem else finished_result(self.run), seconds, problem or '')
         if not problem:
-            say(f'{self.title}: done in {time.monotonic() - self.begin:.0f} s, {_headline(finished_result(self.run))}')
+            say(f'{self.title}: done in {seconds:.0f} s, {_headline(finished_result(self.run))}')
         elif told and self.process:
             say(f'{self.title}: {self._last_line()}')
         else:

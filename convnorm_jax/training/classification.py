@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from convnorm_jax import mesh as mesh_lib
 from convnorm_jax.data.augment import augment
 from convnorm_jax.evaluation.classifier import AttackSettings, Evaluator
+from convnorm_jax.runs.progress import Progress
 from convnorm_jax.steps import adversarial, classify
 from convnorm_jax.steps.state import create_state
 from convnorm_jax.training.build import build_ocnn_penalty, build_optimizer, common_fields, round_up
@@ -27,6 +28,11 @@ DEFAULT_STEP_SIZES = {'free': 8.0, 'fast': 10.0, 'pgd': 2.0, 'trades': 2.0}
 # Training batches that estimate the statistics of averaged parameters which have none: BatchNorm's initial values then
 # have a weight below 1e-4.
 STATISTICS_BATCHES = 100
+
+# Adversarial training's accuracy on validation examples under PGD of so many steps, and its column in metrics.csv.
+PROBE, PROBE_STEPS = 'validation_pgd_accuracy', 10
+# Catastrophic overfitting: that accuracy is below this share of the best epoch's.
+COLLAPSE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,17 +49,13 @@ class Classification(Experiment):
     evaluator: Evaluator
 
     metric_names = ('loss', 'accuracy', 'gradient_norm')
-    columns = (
-        'epoch',
-        'step',
-        'learning_rate',
-        'train_loss',
-        'train_accuracy',
-        'gradient_norm',
-        'validation_loss',
-        'validation_accuracy',
-        'examples_per_second',
-    )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """See `Experiment`."""
+        validation = ('validation_loss', 'validation_accuracy', *([PROBE] if self.probed else []))
+        training = ('learning_rate', 'train_loss', 'train_accuracy', 'gradient_norm')
+        return ('epoch', 'step', *training, *validation, 'examples_per_second')
 
     def create_state(self) -> Any:
         """The state before the first step; jittable."""
@@ -103,13 +105,30 @@ class Classification(Experiment):
         }
 
     def validate(self, state: Any, step: int, workdir: str) -> dict[str, float]:
-        """Loss and accuracy on the validation set; {} without one."""
-        found = self.evaluator.evaluate(state.eval_variables, self.data['validation'])
-        return {f'validation_{name}': value for name, value in found.items()}
+        """Loss and accuracy on the validation set, and that under PGD of adversarial training; {} without one."""
+        clean = self.evaluator.evaluate(state.eval_variables, self.data['validation'])
+        found = {f'validation_{name}': value for name, value in clean.items()}
+        if self.probed:
+            attack, seed = probe_attack(self.config), self.config.seed
+            robust = self.evaluator.robust_accuracy(state.eval_variables, self.probed, attack, seed=seed)
+            found[PROBE] = robust['accuracy']
+        return found
 
     def rating(self, found: dict[str, float]) -> float | None:
-        """The validation accuracy."""
-        return found.get('validation_accuracy')
+        """The validation accuracy; of adversarial training that under PGD."""
+        return found.get(PROBE, found.get('validation_accuracy'))
+
+    def warning(self, found: dict[str, float], progress: Progress) -> str:
+        """Of catastrophic overfitting: training goes on, but the accuracy under PGD is lost."""
+        best = progress.best_rating
+        if PROBE not in found or best is None or not collapsed(found[PROBE], best):
+            return ''
+        return (
+            f'validation accuracy under PGD-{PROBE_STEPS} fell from {100 * best:.1f} % (step {progress.best_step}) to '
+            f'{100 * found[PROBE]:.1f} %: catastrophic overfitting. The checkpoint of step {progress.best_step} is '
+            'kept, and evaluated with --config.eval.checkpoint=best; a smaller config.train.adversarial.step_size or '
+            'optimizer.learning_rate, or train.algorithm=pgd, prevents it'
+        )
 
     def describe(self, values: dict[str, float]) -> str:
         """See `Experiment`."""
@@ -119,7 +138,8 @@ class Classification(Experiment):
         """See `Experiment`."""
         if not found:
             return ''
-        return f'validation loss {found["validation_loss"]:.4f}  accuracy {found["validation_accuracy"]:.4f}'
+        robust = f'  PGD-{PROBE_STEPS} {found[PROBE]:.4f}' if PROBE in found else ''
+        return f'validation loss {found["validation_loss"]:.4f}  accuracy {found["validation_accuracy"]:.4f}{robust}'
 
 
 def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Classification:
@@ -142,6 +162,17 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Cl
         train_step=_train_step(config, model, tx, source, penalty_fn),
         evaluator=Evaluator(logits_fn, mesh, round_up(config.eval.batch_size, mesh.size)),
     )
+
+
+def probe_attack(config: ConfigDict) -> AttackSettings:
+    """The PGD that validates adversarial training: of its radius, with steps of a quarter of it."""
+    epsilon = config.train.adversarial.epsilon / 255
+    return AttackSettings('pgd', epsilon, epsilon / 4, PROBE_STEPS, restarts=1, loss='cross_entropy')
+
+
+def collapsed(accuracy: float, best: float) -> bool:
+    """Whether an accuracy under PGD is lost, against that of the best epoch."""
+    return accuracy < COLLAPSE * best
 
 
 def attack_settings(config: ConfigDict) -> dict[str, AttackSettings]:

@@ -14,10 +14,14 @@ from ml_collections import ConfigDict
 
 from convnorm_jax import mesh as mesh_lib
 from convnorm_jax.data import pipeline, sources, splits, streaming
+from convnorm_jax.runs.progress import Progress
 from convnorm_jax.training.batches import MemoryFeed, StreamFeed
 
 # Test examples of a streamed data set that are attacked if config.eval.examples is 0.
 STREAMED_ATTACK_EXAMPLES = 1000
+
+# Values of config.train.algorithm that attack their batches.
+ADVERSARIAL = ('free', 'fast', 'pgd', 'trades')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,6 @@ class Experiment:
       passes: over the data in what the loop calls an epoch.
       steps_per_epoch, total_steps: int.
       metric_names: of the metrics.
-      columns: of metrics.csv.
     """
 
     config: ConfigDict
@@ -51,7 +54,11 @@ class Experiment:
     total_steps: int
 
     metric_names: ClassVar[tuple[str, ...]]
-    columns: ClassVar[tuple[str, ...]]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of metrics.csv."""
+        raise NotImplementedError
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -87,7 +94,16 @@ class Experiment:
         """
         test = self.prepared.test
         count = self.config.eval.examples or (STREAMED_ATTACK_EXAMPLES if self.streamed else len(test.labels))
-        return sources.Split(np.asarray(test.images[:count]), test.labels[:count].astype(np.int32))
+        return _first(test, count)
+
+    @functools.cached_property
+    def probed(self) -> dict[str, jax.Array] | None:
+        """{'images', 'labels'} on every device: the validation examples that are attacked during training, or None."""
+        count, validation = self.config.train.adversarial.probe_examples, self.prepared.validation
+        if self.config.train.algorithm not in ADVERSARIAL or not min(count, len(validation.labels)):
+            return None
+        first = _first(validation, count)
+        return mesh_lib.replicate(self.mesh, {'images': first.images, 'labels': first.labels})
 
     @functools.cached_property
     def attacked_data(self) -> dict[str, jax.Array]:
@@ -144,6 +160,15 @@ class Experiment:
         """How good the state is, from what `validate` found; higher is better, None if unknown."""
         raise NotImplementedError
 
+    def warning(self, found: dict[str, float], progress: Progress) -> str:
+        """What the user should know at once of what `validate` found; '' for nothing.
+
+        Args:
+          found: by `validate`.
+          progress: before this epoch was rated.
+        """
+        return ''
+
     def describe(self, values: dict[str, float]) -> str:
         """The means of the metrics so far, in a few words."""
         raise NotImplementedError
@@ -151,3 +176,7 @@ class Experiment:
     def describe_validation(self, found: dict[str, float]) -> str:
         """What `validate` found, in a few words; '' for nothing."""
         raise NotImplementedError
+
+
+def _first(split: sources.Split, count: int) -> sources.Split:
+    return sources.Split(np.asarray(split.images[:count]), split.labels[:count].astype(np.int32))

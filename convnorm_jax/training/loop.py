@@ -26,6 +26,9 @@ from convnorm_jax.training.experiment import Experiment
 from convnorm_jax.training.totals import means, zero_totals
 
 
+NON_FINITE = 'the loss or the gradient became infinite or NaN'
+
+
 class NonFiniteLoss(UserError):
     """The loss or the gradient became infinite or NaN."""
 
@@ -258,7 +261,7 @@ class _Run:
                 else 'there was no checkpoint yet'
             )
             raise NonFiniteLoss(
-                f'the loss or the gradient became infinite or NaN between steps {self.checked} and '
+                f'{NON_FINITE} between steps {self.checked} and '
                 f'{self.progress.step}; {kept}; try a smaller config.optimizer.learning_rate '
                 f'({self.config.optimizer.learning_rate}) or config.schedule.warmup_epochs, in another --workdir'
             )
@@ -282,11 +285,13 @@ class _Run:
             'examples_per_second': speed,
             **found,
         }
-        rating = experiment.rating(found)
+        rating, warning = experiment.rating(found), experiment.warning(found, self.progress)
         self._rate(rating, step)
         self._show(epoch, values)
         words = experiment.describe(values), experiment.describe_validation(found), f'{speed:,.0f} examples/s'
         self.display.line('  '.join([f'epoch {epoch + 1:>3}/{self.epochs}', *filter(None, words)]))
+        if warning:
+            self.display.line(f'warning: {warning}')
         self.writer.write(row)
         if step % experiment.steps_per_epoch == 0:  # a longer run may still finish the last epoch
             self.totals = _no_totals(experiment)
@@ -297,6 +302,7 @@ class _Run:
     def _rate(self, rating, step):
         """Records the best rating and the epochs since."""
         progress = self.progress
+        progress.rating = rating
         if rating is None:
             return
         if progress.best_rating is None or rating > progress.best_rating:

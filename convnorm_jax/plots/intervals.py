@@ -1,0 +1,71 @@
+"""Differences of two methods with their intervals: a forest plot."""
+
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+
+from convnorm_jax.errors import UserError
+from convnorm_jax.plots.figure import BLUE, GREY, STYLE, VERMILLION, new_figure, write
+
+Interval = tuple[str, float, float, float]
+
+
+def interval_plot(
+    panels: Mapping[str, Sequence[Interval]],
+    path: str | os.PathLike,
+    *,
+    x_name: str,
+    lower_is_better: bool = False,
+    title: str | None = None,
+) -> pathlib.Path:
+    """Draws differences with their intervals: a panel for each comparison, a row for each setting.
+
+    An interval that excludes 0 is blue where the first method is better and vermillion where it is worse; the others
+    are grey.
+
+    Args:
+      panels: {name of the comparison: [(setting, mean, low, high)]}, from top to bottom; low and high may be nan.
+      path: the PNG to write.
+      x_name: name and unit of the differences.
+      lower_is_better: whether a negative difference is an improvement.
+      title: text above the panels.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: no panel, or a panel without a row.
+    """
+    for name, rows in panels.items():
+        if not rows:
+            raise UserError(f'panels[{name!r}]=[]: expected at least one row')
+    if not panels:
+        raise UserError('panels={}: expected at least one')
+    most = max(map(len, panels.values()))
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(max(3.6, 2.6 * len(panels)), 0.9 + 0.24 * most, title)
+        grid = figure.subplots(1, len(panels), squeeze=False, sharex=True).ravel()
+        for axes, (name, rows) in zip(grid, panels.items(), strict=True):
+            axes.axvline(0, color='black', linewidth=0.8)
+            for place, (_, mean, low, high) in enumerate(rows):
+                colour = _colour(low, high, lower_is_better)
+                bars = None if math.isnan(low) else [[mean - low], [high - mean]]
+                axes.errorbar(
+                    [mean], [place], xerr=bars, fmt='o', color=colour, markersize=4, capsize=2.5, elinewidth=1
+                )
+            axes.set_yticks(range(len(rows)), [setting for setting, *_ in rows])
+            axes.set_ylim(len(rows) - 0.4, -0.6)
+            axes.set_title(name)
+            axes.set_xlabel(x_name)
+            axes.grid(axis='y', visible=False)
+        return write(figure, path)
+
+
+def _colour(low, high, lower_is_better):
+    sign = int(low > 0) - int(high < 0)
+    if not sign:
+        return GREY
+    return BLUE if (sign > 0) != lower_is_better else VERMILLION
