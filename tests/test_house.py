@@ -25,9 +25,10 @@ ALLOWED = {
     'runs': {'configs', 'data', 'mesh'},
     'training': {'steps', 'models', 'layers', 'data', 'attacks', 'mesh', 'evaluation', 'runs', 'configs'},
     'configs': set(),
-    'reports': {'attacks', 'configs', 'data', 'evaluation', 'layers', 'mesh', 'models', 'plots', 'runs', 'training'},
+    'paper': {'configs'},
+    'reports': {'attacks', 'configs', 'data', 'evaluation', 'layers', 'mesh', 'models', 'paper', 'plots', 'runs', 'training'},
     'cli': {
-        *('configs', 'data', 'evaluation', 'exported', 'mesh', 'plots', 'reports', 'runs', 'training'),
+        *('configs', 'data', 'evaluation', 'exported', 'mesh', 'paper', 'plots', 'reports', 'runs', 'training'),
         *('version', 'weights'),
     },
     'functional': {'layers'},

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from convnorm_jax.cli import command_line
-from convnorm_jax.configs.keys import flatten
+from convnorm_jax.configs.keys import flatten, value_text
 from convnorm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _seeds(text):
 
 def _make_run(arguments, texts, seed, workdir):
     arguments = (*arguments, *(f'--config.{key}={text}' for key, text in texts.items()), f'--config.seed={seed}')
-    from convnorm_jax.runs.sweep import Run, short_keys, value_text
+    from convnorm_jax.runs.sweep import Run, short_keys
 
     config = command_line.read_config(arguments)
     flat = flatten(config)

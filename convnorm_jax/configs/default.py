@@ -212,7 +212,7 @@ KEYS = {
     'eval.suite': _free('', 'standard: all of eval.parts, and report.md', choices=('evaluation.suite:SUITES',)),
     'eval.parts': _free(
         ('autoattack', 'curve', 'simba', 'corruptions'),
-        'autoattack, curve, simba, corruptions',
+        'autoattack, curve, simba, corruptions, operators',
         names=('evaluation.suite:PARTS',),
     ),
     'eval.autoattack.attacks': _attack(

@@ -94,6 +94,13 @@ def put(config: ConfigDict, key: str, value: Any) -> None:
         section[name] = value
 
 
+def value_text(value: Any) -> str:
+    """A value of a config as people write it: 0.1, 1e-4, resnet18."""
+    if isinstance(value, float) and float(f'{value:g}') == value:
+        return f'{value:g}'
+    return str(value)
+
+
 def value_type(config: ConfigDict, key: str) -> type:
     """The type of a dotted key's values, also where its value is None."""
     section, name = _section(config, key)

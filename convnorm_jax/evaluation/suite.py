@@ -17,18 +17,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from convnorm_jax import attacks
 from convnorm_jax.attacks.simba import BASES, simba_active, simba_advance, simba_result, simba_start
 from convnorm_jax.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, mean_corruption_accuracy
 from convnorm_jax.errors import UserError
 from convnorm_jax.evaluation.classifier import AttackSettings, Evaluator
+from convnorm_jax.evaluation.lipschitz import lipschitz_lower_bound
+from convnorm_jax.evaluation.operators import layer_operators, product_bound
 from convnorm_jax.files import write_atomically, written
 from convnorm_jax.mesh import batch_sharded, is_leader, leader_says, replicate
 
 SUITES = ('', 'standard')
-PARTS = ('autoattack', 'curve', 'simba', 'corruptions')
+PARTS = ('autoattack', 'curve', 'simba', 'corruptions', 'operators')
 
+_LIPSCHITZ_EXAMPLES = 256  # that secants are sought from
 _SIMBA_CHUNK = 25  # queries in one program; the last program stops at the budget
 
 
@@ -240,3 +244,47 @@ def run_corruptions(subject: Subject) -> dict[str, Any]:
         table[name] = {int(severity): accuracy for severity, accuracy in row.items()}
         subject.log(f'{name}: ' + ' '.join(f'{accuracy:.2%}' for accuracy in row.values()))
     return {'table': table, **mean_corruption_accuracy(table)}
+
+
+def run_operators(subject: Subject, model: nn.Module) -> dict[str, Any]:
+    """Measures the net's layers, and how steep its logits are.
+
+    Args:
+      subject: what is measured.
+      model: the Linen net of `subject.variables`.
+
+    Returns:
+      {'layers': [{'name', 'conv_norm', 'layer_norm', 'condition'}], 'largest_conv_norm', 'median_condition',
+      'product_bound', 'lipschitz_lower_bound', 'seconds'}. The condition number is that of the circular convolution
+      with the effective kernel; norms, see `operators`. The lower bound is of the logits in l2 for pixels in [0, 1],
+      the product bound for normalized images. None where something is not linear.
+    """
+    return subject.stored('operators', functools.partial(_operators, subject, model))
+
+
+def _operators(subject: Subject, model: nn.Module) -> dict[str, Any]:
+    began = time.perf_counter()
+    operators = layer_operators(model, subject.variables, subject.images.shape[1:])
+    layers = [
+        {
+            'name': o.name,
+            'conv_norm': o.conv_norm,
+            'layer_norm': o.layer_norm,
+            'condition': float(o.conv_circular[0] / max(o.conv_circular[-1], np.finfo(np.float32).tiny)),
+        }
+        for o in operators
+        if len(o.input_shape) > 1
+    ]
+    search = jax.jit(functools.partial(lipschitz_lower_bound, subject.logits_fn))
+    size, found = subject.evaluator.batch_size, []
+    for start in range(0, min(_LIPSCHITZ_EXAMPLES, len(subject.labels)), size):
+        pixels = subject.pixels[start : start + size]
+        found.append(np.asarray(search(pixels, rng=jax.random.key(subject.seed))).max())
+    return {
+        'layers': layers,
+        'largest_conv_norm': max(layer['conv_norm'] for layer in layers),
+        'median_condition': float(np.median([layer['condition'] for layer in layers])),
+        'product_bound': product_bound(model, operators),
+        'lipschitz_lower_bound': float(max(found)),
+        'seconds': time.perf_counter() - began,
+    }

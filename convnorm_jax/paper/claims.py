@@ -48,9 +48,11 @@ _ATTACKED = {
     'eval.checkpoint': 'best',
     'eval.examples': 1000,
     'eval.suite': 'standard',
-    'eval.parts': ('autoattack',),
+    'eval.parts': ('autoattack', 'operators'),
 }
 _NOT_ATTACKED = {'attack.names': (), 'eval.suite': ''}
+# What the paper explains robustness by: lower norms.
+_MEASURES = ('largest_conv_norm', 'median_condition', 'product_bound', 'lipschitz_lower_bound')
 _PROBED = 'best_validation_pgd_accuracy'
 # arXiv 2103.00673: ResNet-18, Free, 8/255, PGD-20 and FGSM on the whole test set, four seeds.
 _PUBLISHED_ROBUST = {
@@ -125,7 +127,7 @@ def _robust(small):
     else:
         free, fast = {**_ATTACKED}, {**_ATTACKED}
         tuned, rates = {**_NOT_ATTACKED, 'train.epochs': 10.0}, (0.03, 0.1, 0.3)
-    options = {'rates': rates, 'tuned_at': tuned, 'chosen_by': _PROBED, 'figures': _ROBUST}
+    options = {'rates': rates, 'tuned_at': tuned, 'chosen_by': _PROBED, 'figures': _ROBUST, 'measures': _MEASURES}
     as_published = {RATE: 0.1, 'schedule.kind': 'step', 'data.validation': 'published', 'eval.checkpoint': 'latest'}
     return [
         Study(

@@ -65,7 +65,7 @@ class Record:
           seconds: that its command took.
           version: of this package.
         """
-        wanted = dict.fromkeys([*cell.study.figures, cell.study.chosen_by, *_FACTS])
+        wanted = dict.fromkeys([*cell.study.figures, *cell.study.measures, cell.study.chosen_by, *_FACTS])
         self._runs[cell.arguments] = {
             'study': cell.study.name,
             'arm': cell.arm,

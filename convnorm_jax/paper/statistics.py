@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -70,3 +70,27 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
         return Difference(center, math.nan, math.nan, 1)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * differences.std(ddof=1) / math.sqrt(count))
     return Difference(center, center - half, center + half, count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Relation:
+    """Of two quantities over several arms.
+
+    Attributes:
+      correlation: Spearman's, of their ranks.
+      p_value: of no relation, two-sided.
+      count: number of arms.
+    """
+
+    correlation: float
+    p_value: float
+    count: int
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> Relation | None:
+    """Spearman's rank correlation (`scipy.stats.spearmanr`); None for fewer than three pairs, or equal values."""
+    first, second = zip(*pairs, strict=True) if pairs else ((), ())
+    if len(pairs) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
+        return None
+    found = stats.spearmanr(first, second)
+    return Relation(float(found.statistic), float(found.pvalue), len(pairs))

@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from convnorm_jax.configs.keys import value_text
+
 TUNING_SEED = 100
 RATE = 'optimizer.learning_rate'
 
@@ -30,6 +32,7 @@ class Study:
       tuned_at: {key: value} of the runs that choose it.
       chosen_by: the name in result.json that chooses it.
       figures: the names in result.json that are reported, the most important first.
+      measures: names in result.json that the first figure is related to, across the arms.
       lower_is_better: of `figures` and `chosen_by`.
       seconds: of a run on one core of two, an estimate until a run is finished.
       published: {arm: {figure: (mean, standard deviation)}} in the paper's units, for this very protocol.
@@ -45,6 +48,7 @@ class Study:
     tuned_at: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     chosen_by: str = 'best_validation_accuracy'
     figures: Sequence[str] = ('test_accuracy',)
+    measures: Sequence[str] = ()
     lower_is_better: bool = False
     seconds: float = 60.0
     published: Mapping[str, Mapping[str, tuple[float, float]]] = dataclasses.field(default_factory=dict)
@@ -95,9 +99,7 @@ class Cell:
 
 def tuning_cells(study: Study) -> list[Cell]:
     """The runs that choose the learning rates."""
-    return [
-        Cell(study, arm, {}, TUNING_SEED, rate, tuning=True) for rate in study.rates for arm in study.arms
-    ]
+    return [Cell(study, arm, {}, TUNING_SEED, rate, tuning=True) for rate in study.rates for arm in study.arms]
 
 
 def cells(study: Study, rates: Mapping[str, float | None], seeds: Sequence[int]) -> Iterator[Cell]:
@@ -132,11 +134,6 @@ def chosen_rates(study: Study, found: Mapping[tuple[str, float], float | None]) 
             best = min if study.lower_is_better else max
             chosen[arm] = best(figures, key=lambda rate: figures[rate])
     return chosen
-
-
-def value_text(value: Any) -> str:
-    """A value as people write it: 0.1, 1e-4, resnet18."""
-    return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def _argument(key, value):

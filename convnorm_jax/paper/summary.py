@@ -5,9 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from convnorm_jax.configs.keys import value_text
 from convnorm_jax.paper.record import Record
-from convnorm_jax.paper.statistics import Difference, Mean, mean, paired_difference
-from convnorm_jax.paper.study import RATE, Cell, Study, cells, chosen_rates, tuning_cells, value_text
+from convnorm_jax.paper.statistics import Difference, Mean, Relation, mean, paired_difference, rank_correlation
+from convnorm_jax.paper.study import RATE, Cell, Study, cells, chosen_rates, tuning_cells
 
 # Of a study over rates, next to each rate: the accuracy at the chosen one, and the mean over all.
 AT_CHOSEN, OVER_RATES = 'at the chosen rate', 'mean over the rates'
@@ -35,7 +36,7 @@ class Summary:
       seeds: that were asked for.
       rates: {arm: the chosen learning rate}.
       columns: of its tables.
-      figures: {figure: {(arm, column name): {seed: value}}}; accuracies in %.
+      figures: {figure or measure: {(arm, column name): {seed: value}}}; accuracies in %.
       diverged: {(arm, column name): number of runs}.
       missing: runs that were not run, in order; those that wait for a learning rate are not in it.
       waiting: number of those.
@@ -65,6 +66,12 @@ class Summary:
         of = self.figures[figure]
         return paired_difference(of.get((self.first, column.name), {}), of.get((arm, column.name), {}))
 
+    def relation(self, measure: str) -> Relation | None:
+        """Of a measure to the first figure, over the arms that have both; None for fewer than three."""
+        figure, column = self.study.figures[0], self.columns[0]
+        pairs = {arm: (self.mean(measure, arm, column), self.mean(figure, arm, column)) for arm in self.study.arms}
+        return rank_correlation([(x.mean, y.mean) for x, y in pairs.values() if x is not None and y is not None])
+
     def sentence(self, figure: str, arm: str) -> str:
         """What the intervals allow to say of the first arm against another."""
         found = [(column, self.difference(figure, arm, column)) for column in self.columns]
@@ -88,13 +95,15 @@ def summarize(study: Study, record: Record, seeds: Sequence[int]) -> Summary:
     wanted = list(cells(study, rates, seeds))
     tuning = tuning_cells(study)
     columns = _columns(study)
-    figures: dict[str, dict[tuple[str, str], dict[int, float]]] = {name: {} for name in study.figures}
+    figures: dict[str, dict[tuple[str, str], dict[int, float]]] = {
+        name: {} for name in (*study.figures, *study.measures)
+    }
     diverged: dict[tuple[str, str], int] = {}
     for cell in wanted:
         place = cell.arm, _column_name(cell.settings)
         if record.diverged(cell):
             diverged[place] = diverged.get(place, 0) + 1
-        for name in study.figures:
+        for name in figures:
             value = record.figure(cell, name)
             if value is not None:
                 figures[name].setdefault(place, {})[cell.seed] = value * (100 if name.endswith('_accuracy') else 1)
@@ -155,7 +164,7 @@ def as_dict(summary: Summary) -> dict[str, Any]:
     """A summary for a JSON file."""
     study = summary.study
     listed = []
-    for figure in study.figures:
+    for figure in summary.figures:
         for (arm, column), values in summary.figures[figure].items():
             found = mean(values)
             deviation = None if math.isnan(found.deviation) else found.deviation
@@ -175,6 +184,7 @@ def as_dict(summary: Summary) -> dict[str, Any]:
                          'mean': one.mean, 'interval': interval, 'seeds': one.count}
                     )  # fmt: skip
     others = list(study.arms)[1:]
+    relations = {measure: summary.relation(measure) for measure in study.measures}
     return {
         'name': study.name,
         'title': study.title,
@@ -185,5 +195,6 @@ def as_dict(summary: Summary) -> dict[str, Any]:
         'rates_chosen': dict(summary.rates) if study.rates else {},
         'figures': listed,
         'differences': differences,
+        'relations': {name: one and dataclasses.asdict(one) for name, one in relations.items()},
         'sentences': {figure: [summary.sentence(figure, arm) for arm in others] for figure in study.figures},
     }

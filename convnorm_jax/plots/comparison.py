@@ -4,6 +4,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -72,12 +73,12 @@ def accuracy_against(
         for axes in grid[: len(panels) : columns]:
             axes.set_ylabel('accuracy')
         if len(methods) > 1:
-            lines = [Line2D([], [], **_look(index)) for index in range(len(methods))]
+            lines = [Line2D([], [], **look(index)) for index in range(len(methods))]
             figure.legend(lines, methods, loc='outside lower center', ncols=named)
         return write(figure, path)
 
 
-def _look(index):
+def look(index: int) -> dict[str, Any]:
     """Colour, marker and dashes of a method."""
     return {
         'color': _COLOURS[index % len(_COLOURS)],
@@ -97,7 +98,7 @@ def _draw_panel(figure, axes, panel, methods):
         shift = ScaledTranslation((index - (len(methods) - 1) / 2) * dodge, 0, figure.dpi_scale_trans)
         # An error bar of zero length would be drawn as a dash through the marker.
         bars = np.where(deviation > 0, deviation, np.nan)
-        axes.errorbar(x, mean, bars, transform=axes.transData + shift, capsize=2.5, elinewidth=1, **_look(index))
+        axes.errorbar(x, mean, bars, transform=axes.transData + shift, capsize=2.5, elinewidth=1, **look(index))
     _scale_settings(axes, sorted({point[0] for points in panel.values() for point in points}))
     _scale_accuracy(axes, panel)
 

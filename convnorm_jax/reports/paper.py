@@ -5,13 +5,15 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from convnorm_jax.configs.keys import value_text
 from convnorm_jax.files import write_text
 from convnorm_jax.paper.record import Record
 from convnorm_jax.paper.statistics import CONFIDENCE
-from convnorm_jax.paper.study import RATE, TUNING_SEED, value_text
+from convnorm_jax.paper.study import RATE, TUNING_SEED
 from convnorm_jax.paper.summary import AT_CHOSEN, OVER_RATES, Summary, as_dict
 from convnorm_jax.plots.comparison import accuracy_against
 from convnorm_jax.plots.intervals import interval_plot
+from convnorm_jax.plots.relations import relation_plot
 from convnorm_jax.reports.tables import markdown_table
 
 _FIGURES = {
@@ -19,6 +21,10 @@ _FIGURES = {
     'fgsm_accuracy': 'FGSM',
     'pgd_accuracy': 'PGD-20',
     'autoattack_accuracy': 'AutoAttack',
+    'largest_conv_norm': 'largest norm of a convolution',
+    'median_condition': 'median condition number',
+    'product_bound': 'product of the norms',
+    'lipschitz_lower_bound': 'steepest secant',
     'fid': 'FID',
     'fid_classifier': 'FID by a classifier',
 }
@@ -78,6 +84,7 @@ def _study(summary, record):
         parts.append(f'{figure}:\n\n{table}' if figure else table)
     parts.append(_differences(summary))
     parts += [' '.join(_sentences(summary, figure)) for figure in study.figures[:1]]
+    parts += [_why(summary)] if any(summary.figures[measure] for measure in study.measures) else []
     return '\n\n'.join(parts)
 
 
@@ -163,6 +170,27 @@ def _sentences(summary, figure):
     return [f'By {_name(figure)}:', *(summary.sentence(figure, arm) for arm in others)]
 
 
+def _why(summary):
+    """The measures of each arm, and their relation to the first figure."""
+    study, column = summary.study, summary.columns[0]
+    head = ['layer', *map(_name, study.measures), _name(study.figures[0])]
+    rows = []
+    for arm in study.arms:
+        found = [summary.mean(measure, arm, column) for measure in study.measures]
+        cells = ['-' if one is None else f'{one.mean:.3g}' for one in found]
+        rows.append([arm, *cells, _cell(summary, study.figures[0], arm, column)])
+    words = []
+    for measure in study.measures:
+        relation = summary.relation(measure)
+        if relation is not None:
+            words.append(f'{_name(measure)} {relation.correlation:+.2f} (p = {relation.p_value:.2f})')
+    counted = max((one.count for one in map(summary.relation, study.measures) if one is not None), default=0)
+    return (
+        f'Norms of the trained nets, means over the seeds:\n\n{markdown_table(head, rows)}\n\n'
+        f"Spearman's rank correlation with {_name(study.figures[0])} over {counted} layers: {'; '.join(words) or '-'}."
+    )
+
+
 def _not_run(summaries):
     words = []
     for summary in summaries:
@@ -193,6 +221,19 @@ def _draw(summary, stem):
         panels = {f'test {_name(figure)}': {arm: points for arm, points in lines.items() if points}}
         x_name = _SETTINGS[next(iter(study.settings))]
         paths.append(str(accuracy_against(panels, f'{stem}.png', x_name=x_name, title=title)))
+    relations = {
+        _name(measure): {
+            arm: (x.mean, y.mean)
+            for arm in study.arms
+            if (x := summary.mean(measure, arm, summary.columns[0]))
+            and (y := summary.mean(figure, arm, summary.columns[0]))
+        }
+        for measure in study.measures
+    }
+    relations = {measure: points for measure, points in relations.items() if points}
+    if relations:
+        path = f'{stem}_norms.png'
+        paths.append(str(relation_plot(relations, path, y_name=f'{_name(figure)} accuracy (%)', title=title)))
     rows: dict[str, list] = {}
     for arm in others:
         figures = study.figures if not study.settings else study.figures[:1]

@@ -18,6 +18,10 @@ from convnorm_jax.training import classification
 from convnorm_jax.training.classification import Classification
 
 
+# What result.json holds of the part 'operators'.
+OPERATOR_FIGURES = ('largest_conv_norm', 'median_condition', 'product_bound', 'lipschitz_lower_bound')
+
+
 def run_suite(
     experiment: Classification, variables: Any, workdir: str, log: Callable[[str], None], found: dict[str, Any]
 ) -> None:
@@ -28,13 +32,13 @@ def run_suite(
       workdir: results go to `workdir/evaluation/`, from which an interrupted evaluation resumes.
       log: takes a line of text.
       found: each part is added to it as soon as it ends: {'autoattack': `EnsembleResult`, 'curve': ..., 'simba': ...,
-        'corruptions': ...}.
+        'corruptions': ..., 'operators': ...}.
     """
     config = experiment.config
     subject = _subject(experiment, variables, workdir, log)
     for part in config.eval.parts:
         log(f'{part} on {len(subject.labels)} examples')
-        found[part] = _measure(part, subject, config)
+        found[part] = _measure(part, subject, experiment)
 
 
 def _subject(experiment, variables, workdir, log):
@@ -55,7 +59,8 @@ def _subject(experiment, variables, workdir, log):
     )
 
 
-def _measure(part, subject, config):
+def _measure(part, subject, experiment):
+    config = experiment.config
     section, attack = config.eval, config.attack
     if part == 'autoattack':
         return suite_lib.run_autoattack(
@@ -65,6 +70,8 @@ def _measure(part, subject, config):
         return suite_lib.run_curve(subject, classification.make_attack(config, 'pgd'), section.curve)
     if part == 'simba':
         return suite_lib.run_simba(subject, **section.simba.to_dict())
+    if part == 'operators':
+        return suite_lib.run_operators(subject, experiment.model)
     return suite_lib.run_corruptions(subject)
 
 
@@ -76,6 +83,8 @@ def headline_figures(found: Mapping[str, Any]) -> dict[str, Any]:
         figures['autoattack_examples'] = len(found['autoattack'].robust)
     if 'corruptions' in found:
         figures['corruption_accuracy'] = found['corruptions']['mean']
+    if 'operators' in found:
+        figures |= {name: found['operators'][name] for name in OPERATOR_FIGURES}
     return figures
 
 

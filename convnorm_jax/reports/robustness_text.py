@@ -70,6 +70,8 @@ def render(
         parts.append(_simba(config, found['simba'], shown))
     if 'corruptions' in found:
         parts.append(_corruptions(found['corruptions'], shown))
+    if 'operators' in found:
+        parts.append(_operators(found['operators']))
     return '\n\n'.join(parts) + '\n'
 
 
@@ -181,3 +183,22 @@ def _corruptions(corruptions, shown):
         markdown_table(('corruption', *map(str, SEVERITIES), 'mean'), rows),
     ]
     return _with_plot(text, shown.get('corruptions'))
+
+
+def _operators(found):
+    number = lambda value: '-' if value is None else f'{value:.4g}'
+    rows = [
+        (layer['name'], *(number(layer[key]) for key in ('conv_norm', 'layer_norm', 'condition')))
+        for layer in found['layers']
+    ]
+    return '\n'.join(
+        [
+            '## Layers',
+            '',
+            markdown_table(('layer', 'norm of the convolution', 'norm of the layer', 'condition number'), rows),
+            '',
+            f'Product of the norms, for normalized images: {number(found["product_bound"])}. Steepest secant of the '
+            f'logits that was found, for pixels in [0, 1]: {number(found["lipschitz_lower_bound"])}, a lower bound on '
+            'the Lipschitz constant. Measured, not certified.',
+        ]
+    )

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from convnorm_jax import plots
+from convnorm_jax.configs.keys import value_text
 from convnorm_jax.errors import UserError
 from convnorm_jax.evaluation.features import SCORE_NAMES
 from convnorm_jax.files import write_json, write_text
 from convnorm_jax.reports.tables import markdown_table
-from convnorm_jax.runs.sweep import Run, short_keys, value_text
+from convnorm_jax.runs.sweep import Run, short_keys
 
 # Scores of generators, by their names in result.json.
 _SCORES = (*(name for names in SCORE_NAMES.values() for name in names), 'label_agreement')

@@ -118,13 +118,6 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
     return {key: key if name in vague else name for key, name in short.items()}
 
 
-def value_text(value: Any) -> str:
-    """A value of a config as people write it: 0.1, 1e-4, resnet18."""
-    if isinstance(value, float) and float(f'{value:g}') == value:
-        return f'{value:g}'
-    return str(value)
-
-
 class _Process:
     """A run's process; it holds the lock on its log.txt until it ends, even if the sweep is killed first."""
 

@@ -29,7 +29,19 @@ DEFAULT_STEP_SIZES = {'free': 8.0, 'fast': 10.0, 'pgd': 2.0, 'trades': 2.0}
 # have a weight below 1e-4.
 STATISTICS_BATCHES = 100
 
-# Adversarial training's accuracy on validation examples under PGD of so many steps, and its column in metrics.csv.
+# Of metrics.csv.
+COLUMNS = (
+    'epoch',
+    'step',
+    'learning_rate',
+    'train_loss',
+    'train_accuracy',
+    'gradient_norm',
+    'validation_loss',
+    'validation_accuracy',
+    'examples_per_second',
+)
+# Adversarial training's accuracy on validation examples under PGD of so many steps, and its column.
 PROBE, PROBE_STEPS = 'validation_pgd_accuracy', 10
 # Catastrophic overfitting: that accuracy is below this share of the best epoch's.
 COLLAPSE = 0.5
@@ -53,9 +65,7 @@ class Classification(Experiment):
     @property
     def columns(self) -> tuple[str, ...]:
         """See `Experiment`."""
-        validation = ('validation_loss', 'validation_accuracy', *([PROBE] if self.probed else []))
-        training = ('learning_rate', 'train_loss', 'train_accuracy', 'gradient_norm')
-        return ('epoch', 'step', *training, *validation, 'examples_per_second')
+        return (*COLUMNS, PROBE) if self.probed else COLUMNS
 
     def create_state(self) -> Any:
         """The state before the first step; jittable."""

@@ -1,6 +1,6 @@
-"""`{results} NAME`: the tables of docs/results/NAME.json.
+"""`{results} NAME`: the tables of docs/results/NAME.json; `{claim} NAME`: the part of results/report.md on a claim.
 
-A file holds a list of tables. Each has 'columns', a heading each, and 'rows', lists of cells: numbers, texts, null, or
+A file of docs/results holds a list of tables. Each has 'columns', a heading each, and 'rows', lists of cells: numbers, texts, null, or
 [mean, standard deviation]. If they are there: 'decimals' of the numbers of each column (null: as written), 'command',
 and 'before' and 'after' (Markdown).
 """
@@ -65,7 +65,30 @@ class Results(SphinxDirective):
         return self.parse_text_to_nodes('\n\n'.join(map(markdown, load(name))))
 
 
+class Claim(SphinxDirective):
+    """The directive: what `convnorm paper` wrote of a claim, with its plots."""
+
+    required_arguments = 1
+
+    def run(self):
+        """Nodes of the section, without its heading."""
+        path = FOLDER.parents[1] / 'results'
+        claim = json.loads((path / f'{self.arguments[0]}.json').read_text())
+        self.env.note_dependency(str(path / 'report.md'))
+        text = section((path / 'report.md').read_text(), claim['title'])
+        return self.parse_text_to_nodes(re.sub(r'\]\((?=[^)]*\.png)', '](../results/', text))
+
+
+def section(report, heading):
+    """The text below a heading of the second level."""
+    found = report.partition(f'## {heading}\n')[2]
+    if not found:
+        raise ValueError(f'report.md has no section {heading!r}')
+    return re.sub(r'^### (.*)$', r'**\1**', found.partition('\n## ')[0], flags=re.MULTILINE)
+
+
 def setup(app):
     """Sphinx's hook."""
     app.add_directive('results', Results)
+    app.add_directive('claim', Claim)
     return {'parallel_read_safe': True}

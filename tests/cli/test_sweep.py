@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from convnorm_jax.cli import sweep
+from convnorm_jax.configs.keys import value_text
 from convnorm_jax.reports import sweep as sweep_report
 from convnorm_jax.runs import sweep as sweep_lib
 
@@ -245,7 +246,7 @@ def test_a_folder_with_another_run(command, written):
 
 
 def test_values_as_people_write_them():
-    assert [sweep_lib.value_text(v) for v in (0.2, 30.0, 1e-4, 0.123456789, 3, True, 'oni', None)] == [
+    assert [value_text(v) for v in (0.2, 30.0, 1e-4, 0.123456789, 3, True, 'oni', None)] == [
         '0.2', '30', '0.0001', '0.123456789', '3', 'True', 'oni', 'None',
     ]  # fmt: skip
     keys = ['model.name', 'data.name', 'data.label_noise.rate', 'model.groupnorm.groups', 'model.layer']

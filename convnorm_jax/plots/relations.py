@@ -1,0 +1,53 @@
+"""One quantity against several others, a point for each method."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+
+import matplotlib
+
+from convnorm_jax.errors import UserError
+from convnorm_jax.plots.comparison import look
+from convnorm_jax.plots.figure import STYLE, new_figure, write
+
+
+def relation_plot(
+    panels: Mapping[str, Mapping[str, tuple[float, float]]],
+    path: str | os.PathLike,
+    *,
+    y_name: str,
+    title: str | None = None,
+) -> pathlib.Path:
+    """Draws a panel for each quantity on the x axis, which is logarithmic, and a point for each method.
+
+    Args:
+      panels: {name of the x axis: {method: (x, y)}}; x above 0.
+      path: the PNG to write.
+      y_name: name and unit of the y axis.
+      title: text above the panels.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: no panel, or a panel without a point.
+    """
+    for name, points in panels.items():
+        if not points:
+            raise UserError(f'panels[{name!r}]={{}}: expected at least one point')
+    if not panels:
+        raise UserError('panels={}: expected at least one')
+    methods = list(dict.fromkeys(method for points in panels.values() for method in points))
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(max(3.6, 2.4 * len(panels)), 2.9, title)
+        grid = figure.subplots(1, len(panels), squeeze=False, sharey=True).ravel()
+        for axes, (name, points) in zip(grid, panels.items(), strict=True):
+            for index, method in enumerate(methods):
+                if method in points:
+                    axes.plot(*points[method], **{**look(index), 'linestyle': 'none', 'markersize': 6}, label=method)
+            axes.set_xscale('log')
+            axes.set_xlabel(name)
+        grid[0].set_ylabel(y_name)
+        handles, names = grid[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc='outside lower center', ncols=min(len(names), 4))
+        return write(figure, path)
