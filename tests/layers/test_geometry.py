@@ -1,7 +1,6 @@
 """Every geometry: dimensions, dilation, groups, circular, transposed."""
 
 import itertools
-import os
 
 import hypothesis
 import jax
@@ -26,21 +25,26 @@ def random(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-@hypothesis.settings(
-    max_examples=int(os.environ.get('CONVNORM_GEOMETRIES', 8)),
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
-    phases=[hypothesis.Phase.generate],
-)
-@hypothesis.given(data=strategies.data())
-def test_random_geometries_against_dense_matrices(data):
-    """`.ci/run` draws 300, `benchmarks.geometries` 5,000."""
-    one = geometries.draw(lambda count: data.draw(strategies.integers(0, count - 1)))
-    hypothesis.assume(one is not None)
-    for name, error in geometries.errors(one).items():
-        assert error < geometries.TOLERANCES[one.dtype], (name, error, one)
+@pytest.mark.parametrize('draws', few([8, 300], 8))
+def test_random_geometries_against_dense_matrices(draws):
+    """`benchmarks.geometries` draws 5,000."""
+
+    @hypothesis.settings(
+        max_examples=draws,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate],
+    )
+    @hypothesis.given(data=strategies.data())
+    def check(data):
+        one = geometries.draw(lambda count: data.draw(strategies.integers(0, count - 1)))
+        hypothesis.assume(one is not None)
+        for name, error in geometries.errors(one).items():
+            assert error < geometries.TOLERANCES[one.dtype], (name, error, one)
+
+    check()
 
 
 # --- without the filter it is flax's convolution --------------------------------------------------
