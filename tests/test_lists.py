@@ -4,6 +4,7 @@ import inspect
 import json
 import pathlib
 import re
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -88,8 +89,8 @@ def test_the_standard_ensemble_is_the_librarys():
     assert set(robustness_text.ATTACK_NAMES) == set(members.MEMBERS)
 
 
-def test_everything_is_measured_by_default():
-    assert tuple(BASE['eval.parts']) == suite.PARTS and tuple(BASE['attack.names']) == classifier.ATTACKS
+def test_all_of_robustness_is_measured_by_default():
+    assert (*BASE['eval.parts'], 'operators') == suite.PARTS and tuple(BASE['attack.names']) == classifier.ATTACKS
     config = default.get_config()
     for section, function in (('simba', suite.run_simba), ('autoattack', run_ensemble)):
         assert set(config.eval[section]) <= set(inspect.signature(function).parameters)
@@ -100,7 +101,7 @@ def test_every_part_of_the_suite_is_run(part, monkeypatch):
     called = []
     for name in suite.PARTS:
         monkeypatch.setattr(suite, f'run_{name}', lambda *_, _name=name, **__: called.append(_name))
-    robustness._measure(part, None, default.get_config())
+    robustness._measure(part, None, types.SimpleNamespace(config=default.get_config(), model=None))
     assert called == [part]
 
 

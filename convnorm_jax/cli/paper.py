@@ -34,14 +34,16 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str], list[int]]:
     flags.DEFINE_enum('scale', 'small', SCALES, 'for two cores, or the published nets', flag_values=values)
     flags.DEFINE_list('seeds', ['0', '1', '2'], 'whole numbers', flag_values=values)
     flags.DEFINE_integer('jobs', 1, 'runs at a time', lower_bound=1, flag_values=values)
-    flags.DEFINE_string('data_dir', '', "config.data.data_dir of the runs on CIFAR-10", flag_values=values)
+    flags.DEFINE_string('data_dir', '', 'config.data.data_dir of the runs on CIFAR-10', flag_values=values)
     flags.DEFINE_string('workdir', os.path.join('runs', 'paper'), 'folder of the runs', flag_values=values)
     flags.DEFINE_string('output', 'results', 'folder of the results', flag_values=values)
     flags.DEFINE_enum('mode', 'train', ['train', 'plan', 'report'], 'run, or only say what is left', flag_values=values)
     command_line.parse_own(values, argv, ', '.join(f'--{name}' for name in sorted(values) if len(name) > 1))
     for claim in values.claims:
         if claim not in CLAIMS:
-            raise UserError(f'--claims={",".join(values.claims)}: no claim {claim!r}; expected some of {", ".join(CLAIMS)}')
+            raise UserError(
+                f'--claims={",".join(values.claims)}: no claim {claim!r}; expected some of {", ".join(CLAIMS)}'
+            )
     if not values.claims or len(set(values.claims)) < len(values.claims):
         raise UserError(f'--claims={",".join(values.claims)}: expected some of {", ".join(CLAIMS)}, each once')
     try:
@@ -89,14 +91,15 @@ def _run_claim(claim, record, options, seeds):
     from convnorm_jax.paper.summary import rates_of
 
     wanted = studies(claim, options.scale)
-    failed = _run_cells(claim, [cell for study in wanted for cell in tuning_cells(study)], record, options)
+    tuning = [cell for study in wanted for cell in tuning_cells(study)]
+    failed = _run_cells(claim, 'learning rates', tuning, record, options)
     for seed in seeds:
         of_seed = [cell for study in wanted for cell in cells(study, rates_of(study, record), [seed])]
-        failed += _run_cells(claim, of_seed, record, options)
+        failed += _run_cells(claim, f'seed {seed}', of_seed, record, options)
     return failed
 
 
-def _run_cells(claim, wanted, record, options):
+def _run_cells(claim, part, wanted, record, options):
     from convnorm_jax.runs.sweep import run_all
     from convnorm_jax.training.loop import NON_FINITE
 
@@ -111,7 +114,9 @@ def _run_cells(claim, wanted, record, options):
             record.add(runs[run.folder][1], result, seconds, __version__)
             record.write({'claim': claim, 'scale': options.scale})
 
-    _say(f'{claim}: {len(runs)} of {len(wanted)} runs to do')
+    if not runs:
+        return 0
+    _say(f'{claim}, {part}: {len(runs)} of {len(wanted)} runs to do')
     failed = run_all([planned for planned, _ in runs.values()], options.jobs, _say, ended)
     return sum(record.find(runs[run.folder][1]) is None for run in failed)
 

@@ -208,7 +208,9 @@ KEYS = {
     'eval.examples': _free(
         0, 'attack only the first so many test examples; 0: all (imagenet, folder: 1000)', interval='[0, 1e12]'
     ),
-    'eval.checkpoint': _free('best', 'best by validation accuracy (adversarial training: under PGD), or latest', choices=('best', 'latest')),
+    'eval.checkpoint': _free(
+        'best', 'best by validation accuracy (adversarial training: under PGD), or latest', choices=('best', 'latest')
+    ),
     'eval.suite': _free('', 'standard: all of eval.parts, and report.md', choices=('evaluation.suite:SUITES',)),
     'eval.parts': _free(
         ('autoattack', 'curve', 'simba', 'corruptions'),

@@ -63,8 +63,9 @@ def lipschitz_lower_bound(
     longer = jnp.linalg.norm((ends[0] - images).reshape(len(images), -1), axis=-1) >= jnp.linalg.norm(
         (ends[1] - images).reshape(len(images), -1), axis=-1
     )
-    start = jnp.where(longer.reshape(shape), *ends)
-    (_, best), _ = jax.lax.scan(ascend, (start, jnp.full(len(images), -jnp.inf)), None, length=steps + 1)
+    start = jnp.where(longer.reshape(shape), ends[0], ends[1])
+    first = start, jnp.full(len(images), -jnp.inf)
+    (_, best), _ = jax.lax.scan(ascend, first, None, length=steps + 1)
     return jnp.where(jnp.isfinite(best), jnp.exp(best), 0)
 
 

@@ -282,7 +282,7 @@ def _operators(subject: Subject, model: nn.Module) -> dict[str, Any]:
         found.append(np.asarray(search(pixels, rng=jax.random.key(subject.seed))).max())
     return {
         'layers': layers,
-        'largest_conv_norm': max(layer['conv_norm'] for layer in layers),
+        'largest_conv_norm': max(o.conv_norm for o in operators if len(o.input_shape) > 1),
         'median_condition': float(np.median([layer['condition'] for layer in layers])),
         'product_bound': product_bound(model, operators),
         'lipschitz_lower_bound': float(max(found)),

@@ -112,10 +112,14 @@ def _training(small):
             tuned_at={'model.name': 'vgg16'},
             seconds=70,
         ),
-        Study('published', 'the published protocol', 'cifar10_convnorm', {**steps, **_AS_PUBLISHED}, _THREE, seconds=70),
+        Study(
+            'published', 'the published protocol', 'cifar10_convnorm', {**steps, **_AS_PUBLISHED}, _THREE, seconds=70
+        ),
     ]
     if resnet:
-        found.insert(2, Study('resnet', 'narrow ResNet-18', 'cifar10_convnorm', resnet, _THREE, rates=fewer, seconds=150))
+        found.insert(
+            2, Study('resnet', 'narrow ResNet-18', 'cifar10_convnorm', resnet, _THREE, rates=fewer, seconds=150)
+        )
     return found
 
 

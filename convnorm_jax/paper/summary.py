@@ -165,11 +165,11 @@ def as_dict(summary: Summary) -> dict[str, Any]:
     study = summary.study
     listed = []
     for figure in summary.figures:
-        for (arm, column), values in summary.figures[figure].items():
+        for (arm, setting), values in summary.figures[figure].items():
             found = mean(values)
             deviation = None if math.isnan(found.deviation) else found.deviation
             listed.append(
-                {'figure': figure, 'arm': arm, 'setting': column, 'mean': found.mean, 'standard_deviation': deviation,
+                {'figure': figure, 'arm': arm, 'setting': setting, 'mean': found.mean, 'standard_deviation': deviation,
                  'seeds': list(values), 'all': list(values.values())}
             )  # fmt: skip
     differences = []

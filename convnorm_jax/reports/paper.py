@@ -126,7 +126,8 @@ def _means(summary):
         (
             name if len(named) > 1 else '',
             markdown_table(
-                head, [[arm, *(_cell(summary, figure, arm, column) for column in summary.columns)] for arm in study.arms]
+                head,
+                [[arm, *(_cell(summary, figure, arm, column) for column in summary.columns)] for arm in study.arms],
             ),
         )
         for figure, name in named
@@ -196,7 +197,9 @@ def _not_run(summaries):
     for summary in summaries:
         if summary.missing or summary.waiting:
             runs = len(summary.missing) + summary.waiting
-            words.append(f'{summary.study.name}: {runs} runs, about {runs * summary.study.seconds / 3600:.1f} h of a core')
+            words.append(
+                f'{summary.study.name}: {runs} runs, about {runs * summary.study.seconds / 3600:.1f} h of a core'
+            )
     return f'Planned, and not run: {"; ".join(words)}.'
 
 
@@ -277,7 +280,9 @@ def site_tables(summary: Summary) -> list[dict[str, Any]]:
         rows = []
         for arm in study.arms:
             found = [summary.mean(figure, arm, column) for column in columns]
-            rows.append([arm, *(one and [one.mean, None if math.isnan(one.deviation) else one.deviation] for one in found)])
+            rows.append(
+                [arm, *(one and [one.mean, None if math.isnan(one.deviation) else one.deviation] for one in found)]
+            )
         heads = [column.name or f'{_name(figure)}' for column in columns]
         tables.append(
             {

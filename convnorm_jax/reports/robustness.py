@@ -17,7 +17,6 @@ from convnorm_jax.reports import robustness_text
 from convnorm_jax.training import classification
 from convnorm_jax.training.classification import Classification
 
-
 # What result.json holds of the part 'operators'.
 OPERATOR_FIGURES = ('largest_conv_norm', 'median_condition', 'product_bound', 'lipschitz_lower_bound')
 

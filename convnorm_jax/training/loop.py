@@ -25,7 +25,6 @@ from convnorm_jax.training.batches import Waiting
 from convnorm_jax.training.experiment import Experiment
 from convnorm_jax.training.totals import means, zero_totals
 
-
 NON_FINITE = 'the loss or the gradient became infinite or NaN'
 
 

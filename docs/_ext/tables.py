@@ -1,8 +1,8 @@
 """`{results} NAME`: the tables of docs/results/NAME.json; `{claim} NAME`: the part of results/report.md on a claim.
 
-A file of docs/results holds a list of tables. Each has 'columns', a heading each, and 'rows', lists of cells: numbers, texts, null, or
-[mean, standard deviation]. If they are there: 'decimals' of the numbers of each column (null: as written), 'command',
-and 'before' and 'after' (Markdown).
+A file of docs/results holds a list of tables. Each has 'columns', a heading each, and 'rows', lists of cells: numbers,
+texts, null, or [mean, standard deviation]. If they are there: 'decimals' of the numbers of each column (null: as
+written), 'command', and 'before' and 'after' (Markdown).
 """
 
 import json

@@ -29,7 +29,9 @@ def test_only_common_seeds_are_paired():
 @pytest.mark.parametrize(('shift', 'sign'), [(5, 1), (-5, -1), (0, 0)])
 def test_the_sign_needs_an_interval_without_zero(shift, sign):
     values = {0: 1.0, 1: -1.0, 2: 0.5}
-    found = statistics.paired_difference({seed: value + shift for seed, value in values.items()}, dict.fromkeys(values, 0.0))
+    found = statistics.paired_difference(
+        {seed: value + shift for seed, value in values.items()}, dict.fromkeys(values, 0.0)
+    )
     assert found.sign == sign
 
 

@@ -11,7 +11,7 @@ STUDY = Study(
     'a',
     'a study',
     'digits_convnorm',
-    {'train.steps': 3, 'plots': False},
+    {'train.steps': 3, 'plots': False, 'data.label_noise.kind': 'symmetric'},
     {'ConvNorm': {'model.layer': 'convnorm'}, 'spectral norm': {'model.layer': 'spectralnorm'}},
     {'data.label_noise.rate': (0.0, 0.4)},
     rates=(0.1, 0.01),

@@ -10,7 +10,10 @@ from convnorm_jax.plots.figure import BLUE, GREY, VERMILLION
 
 
 def test_interval_plot(tmp_path, check_picture):
-    panels = {'minus BatchNorm': [('0', 1.0, -1.0, 3.0), ('0.4', 5.0, 4.0, 6.0)], 'minus ONI': [('0', -2.0, math.nan, math.nan)]}
+    panels = {
+        'minus BatchNorm': [('0', 1.0, -1.0, 3.0), ('0.4', 5.0, 4.0, 6.0)],
+        'minus ONI': [('0', -2.0, math.nan, math.nan)],
+    }
     path = tmp_path / 'a.png'
     check_picture(path, intervals.interval_plot(panels, path, x_name='points', title='a study'))
 
