@@ -17,7 +17,7 @@ SMALL = ('--config.model.width=4', '--config.model.depth=(1,1)', '--config.data.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('net', (SEPARABLE, SEQUENCE), ids=' '.join)
+@pytest.mark.parametrize('net', (pytest.param(SEPARABLE, marks=pytest.mark.beyond), SEQUENCE), ids=' '.join)
 def test_a_run_with_its_attacks_pictures_and_operators(command, net, tmp_path):
     config, name = net
     workdirs = [tmp_path / layer for layer in ('convnorm', 'batchnorm')]

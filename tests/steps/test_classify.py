@@ -168,8 +168,7 @@ def test_statistics_of_the_average_are_estimated_with_it(layer, microbatches, ba
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('decay', [0.9, 0.9999])
-@pytest.mark.parametrize('layer', ['batchnorm', 'convnorm'])
+@pytest.mark.parametrize(('layer', 'decay'), [('batchnorm', 0.9), ('convnorm', 0.9999)])
 def test_the_average_is_no_worse_than_the_raw_net(layer, decay):
     """On the digits, at a decay that suits the length and at one much too long for it."""
     source = load_source('digits')
