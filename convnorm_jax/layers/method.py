@@ -9,13 +9,8 @@ Method = Literal['frequency', 'spatial', 'reference']
 METHODS = ('frequency', 'spatial', 'reference')
 
 # From this batch size on, the products over the channels cost more than the transform of the kernel, whose cost does
-# not depend on the batch.
-LEAST_BATCH = 8
-
-# With few channels and large grids the transforms of the frequency domain, which are half as large again, cost more
-# than the products over the channels save. benchmarks/README.md, "layer", has the measurements.
-FEW_CHANNELS = 40  # input and output channels together
-LARGE_GRID = 400  # points
+# not depend on the batch. benchmarks/README.md, "layer", has the measurements.
+LEAST_BATCH = 16
 
 # The largest number of entries of the transformed kernel: 4 bytes each, and twice that in a backward pass.
 MOST_FILTERS = 2**27
@@ -34,7 +29,5 @@ def choose_method(
     if geometry.groups > 1:
         return 'spatial'
     filters = bilinear.products(geometry) * features_in * features
-    height, width = geometry.grid
-    small = features_in + features <= FEW_CHANNELS and height * width >= LARGE_GRID
     large = not isinstance(batch, int) or batch >= LEAST_BATCH
-    return 'frequency' if large and filters <= MOST_FILTERS and not small else 'spatial'
+    return 'frequency' if large and filters <= MOST_FILTERS else 'spatial'

@@ -667,8 +667,8 @@ def test_the_method_is_chosen_by_size():
     assert choose_method(geometry, 32, 4096, 4096) == 'spatial'  # 10 GB of filters
     assert choose_method(geometry, 32, 8, 8) == 'frequency'
     large = of_convolution((32, 32), (3, 3), (1, 1), ((1, 1), (1, 1)))
-    assert choose_method(large, 32, 16, 16) == 'spatial'  # a large grid, few products to save
-    assert choose_method(large, 32, 32, 32) == 'frequency'
+    assert choose_method(large, 16, 8, 8) == choose_method(large, 128, 3, 8) == 'frequency'
+    assert choose_method(large, 15, 64, 64) == 'spatial'
 
 
 def test_an_unknown_method_is_refused():
