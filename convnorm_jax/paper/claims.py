@@ -81,10 +81,10 @@ def title(claim: str) -> str:
 
 def _training(small):
     if small:
-        steps = {**_CLEAN, **_SIMPLE, **_COSINE, 'train.steps': 600}
-        narrow = {**_CLEAN, **_COSINE, 'model.width': 8, 'train.steps': 400}
+        steps = {**_CLEAN, **_SIMPLE, **_COSINE, 'train.steps': 400}
+        narrow = {**_CLEAN, **_COSINE, 'model.width': 8, 'train.steps': 300}
         rates, fewer = (0.003, 0.01, 0.03, 0.1, 0.3), (0.01, 0.03, 0.1)
-        resnet = {**_CLEAN, **_COSINE, 'model.name': 'resnet18', 'model.width': 16, 'train.steps': 400}
+        resnet = {**_CLEAN, **_COSINE, 'model.name': 'resnet18', 'model.width': 16, 'train.steps': 250}
     else:
         steps = {**_CLEAN, **_COSINE, 'train.epochs': 120.0}
         narrow = {**_CLEAN, **_COSINE, 'train.epochs': 60.0}
@@ -151,7 +151,7 @@ def _robust(small):
 
 
 def _noise(small):
-    options = {**_CLEAN, **_COSINE, **({**_SIMPLE, 'train.steps': 600} if small else {})}
+    options = {**_CLEAN, **_COSINE, **({**_SIMPLE, 'train.steps': 400} if small else {})}
     tuned, rates = {'data.label_noise.rate': 0.4}, (0.01, 0.03, 0.1)
     as_published = {**options, **_AS_PUBLISHED}
     one = {'data.label_noise.rate': (0.4,)}
@@ -165,7 +165,7 @@ def _noise(small):
 
 
 def _scarcity(small):
-    options = {**_CLEAN, **_COSINE, **({**_SIMPLE, 'train.steps': 1500} if small else {'train.steps': 42_120})}
+    options = {**_CLEAN, **_COSINE, **({**_SIMPLE, 'train.steps': 1000} if small else {'train.steps': 42_120})}
     tuned, rates = {'data.subset_fraction': 0.1}, (0.01, 0.03, 0.1)
     as_published = {**options, **_AS_PUBLISHED}
     one = {'data.subset_fraction': (0.1,)}
