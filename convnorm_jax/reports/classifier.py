@@ -137,10 +137,10 @@ def _validation(experiment, chosen, final):
     return {f'best_{classification.PROBE}': best, f'last_{classification.PROBE}': final.rating}
 
 
-def _collapse(result):
+def _collapse(result, num_classes):
     """[a line of warning] where catastrophic overfitting was the end of a run."""
     best, last = (result.get(f'{which}_{classification.PROBE}') for which in ('best', 'last'))
-    if best is None or last is None or not classification.collapsed(last, best):
+    if best is None or last is None or not classification.collapsed(last, best, num_classes):
         return []
     advice = '' if result['checkpoint'] == 'best' else ': evaluate it by --config.eval.checkpoint=best'
     return [
@@ -214,6 +214,6 @@ def _table(experiment, result, attacked, found):
             markdown_table(('attack', 'size', 'accuracy', 'examples'), rows, 2),
             '',
             f'trained at {result["examples_per_second"]:,.0f} examples/s on {result["device"]}',
-            *_collapse(result),
+            *_collapse(result, experiment.source.num_classes),
         ]
     )

@@ -43,8 +43,8 @@ COLUMNS = (
 )
 # Adversarial training's accuracy on validation examples under PGD of so many steps, and its column.
 PROBE, PROBE_STEPS = 'validation_pgd_accuracy', 10
-# Catastrophic overfitting: that accuracy is below this share of the best epoch's.
-COLLAPSE = 0.5
+# Catastrophic overfitting: that accuracy is below this share of the best epoch's, which was above chance by this factor.
+COLLAPSE, ABOVE_CHANCE = 0.5, 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +130,8 @@ class Classification(Experiment):
 
     def warning(self, found: dict[str, float], progress: Progress) -> str:
         """Of catastrophic overfitting: training goes on, but the accuracy under PGD is lost."""
-        best = progress.best_rating
-        if PROBE not in found or best is None or not collapsed(found[PROBE], best):
+        best, classes = progress.best_rating, self.source.num_classes
+        if PROBE not in found or best is None or not collapsed(found[PROBE], best, classes):
             return ''
         return (
             f'validation accuracy under PGD-{PROBE_STEPS} fell from {100 * best:.1f} % (step {progress.best_step}) to '
@@ -180,9 +180,9 @@ def probe_attack(config: ConfigDict) -> AttackSettings:
     return AttackSettings('pgd', epsilon, epsilon / 4, PROBE_STEPS, restarts=1, loss='cross_entropy')
 
 
-def collapsed(accuracy: float, best: float) -> bool:
+def collapsed(accuracy: float, best: float, num_classes: int) -> bool:
     """Whether an accuracy under PGD is lost, against that of the best epoch."""
-    return accuracy < COLLAPSE * best
+    return accuracy < COLLAPSE * best and best > ABOVE_CHANCE / num_classes
 
 
 def attack_settings(config: ConfigDict) -> dict[str, AttackSettings]:

@@ -66,6 +66,7 @@ def test_the_warning(trained):
         ({'validation_pgd_accuracy': 0.31}, best),
         ({'validation_pgd_accuracy': 0.0}, Progress()),
         ({'validation_accuracy': 0.0}, best),
+        ({'validation_pgd_accuracy': 0.02}, Progress(best_step=4, best_rating=0.12)),  # chance
     ):
         assert experiment.warning(found, progress) == ''
 
@@ -81,8 +82,8 @@ def test_the_result_says_what_chose_and_what_was_last(trained, capsys):
 
 def test_the_report_warns_of_a_collapse():
     figures = {'best_validation_pgd_accuracy': 0.6, 'last_validation_pgd_accuracy': 0.1}
-    (line,) = report._collapse({**figures, 'checkpoint': 'latest'})
+    (line,) = report._collapse({**figures, 'checkpoint': 'latest'}, 10)
     assert 'was 60.0 % at best, and 10.0 % in the last epoch' in line and 'config.eval.checkpoint=best' in line
-    assert 'config.eval' not in report._collapse({**figures, 'checkpoint': 'best'})[0]
-    assert report._collapse({**figures, 'last_validation_pgd_accuracy': 0.5, 'checkpoint': 'best'}) == []
-    assert report._collapse({'best_validation_accuracy': 0.9, 'checkpoint': 'best'}) == []
+    assert 'config.eval' not in report._collapse({**figures, 'checkpoint': 'best'}, 10)[0]
+    assert report._collapse({**figures, 'last_validation_pgd_accuracy': 0.5, 'checkpoint': 'best'}, 10) == []
+    assert report._collapse({'best_validation_accuracy': 0.9, 'checkpoint': 'best'}, 10) == []
