@@ -43,7 +43,7 @@ COLUMNS = (
 )
 # Adversarial training's accuracy on validation examples under PGD of so many steps, and its column.
 PROBE, PROBE_STEPS = 'validation_pgd_accuracy', 10
-# Catastrophic overfitting: that accuracy is below this share of the best epoch's, which was above chance by this factor.
+# Catastrophic overfitting: that accuracy is below this share of the best epoch's, which was above chance by a factor.
 COLLAPSE, ABOVE_CHANCE = 0.5, 1.5
 
 
