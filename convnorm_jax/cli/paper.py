@@ -140,13 +140,12 @@ def _plan(records, options, seeds):
         for study in studies(claim, options.scale):
             summary = summarize(study, record, seeds)
             left = len(summary.missing) + summary.waiting
-            known = record.seconds(study)
-            each = sum(known) / len(known) if known else study.seconds
-            needed = left * each / options.jobs / 3600
-            rows.append([claim, study.name, f'{len(known)}', f'{left}', f'{each:.0f}', f'{needed:.1f}'])
+            done = len(record.seconds(study, True)) + len(record.seconds(study, False))
+            needed = summary.seconds_left / options.jobs / 3600
+            rows.append([claim, study.name, f'{done}', f'{left}', f'{needed:.1f}'])
             hours += needed
-    rows.append(['all', '', '', '', '', f'{hours:.1f}'])
-    return markdown_table(['claim', 'study', 'done', 'left', 'seconds each', 'hours left'], rows, 2)
+    rows.append(['all', '', '', '', f'{hours:.1f}'])
+    return markdown_table(['claim', 'study', 'done', 'left', 'hours left'], rows, 2)
 
 
 def _report(records, options, seeds, output, argv):

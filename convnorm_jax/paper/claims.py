@@ -120,6 +120,7 @@ def _robust(small):
     fewer = {'eval.autoattack.attacks': ('apgd-ce', 'apgd-t')} if small else {}
     arms = _THREE if small else _ARMS
     options = {'rates': rates, 'tuned_at': tuned, 'chosen_by': _PROBED, 'figures': _ROBUST, 'measures': _MEASURES}
+    options['tuning_seconds'] = 200 if small else 7200
     as_published = {**_AS_PUBLISHED, 'eval.checkpoint': 'latest', 'eval.suite': ''}
     free_config, fast_config = 'cifar10_free_adversarial', 'cifar10_fast_adversarial'
     return [

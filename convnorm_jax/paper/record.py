@@ -94,9 +94,10 @@ class Record:
         of_study = (run['result'] for run in self._runs.values() if run['study'] == study.name and run['result'])
         return next((result[name] for result in of_study if name in result), None)
 
-    def seconds(self, study: Study) -> list[float]:
-        """Of the known runs of a study."""
-        return [run['seconds'] for run in self._runs.values() if run['study'] == study.name]
+    def seconds(self, study: Study, tuning: bool) -> list[float]:
+        """Of the known runs of a study: those that choose its rates, or those that are reported."""
+        runs = self._runs.values()
+        return [run['seconds'] for run in runs if run['study'] == study.name and run['tuning'] == tuning]
 
     def hours(self) -> float:
         """Of all runs together, one after another."""

@@ -34,7 +34,8 @@ class Study:
       figures: the names in result.json that are reported, the most important first.
       measures: names in result.json that the first figure is related to, across the arms.
       lower_is_better: of `figures` and `chosen_by`.
-      seconds: of a run on one core of two, an estimate until a run is finished.
+      seconds: of a run on one core, an estimate until one is finished.
+      tuning_seconds: of a run that chooses the rate; 0 for as long.
       published: {arm: {figure: (mean, standard deviation)}} in the paper's units, for this very protocol.
     """
 
@@ -51,6 +52,7 @@ class Study:
     measures: Sequence[str] = ()
     lower_is_better: bool = False
     seconds: float = 60.0
+    tuning_seconds: float = 0.0
     published: Mapping[str, Mapping[str, tuple[float, float]]] = dataclasses.field(default_factory=dict)
 
     def combinations(self) -> list[dict[str, Any]]:

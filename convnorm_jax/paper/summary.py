@@ -40,6 +40,7 @@ class Summary:
       diverged: {(arm, column name): number of runs}.
       missing: runs that were not run, in order; those that wait for a learning rate are not in it.
       waiting: number of those.
+      seconds_left: that all of these take on one core, by the mean of the known runs, or the study's estimate.
     """
 
     study: Study
@@ -50,6 +51,7 @@ class Summary:
     diverged: Mapping[tuple[str, str], int]
     missing: Sequence[Cell]
     waiting: int
+    seconds_left: float
 
     @property
     def first(self) -> str:
@@ -113,7 +115,14 @@ def summarize(study: Study, record: Record, seeds: Sequence[int]) -> Summary:
     unchosen = [] if RATE in study.settings else [arm for arm in study.arms if arm not in rates]
     missing = [cell for cell in (*tuning, *wanted) if record.find(cell) is None]
     waiting = len(unchosen) * len(study.combinations()) * len(seeds)
-    return Summary(study, seeds, rates, columns, figures, diverged, missing, waiting)
+    left = sum(_expected(study, record, cell.tuning) for cell in missing) + waiting * _expected(study, record, False)
+    return Summary(study, seeds, rates, columns, figures, diverged, missing, waiting, left)
+
+
+def _expected(study, record, tuning):
+    """Seconds of a run that was not run."""
+    known = record.seconds(study, tuning)
+    return sum(known) / len(known) if known else study.tuning_seconds or study.seconds if tuning else study.seconds
 
 
 def rates_of(study: Study, record: Record) -> dict[str, float | None]:

@@ -197,9 +197,7 @@ def _not_run(summaries):
     for summary in summaries:
         if summary.missing or summary.waiting:
             runs = len(summary.missing) + summary.waiting
-            words.append(
-                f'{summary.study.name}: {runs} runs, about {runs * summary.study.seconds / 3600:.1f} h of a core'
-            )
+            words.append(f'{summary.study.name}: {runs} runs, about {summary.seconds_left / 3600:.1f} h of a core')
     return f'Planned, and not run: {"; ".join(words)}.'
 
 

@@ -60,11 +60,11 @@ def filled(study, path, seeds):
     """The record of a study whose runs are written by hand: ConvNorm is 10 points better with noise."""
     record, rates = Record(path), dict.fromkeys(study.arms, study.rates[0])
     for cell in tuning_cells(study):
-        record.add(cell, {study.chosen_by: 0.5 + (cell.rate == study.rates[0])}, 10, '1')
+        record.add(cell, {study.chosen_by: 0.5 + (cell.rate == study.rates[0])}, 1800, '1')
     for cell in cells(study, rates, seeds):
         noise = cell.settings['data.label_noise.rate']
         gain = (cell.arm == 'ConvNorm') * (0.1 + 0.001 * cell.seed) * (noise > 0)
-        record.add(cell, {'test_accuracy': 0.5 + 0.01 * cell.seed + gain, 'data': 'digits'}, 20, '1')
+        record.add(cell, {'test_accuracy': 0.5 + 0.01 * cell.seed + gain, 'data': 'digits'}, 3600, '1')
     record.write({})
     return record
 
@@ -96,8 +96,7 @@ def test_the_plan_says_what_is_left(command, study, tmp_path):
     (tmp_path / 'results').mkdir()
     filled(of, 'results/noise.json', [0])
     _, out, _ = command('--claims=noise', '--mode=plan', '--seeds=0,1', '--jobs=2')
-    # 4 runs of 15 s on average, two at a time.
-    assert '| noise | noise |    8 |    4 |           15 |' in out
+    assert '| noise | noise |    8 |    4 |        2.0 |' in out  # 4 hours, two runs at a time
 
 
 def test_the_report_of_known_runs_needs_no_run(command, study, tmp_path, monkeypatch):
@@ -117,7 +116,7 @@ def test_the_report_of_known_runs_needs_no_run(command, study, tmp_path, monkeyp
         assert f'({name})' in report and (tmp_path / 'results' / name).read_bytes()[:4] == b'\x89PNG'
     content = json.loads((tmp_path / 'results' / 'noise.json').read_text())
     assert content['command'] == 'convnorm paper --claims=noise' and len(content['runs']) == 16
-    assert content['hours'] == pytest.approx((4 * 10 + 12 * 20) / 3600)
+    assert content['hours'] == pytest.approx(4 * 0.5 + 12)
     (difference,) = (d for d in content['studies'][0]['differences'] if d['setting'] == '0.4')
     assert difference['interval'] == pytest.approx([9.8516, 10.3484], abs=1e-3)
     (table,) = content['tables']
