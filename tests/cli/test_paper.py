@@ -135,15 +135,16 @@ def test_what_was_not_run_is_listed_with_its_cost(command, study, tmp_path):
 
 @pytest.mark.slow
 def test_a_grid_that_runs_and_goes_on(command, study):
-    study(small(settings={'data.label_noise.rate': (0.4,)}))
+    arms = {'A': {'model.layer': 'none'}, 'B': {'model.layer': 'none', 'model.width': 5}}
+    study(small(settings={'data.label_noise.rate': (0.4,)}, arms=arms, rates=(0.05, 1e6)))
     code, out, err = command('--claims=noise', '--seeds=0', '--jobs=2')
     assert code == 0, err
     runs = json.loads(pathlib.Path('results/noise.json').read_text())['runs']
-    # The rate of 1e30 diverges, which is an answer: it is not tried again, and not chosen.
+    # The rate of 1e6 diverges, which is an answer: it is not tried again, and not chosen.
     assert [run['result'] is None for run in runs] == [False, False, True, True, False, False]
     assert all(run['rate'] == 0.05 for run in runs if not run['tuning'])
     assert all(0 < run['result']['test_accuracy'] < 1 for run in runs if not run['tuning'])
-    assert out.count('ConvNorm 0.05, BatchNorm 0.05') == 1
+    assert out.count('A 0.05, B 0.05') == 1
     code, _, err = command('--claims=noise', '--seeds=0,1', '--jobs=2')
     assert code == 0 and [line for line in err if 'runs to do' in line] == ['noise, seed 1: 2 of 2 runs to do']
     assert len(json.loads(pathlib.Path('results/noise.json').read_text())['runs']) == 8

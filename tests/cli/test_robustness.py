@@ -40,6 +40,7 @@ SUITE = (
     '--config.eval.curve=(0.0,1.0)',
     '--config.eval.simba.examples=6',
     '--config.eval.simba.queries=50',
+    '--config.eval.parts=autoattack,curve,simba,corruptions,operators',
 )
 
 
@@ -90,8 +91,12 @@ def test_the_report(workdir):
     mean = np.mean([accuracy for row in table.values() for accuracy in row.values()])
     assert result['corruption_accuracy'] == pytest.approx(mean)
     assert set(found['simba']) == {'pixel', 'dct'} and len(found['simba']['dct']['queries']) == 6
+    layers = found['operators']['layers']
+    assert result['largest_conv_norm'] == max(layer['conv_norm'] for layer in layers)
+    # The steepest secant is of pixels, the product of normalized images: the digits' deviation is above 0.2.
+    assert 0 < result['lipschitz_lower_bound'] < 5 * result['product_bound']
     text = (workdir / 'report.md').read_text()
-    for words in ('APGD-CE', '+ Square', 'PGD-2', f'AutoAttack: **{report["autoattack_acc"]} %**', 'elastic transform'):
+    for words in ('## Layers', 'conv1_1', 'APGD-CE', '+ Square', 'PGD-2', f'AutoAttack: **{report["autoattack_acc"]} %**', 'elastic transform'):
         assert words in text
     for line in text.splitlines():
         if line.startswith('!['):
@@ -128,7 +133,7 @@ def test_an_interrupted_evaluation_ends_in_the_same_report(command, workdir, mon
     assert (interrupted / 'corruption-pixelate.json').exists()
     # Another folder, for SimBA's step is another one; the same figures as without any interruption.
     after = json.loads((workdir / 'report.json').read_text())
-    for part in ('simba', 'curve'):
+    for part in ('simba', 'curve', 'operators', *robustness.OPERATOR_FIGURES):
         before['figures'].pop(part)
     assert without_seconds(after['figures']) == without_seconds(before['figures'])
     assert after['autoattack_acc'] == before['autoattack_acc']
