@@ -1,12 +1,13 @@
 """Runs what the claims of the paper rest on, and reports on it: arXiv 2103.00673.
 
 convnorm paper --claims=training,robust,noise,scarcity,gan [--scale=small|full] [--seeds=0,1,2] [--jobs=N]
-    [--data_dir=DIR] [--workdir=runs/paper] [--output=results] [--mode=train|plan|report]
+    [--data_dir=DIR] [--workdir=runs/paper] [--output=results] [--mode=train|trial|plan|report]
 
 Says what is left and about how long it takes, runs it, and reports: for each claim means over the seeds, the paired
 differences of ConvNorm from the other layers with 95 % intervals, plots, and the sentence that the data allows. For
 each layer the learning rate is chosen on the validation set by a run with seed 100. Rerun the same command to resume:
-what --output holds is not run again. With --mode=plan nothing is run, with --mode=report what there is is reported.
+what --output holds is not run again. --mode=trial runs one run of each study for ten steps, with small attacks, and
+reports nothing: do that before a long job. --mode=plan only says what is left, --mode=report reports what there is.
 Writes CLAIM.json (with --scale=full CLAIM_full.json), report.md and plots to --output.
 """
 
@@ -21,6 +22,19 @@ from convnorm_jax.cli import command_line
 from convnorm_jax.errors import UserError
 from convnorm_jax.paper.claims import CLAIMS, SCALES, studies, title
 from convnorm_jax.version import __version__
+
+# A trial: ten steps, and attacks of a few images.
+_TRIAL = (
+    '--config.train.steps=10',
+    '--config.eval.examples=16',
+    '--config.eval.batch_size=16',
+    '--config.attack.pgd_steps=2',
+    '--config.eval.autoattack.steps=5',
+    '--config.eval.autoattack.queries=10',
+    '--config.eval.autoattack.targets=2',
+    '--config.eval.samples=64',
+    '--config.gan.score_examples=0',
+)
 
 
 def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str], list[int]]:
@@ -37,7 +51,9 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str], list[int]]:
     flags.DEFINE_string('data_dir', '', 'config.data.data_dir of the runs on CIFAR-10', flag_values=values)
     flags.DEFINE_string('workdir', os.path.join('runs', 'paper'), 'folder of the runs', flag_values=values)
     flags.DEFINE_string('output', 'results', 'folder of the results', flag_values=values)
-    flags.DEFINE_enum('mode', 'train', ['train', 'plan', 'report'], 'run, or only say what is left', flag_values=values)
+    flags.DEFINE_enum(
+        'mode', 'train', ['train', 'trial', 'plan', 'report'], 'run, or only say what is left', flag_values=values
+    )
     command_line.parse_own(values, argv, ', '.join(f'--{name}' for name in sorted(values) if len(name) > 1))
     for claim in values.claims:
         if claim not in CLAIMS:
@@ -67,14 +83,16 @@ def run(argv: Sequence[str]) -> int:
     if options.mode == 'plan':
         return 0
     failed = 0
-    if options.mode == 'train':
-        os.makedirs(output, exist_ok=True)
-        try:
+    try:
+        if options.mode == 'trial':
+            return _try(claims, options, seeds[0])
+        if options.mode == 'train':
+            os.makedirs(output, exist_ok=True)
             for claim in claims:
                 failed += _run_claim(claim, records[claim], options, seeds)
-        except Stopped as stop:
-            _say(stop)
-            return 128 + stop.signal  # what a shell says of a process that a signal ended
+    except Stopped as stop:
+        _say(stop)
+        return 128 + stop.signal  # what a shell says of a process that a signal ended
     _report(records, options, seeds, output, argv)
     if failed:
         _say(f'{failed} runs failed; rerun the same command to try them again')
@@ -121,11 +139,28 @@ def _run_cells(claim, part, wanted, record, options):
     return sum(record.find(runs[run.folder][1]) is None for run in failed)
 
 
-def _as_run(cell, folder, data_dir):
+def _try(claims, options, seed):
+    """The first arm of each study for ten steps; returns the exit code."""
+    from convnorm_jax.paper.study import cells
+    from convnorm_jax.runs.sweep import run_all
+
+    runs = []
+    for claim in claims:
+        for study in studies(claim, options.scale):
+            arm = next(iter(study.arms))
+            cell = next(cells(study, {arm: study.rates[0] if study.rates else None}, [seed]))
+            folder = os.path.join(options.workdir, 'trial', options.scale, claim, cell.folder)
+            runs.append(_as_run(cell, folder, options.data_dir, _TRIAL))
+    failed = run_all(runs, options.jobs, _say)
+    _say(f'{len(runs) - len(failed)} of {len(runs)} trials ended well')
+    return 1 if failed else 0
+
+
+def _as_run(cell, folder, data_dir, more=()):
     from convnorm_jax.runs.sweep import Run
 
     place = [f'--config.data.data_dir={data_dir}'] if data_dir and 'digits' not in cell.study.config else []
-    arguments = (*cell.arguments, *place)
+    arguments = (*cell.arguments, *place, *more)
     config = command_line.read_config(arguments)
     return Run(dict(cell.settings), cell.seed, folder, arguments, config)
 

@@ -43,8 +43,11 @@ COLUMNS = (
 )
 # Adversarial training's accuracy on validation examples under PGD of so many steps, and its column.
 PROBE, PROBE_STEPS = 'validation_pgd_accuracy', 10
-# Catastrophic overfitting: that accuracy is below this share of the best epoch's, which was above chance by a factor.
-COLLAPSE, ABOVE_CHANCE = 0.5, 1.5
+# Catastrophic overfitting: that accuracy is below a share of the best epoch's, or of the training's under its own
+# attack, which was above chance by a factor.
+COLLAPSE, MASKED, ABOVE_CHANCE = 0.5, 0.3, 1.5
+# Algorithms whose training accuracy is that of attacked images, by an attack of few steps.
+ATTACKED_ACCURACY = ('free', 'fast')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,16 +131,24 @@ class Classification(Experiment):
         """The validation accuracy; of adversarial training that under PGD."""
         return found.get(PROBE, found.get('validation_accuracy'))
 
-    def warning(self, found: dict[str, float], progress: Progress) -> str:
-        """Of catastrophic overfitting: training goes on, but the accuracy under PGD is lost."""
-        best, classes = progress.best_rating, self.source.num_classes
-        if PROBE not in found or best is None or not collapsed(found[PROBE], best, classes):
+    def warning(self, row: dict[str, float], progress: Progress) -> str:
+        """Of catastrophic overfitting: the attack of the training no longer finds what PGD finds."""
+        if PROBE not in row:
+            return ''
+        found, best, classes = row[PROBE], progress.best_rating, self.source.num_classes
+        if best is not None and collapsed(found, best, classes):
+            words = f'fell from {100 * best:.1f} % (step {progress.best_step}) to {100 * found:.1f} %'
+            kept = (
+                f'The checkpoint of step {progress.best_step} is kept, and evaluated with --config.eval.checkpoint=best'
+            )
+        elif self.config.train.algorithm in ATTACKED_ACCURACY and masked(found, row['train_accuracy'], classes):
+            words = f'is {100 * found:.1f} %, under the attack of the training {100 * row["train_accuracy"]:.1f} %'
+            kept = 'The net is not robust'
+        else:
             return ''
         return (
-            f'validation accuracy under PGD-{PROBE_STEPS} fell from {100 * best:.1f} % (step {progress.best_step}) to '
-            f'{100 * found[PROBE]:.1f} %: catastrophic overfitting. The checkpoint of step {progress.best_step} is '
-            'kept, and evaluated with --config.eval.checkpoint=best; a smaller config.train.adversarial.step_size or '
-            'optimizer.learning_rate, or train.algorithm=pgd, prevents it'
+            f'validation accuracy under PGD-{PROBE_STEPS} {words}: catastrophic overfitting. {kept}; a smaller '
+            'config.train.adversarial.step_size or optimizer.learning_rate, or train.algorithm=pgd, prevents it'
         )
 
     def describe(self, values: dict[str, float]) -> str:
@@ -183,6 +194,11 @@ def probe_attack(config: ConfigDict) -> AttackSettings:
 def collapsed(accuracy: float, best: float, num_classes: int) -> bool:
     """Whether an accuracy under PGD is lost, against that of the best epoch."""
     return accuracy < COLLAPSE * best and best > ABOVE_CHANCE / num_classes
+
+
+def masked(accuracy: float, trained: float, num_classes: int) -> bool:
+    """Whether an accuracy under PGD is far below that of the training under its own attack."""
+    return accuracy < MASKED * trained and trained > ABOVE_CHANCE / num_classes
 
 
 def attack_settings(config: ConfigDict) -> dict[str, AttackSettings]:

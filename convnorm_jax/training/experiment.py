@@ -160,11 +160,11 @@ class Experiment:
         """How good the state is, from what `validate` found; higher is better, None if unknown."""
         raise NotImplementedError
 
-    def warning(self, found: dict[str, float], progress: Progress) -> str:
-        """What the user should know at once of what `validate` found; '' for nothing.
+    def warning(self, row: dict[str, float], progress: Progress) -> str:
+        """What the user should know at once of an epoch; '' for nothing.
 
         Args:
-          found: by `validate`.
+          row: of metrics.csv.
           progress: before this epoch was rated.
         """
         return ''

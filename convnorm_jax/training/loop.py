@@ -284,7 +284,7 @@ class _Run:
             'examples_per_second': speed,
             **found,
         }
-        rating, warning = experiment.rating(found), experiment.warning(found, self.progress)
+        rating, warning = experiment.rating(found), experiment.warning(row, self.progress)
         self._rate(rating, step)
         self._show(epoch, values)
         words = experiment.describe(values), experiment.describe_validation(found), f'{speed:,.0f} examples/s'

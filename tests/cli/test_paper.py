@@ -22,7 +22,7 @@ ARMS = {'ConvNorm': {'model.layer': 'convnorm'}, 'BatchNorm': {'model.layer': 'b
 
 def small(**fields):
     given = {'arms': ARMS, 'settings': {'data.label_noise.rate': (0.0, 0.4)}, 'rates': (0.05, 1e30), **fields}
-    options = {**TINY, 'data.label_noise.kind': 'symmetric'}
+    options = {**TINY, 'data.label_noise.kind': 'symmetric', **given.pop('options', {})}
     return Study('noise', 'symmetric label noise', 'digits_convnorm', options, **given)
 
 
@@ -164,3 +164,13 @@ def test_a_run_that_fails_is_tried_again(command, study, monkeypatch):
     monkeypatch.setattr(sweep_lib, '_start', start)
     code, _, err = command('--claims=noise', '--seeds=0')
     assert code == 0 and 'noise, seed 0: 2 of 2 runs to do' in err
+
+
+@pytest.mark.slow
+def test_a_trial_runs_each_study_and_records_nothing(command, study):
+    study(small(options={'train.steps': 10**6}))
+    code, _, err = command('--claims=noise', '--mode=trial', '--seeds=3')
+    assert code == 0 and err[-1] == '1 of 1 trials ended well' and not os.path.exists('results')
+    (folder,) = pathlib.Path('runs/paper/trial/small/noise/noise').iterdir()
+    assert folder.name == 'ConvNorm,rate=0,rate=0.05,seed=3'
+    assert json.loads((folder / 'result.json').read_text())['total_steps'] == 10

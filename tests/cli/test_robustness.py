@@ -96,7 +96,15 @@ def test_the_report(workdir):
     # The steepest secant is of pixels, the product of normalized images: the digits' deviation is above 0.2.
     assert 0 < result['lipschitz_lower_bound'] < 5 * result['product_bound']
     text = (workdir / 'report.md').read_text()
-    for words in ('## Layers', 'conv1_1', 'APGD-CE', '+ Square', 'PGD-2', f'AutoAttack: **{report["autoattack_acc"]} %**', 'elastic transform'):
+    for words in (
+        '## Layers',
+        'conv1_1',
+        'APGD-CE',
+        '+ Square',
+        'PGD-2',
+        f'AutoAttack: **{report["autoattack_acc"]} %**',
+        'elastic transform',
+    ):
         assert words in text
     for line in text.splitlines():
         if line.startswith('!['):

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from convnorm_jax import attacks
+from convnorm_jax.configs import digits_fast_adversarial
 from convnorm_jax.reports import classifier as report
 from convnorm_jax.runs.metrics import read_rows
 from convnorm_jax.runs.progress import Progress
-from convnorm_jax.training import classification, loop
+from convnorm_jax.training import classification, loop, setup
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -57,18 +58,43 @@ def test_more_examples_than_there_are_is_all_of_them(tiny_experiment):
     assert len(experiment.probed['labels']) == len(experiment.prepared.validation.labels)
 
 
-def test_the_warning(trained):
+def row(attacked, trained=0.5):
+    return {'validation_pgd_accuracy': attacked, 'validation_accuracy': 0.9, 'train_accuracy': trained}
+
+
+def test_the_warning_of_a_collapse(trained):
     experiment = trained[0]
     best = Progress(step=9, best_step=4, best_rating=0.6)
-    words = experiment.warning({'validation_pgd_accuracy': 0.05, 'validation_accuracy': 0.9}, best)
+    words = experiment.warning(row(0.05), best)
     assert 'fell from 60.0 % (step 4) to 5.0 %: catastrophic overfitting' in words and 'eval.checkpoint=best' in words
-    for found, progress in (
-        ({'validation_pgd_accuracy': 0.31}, best),
-        ({'validation_pgd_accuracy': 0.0}, Progress()),
-        ({'validation_accuracy': 0.0}, best),
-        ({'validation_pgd_accuracy': 0.02}, Progress(best_step=4, best_rating=0.12)),  # chance
-    ):
-        assert experiment.warning(found, progress) == ''
+    assert experiment.warning(row(0.31), best) == ''
+    assert experiment.warning({'validation_accuracy': 0.0, 'train_accuracy': 0.9}, best) == ''
+    assert experiment.warning(row(0.02, 0.1), Progress(best_step=4, best_rating=0.12)) == ''  # chance
+
+
+def test_the_warning_of_a_net_that_was_never_robust(trained, tiny_experiment):
+    words = trained[0].warning(row(0.02, 0.8), Progress())
+    assert 'is 2.0 %, under the attack of the training 80.0 %: catastrophic overfitting. The net is not robust' in words
+    assert trained[0].warning(row(0.3, 0.8), Progress()) == ''
+    trades = tiny_experiment({**FAST, 'train.algorithm': 'trades'})  # its training accuracy is that of clean images
+    assert trades.warning(row(0.02, 0.8), Progress()) == ''
+
+
+@pytest.mark.slow
+def test_catastrophic_overfitting_is_seen(tmp_path, capsys):
+    """Fast training with a large radius, provoked: FGSM's images are learned, PGD breaks everything."""
+    config = digits_fast_adversarial.get_config()
+    config.model.layer = 'batchnorm'
+    config.data.augmentation = 'none'
+    config.train.adversarial.epsilon, config.train.adversarial.step_size = 96.0, 192.0
+    config.train.epochs = 16.0
+    config.schedule.kind = 'constant'
+    config.optimizer.learning_rate, config.optimizer.weight_decay = 0.1, 0.0
+    loop.train(setup.build(config, jax.devices()[:1]), tmp_path / 'run')
+    last = read_rows(tmp_path / 'run' / 'metrics.csv')[-1]
+    assert last['train_accuracy'] > 0.4 and last['validation_accuracy'] > 0.7
+    assert last['validation_pgd_accuracy'] < 0.1
+    assert 'catastrophic overfitting' in capsys.readouterr().err
 
 
 def test_the_result_says_what_chose_and_what_was_last(trained, capsys):
