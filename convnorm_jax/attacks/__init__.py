@@ -7,10 +7,12 @@ attacks and runs each on the examples that are still robust.
 
 from convnorm_jax.attacks.apgd import apgd
 from convnorm_jax.attacks.auto_attack.ensemble import STANDARD, EnsembleResult, autoattack, run_ensemble
+from convnorm_jax.attacks.evaluation import Evaluation, evaluate
 from convnorm_jax.attacks.fab import fab
 from convnorm_jax.attacks.gradient import fgsm, pgd
 from convnorm_jax.attacks.inputs import LOSSES, NORMS
 from convnorm_jax.attacks.losses import attack_loss, targeted_loss
+from convnorm_jax.attacks.nets import as_logits_fn
 from convnorm_jax.attacks.projections import clip_pixels, project_l2, project_linf, uniform_start
 from convnorm_jax.attacks.simba import simba, simba_summary
 from convnorm_jax.attacks.square import square
@@ -20,10 +22,13 @@ __all__ = [
     'NORMS',
     'STANDARD',
     'EnsembleResult',
+    'Evaluation',
     'apgd',
+    'as_logits_fn',
     'attack_loss',
     'autoattack',
     'clip_pixels',
+    'evaluate',
     'fab',
     'fgsm',
     'pgd',

@@ -80,6 +80,23 @@ def checked_batch(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
     return jax.lax.stop_gradient(images), labels
 
 
+def checked_examples(
+    images: np.ndarray, labels: np.ndarray, epsilon: float, norm: str, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(images float32 [N, H, W, C] in [0, 1], labels int32 [N]); raises UserError for what `run_ensemble` refuses."""
+    images, labels = np.asarray(images), np.asarray(labels)
+    checked_batch(images[:1], labels[:1])
+    check_classes(labels, len(images), 'labels')
+    check_ball(epsilon, norm)
+    if np.ndim(epsilon) or epsilon is None:
+        raise UserError(f'epsilon of shape {np.shape(epsilon)}: expected one number for all images')
+    check_count(batch_size, 'batch_size')
+    if not len(images):
+        raise UserError('images: expected at least one')
+    check_pixels(images)
+    return np.clip(images, 0, 1).astype(np.float32), labels.astype(np.int32)
+
+
 def class_count(logits_fn: LogitsFn, images: jax.Array | jax.ShapeDtypeStruct, at_least: int = 2) -> int:
     """K of the logits [B, K] of these images; the network is traced, not run.
 

@@ -83,6 +83,28 @@ def check_black_box(
     )
 
 
+def check_found(accuracy: float, again: float, rounded: float | None, examples: int) -> list[str]:
+    """Warnings if the images that were found are classified otherwise in other batches, or as 8-bit images.
+
+    Args:
+      accuracy: robust accuracy as the attacks counted it; again, rounded: see `EnsembleResult`.
+      examples: number of images.
+    """
+    warnings = []
+    if again != accuracy:
+        warnings.append(
+            f'evaluated again in other batches, {abs(round((again - accuracy) * examples))} of {examples} images are '
+            f'classified otherwise (accuracy {again:.2%}, not {accuracy:.2%}): the outputs depend on the batch, or are '
+            'at the edge of rounding'
+        )
+    if rounded is not None and rounded != accuracy:
+        warnings.append(
+            f'rounded to 8 bits, the images that were found have an accuracy of {rounded:.2%}, not {accuracy:.2%}: as '
+            'files of images some are not adversarial'
+        )
+    return warnings
+
+
 def _next_to_others(predict, images):
     """The outputs of a batch whose second half is replaced by its first, and vice versa."""
     half = len(images) // 2

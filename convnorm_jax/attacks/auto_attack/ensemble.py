@@ -22,13 +22,14 @@ from convnorm_jax.attacks.auto_attack import checks
 from convnorm_jax.attacks.auto_attack.batches import Batches, joined
 from convnorm_jax.attacks.auto_attack.members import Member, check_names, make_member
 from convnorm_jax.attacks.auto_attack.saved import Progress, check_state_path, load_progress, save_progress
-from convnorm_jax.errors import UserError
 
 STANDARD = ('apgd-ce', 'apgd-t', 'fab-t', 'square')
 
 _SAVE_EVERY = 30.0  # seconds; also at the end of every attack
 # By rounding, a point may be outside of the ball by this share of its radius.
 _ROUNDING = 1e-4
+# Pixels are of 8 bits if they are so near to a multiple of 1/255, in units of 1/255.
+_EIGHT_BITS = 1e-3
 # Between chunks the host keeps a state of about `_STATE_SIZE` images per example. Above `_MOST_KEPT` bytes no state is
 # kept, and examples are packed again only after a round.
 _STATE_SIZE, _MOST_KEPT = 6, 4 * 2**30
@@ -46,6 +47,9 @@ class EnsembleResult:
       attacks: for each attack, in order: {'name', 'attacked', 'broken', 'robust_accuracy' after it,
         'seconds'}.
       warnings: sentences, see `checks`.
+      accuracy_again: on `images`, evaluated again in another order and so in other batches.
+      accuracy_rounded: on `images` rounded to 8 bits, as a file of images holds them; None where the clean images are
+        not of 8 bits themselves.
     """
 
     images: np.ndarray
@@ -54,6 +58,8 @@ class EnsembleResult:
     robust_accuracy: float
     attacks: list[dict[str, Any]]
     warnings: list[str]
+    accuracy_again: float
+    accuracy_rounded: float | None
 
 
 def autoattack(
@@ -116,7 +122,7 @@ def run_ensemble(
     Raises:
       UserError: an argument of the wrong shape, dtype, range or name, or a state of other arguments.
     """
-    images, labels = _checked(images, labels, epsilon, norm, batch_size)
+    images, labels = inputs.checked_examples(images, labels, epsilon, norm, batch_size)
     logits_fn = logits_fn if isinstance(logits_fn, jax.tree_util.Partial) else jax.tree_util.Partial(logits_fn)
     # Everything that can be refused is refused before the net has run.
     if state_path:
@@ -151,13 +157,17 @@ def run_ensemble(
     )
     if warning:
         log(f'warning: {warning}')
+    again, rounded = run.seen_again(state)
+    found = [warning, *checks.check_found(float(state.robust.mean()), again, rounded, len(labels))]
     return EnsembleResult(
         images=state.images,
         robust=state.robust,
         clean_accuracy=clean_accuracy,
         robust_accuracy=float(state.robust.mean()),
         attacks=state.attacks,
-        warnings=state.warnings + ([warning] if warning else []),
+        warnings=[*state.warnings, *filter(None, found)],
+        accuracy_again=again,
+        accuracy_rounded=rounded,
     )
 
 
@@ -207,6 +217,21 @@ class _Run:
     def _fold(self, data, attack, turn):
         keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(self.rng))
         return inputs.fold_in(inputs.fold_in(keys, attack), turn)
+
+    def seen_again(self, state):
+        """(accuracy on the images that were found, in other batches; that of them rounded to 8 bits, or None)."""
+        backwards = np.arange(len(self.labels))[::-1]
+        again = self._accuracy(state.images, backwards)
+        eight_bits = np.abs(self.images * 255 - np.round(self.images * 255)).max() < _EIGHT_BITS
+        return again, self._accuracy(np.round(state.images * 255) / 255, backwards) if eight_bits else None
+
+    def _accuracy(self, images, order):
+        images = images.astype(np.float32)
+        right = sum(
+            int(losses.correct(self._logits(images[pack]), self.labels[pack])[: len(chosen)].sum())
+            for chosen, pack in self.batches.packs(order)
+        )
+        return right / len(self.labels)
 
     def identity(self, attacks, sizes, members):
         """What must be equal to resume from a saved state."""
@@ -321,17 +346,3 @@ class _Run:
         broken = (wrong & inside)[: len(chosen)]
         state.robust[chosen[broken]] = False
         state.images[chosen[broken]] = mesh_lib.fetch(found)[: len(chosen)][broken]
-
-
-def _checked(images, labels, epsilon, norm, batch_size):
-    images, labels = np.asarray(images), np.asarray(labels)
-    inputs.checked_batch(images[:1], labels[:1])
-    inputs.check_classes(labels, len(images), 'labels')
-    inputs.check_ball(epsilon, norm)
-    if np.ndim(epsilon) or epsilon is None:
-        raise UserError(f'epsilon of shape {np.shape(epsilon)}: expected one number for all images')
-    inputs.check_count(batch_size, 'batch_size')
-    if not len(images):
-        raise UserError('images: expected at least one')
-    inputs.check_pixels(images)
-    return np.clip(images, 0, 1).astype(np.float32), labels.astype(np.int32)
