@@ -40,8 +40,8 @@ ALLOWED = {
         'training',
     },
     'cli': {
-        *('configs', 'data', 'evaluation', 'exported', 'mesh', 'paper', 'plots', 'reports', 'runs', 'training'),
-        *('version', 'weights'),
+        *('attacks', 'configs', 'data', 'evaluation', 'exported', 'mesh', 'paper', 'plots', 'reports', 'runs'),
+        *('training', 'version', 'weights'),
     },
     'functional': {'layers'},
     'nnx': {'conversion', 'dataflow', 'layers'},

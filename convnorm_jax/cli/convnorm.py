@@ -4,6 +4,7 @@
 
 train    train a net and report on it:     convnorm train --config=digits_convnorm
 eval     evaluate a trained net:           convnorm eval --workdir=DIR --config.attack.pgd_steps=20
+attack   robustness of your own net:       convnorm attack --model=FILE.py:FUNCTION --images=FILE.npz
 sweep    a grid of settings and seeds:     convnorm sweep --config=digits_convnorm --workdir=DIR --seeds=0,1,2
 paper    the paper's claims, with intervals: convnorm paper --claims=noise --data_dir=DIR
 spectra  operator norms of trained nets:   convnorm spectra --workdirs=A,B --output=DIR
@@ -22,6 +23,7 @@ from convnorm_jax.version import __version__
 COMMANDS = {
     'train': ('run', ('--mode=train',)),
     'eval': ('run', ('--mode=eval',)),
+    'attack': ('attack', ()),
     'sweep': ('sweep', ()),
     'paper': ('paper', ()),
     'spectra': ('spectra', ()),
