@@ -78,6 +78,6 @@ def _of_equinox(net, state=None):
     def logits(arrays, images):
         module, state = eqx.combine(arrays, rest)
         one = (lambda x: module(x)) if state is None else (lambda x: module(x, state)[0])
-        return jax.vmap(one)(images.transpose(0, 3, 1, 2))
+        return jax.vmap(one, axis_name='batch')(images.transpose(0, 3, 1, 2))
 
     return jax.tree_util.Partial(logits, arrays)

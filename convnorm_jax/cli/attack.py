@@ -156,7 +156,8 @@ def _report(found, options, argv):
     lines = [
         f'# Robustness of {options.model}',
         '',
-        f'{found.examples} images of {options.images}, {found.norm} radius {options.epsilon:g}/255, seed {options.seed}',
+        f'{found.examples} images of {options.images}.',
+        f'Radius {options.epsilon:g}/255 in {found.norm}, seed {options.seed}.',
         '',
         f'**Robust accuracy {100 * found.robust_accuracy:.2f} %**, the share that none of the attacks breaks (95 % '
         f'interval for another sample of as many images: {low:.1f} to {high:.1f}).',
