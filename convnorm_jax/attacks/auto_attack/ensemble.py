@@ -22,6 +22,7 @@ from convnorm_jax.attacks.auto_attack import checks
 from convnorm_jax.attacks.auto_attack.batches import Batches, joined
 from convnorm_jax.attacks.auto_attack.members import Member, check_names, make_member
 from convnorm_jax.attacks.auto_attack.saved import Progress, check_state_path, load_progress, save_progress
+from convnorm_jax.attacks.nets import as_logits_fn
 
 STANDARD = ('apgd-ce', 'apgd-t', 'fab-t', 'square')
 
@@ -102,8 +103,8 @@ def run_ensemble(
     """Runs attacks one after another, each on the examples that are still robust. Not jittable: it jits.
 
     Args:
-      logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K]. Give a `jax.tree_util.Partial` that
-        holds the variables of a large net: otherwise they are compiled in as constants.
+      logits_fn: pixels in [0, 1], [B, H, W, C] -> logits [B, K], or a net, see `nets.as_logits_fn`. Give a
+        `jax.tree_util.Partial` that holds the variables of a large net: else they are compiled in as constants.
       images: float [N, H, W, C] in [0, 1]. labels: int [N].
       epsilon: radius of the ball, in pixel units of [0, 1].
       norm: 'linf' or 'l2'.
@@ -123,7 +124,7 @@ def run_ensemble(
       UserError: an argument of the wrong shape, dtype, range or name, or a state of other arguments.
     """
     images, labels = inputs.checked_examples(images, labels, epsilon, norm, batch_size)
-    logits_fn = logits_fn if isinstance(logits_fn, jax.tree_util.Partial) else jax.tree_util.Partial(logits_fn)
+    logits_fn = as_logits_fn(logits_fn)
     # Everything that can be refused is refused before the net has run.
     if state_path:
         check_state_path(state_path)
