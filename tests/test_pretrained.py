@@ -45,6 +45,7 @@ def test_the_clean_accuracy_of_a_classifier_is_that_of_its_card(name):
     assert accuracy == pytest.approx(net.card.content['figures']['clean'], abs=0.3)  # one image in 360
 
 
+@pytest.mark.slow
 def test_the_robust_net_is_the_more_robust_one(monkeypatch):
     monkeypatch.setattr('convnorm_jax.attacks.loops.unrolls', lambda copies: False)  # quicker to compile
     images, labels = (part[:100] for part in digits())

@@ -149,6 +149,7 @@ def test_spectral_norm_of_the_convolution_itself_is_one():
     assert 1 - 1e-5 <= found.conv_norm < 1.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['layer1_0/conv2', 'layer2_0/conv1', 'layer2_0/shortcut'])
 def test_circular_values_of_convnorm(name):
     _, variables, measured = resnet('convnorm')

@@ -84,6 +84,7 @@ def test_what_is_replaced(net):
     assert np.isfinite(jax.jit(lambda x: run(model, copied(state), x)[0])(images())).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('net', few(nets.NETS, nets.ResNet))
 def test_it_trains(net):
     model, state = converted(net)[2:4]

@@ -6,6 +6,7 @@ from convnorm_jax.cli.command_line import read_config
 from convnorm_jax.configs.keys import flatten
 from convnorm_jax.paper import claims
 from convnorm_jax.paper.study import RATE, Study, cells, chosen_rates, tuning_cells
+from tests.selection import few
 
 STUDY = Study(
     'a',
@@ -57,7 +58,7 @@ def test_without_rates_all_arms_have_that_of_the_config():
     assert all(RATE not in ' '.join(cell.arguments) for cell in cells(study, {'A': None, 'B': None}, [0]))
 
 
-@pytest.mark.parametrize('scale', claims.SCALES)
+@pytest.mark.parametrize('scale', few(claims.SCALES, 'small'))
 @pytest.mark.parametrize('claim', claims.CLAIMS)
 def test_every_run_of_the_paper_is_possible(claim, scale):
     folders = []

@@ -121,6 +121,7 @@ def test_an_epoch_is_so_many_passes(tiny_gan):
     np.testing.assert_array_equal(one, order[len(one) : 2 * len(one)])
 
 
+@pytest.mark.slow
 def test_the_samplers_pictures_do_not_depend_on_the_batch(tiny_gan):
     experiment = tiny_gan()
     variables = experiment.initial_state().eval_variables
