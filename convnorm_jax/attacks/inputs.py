@@ -62,7 +62,7 @@ def checked_problem(
     return jnp.clip(images, 0, 1), labels
 
 
-def checked_batch(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+def checked_batch(images: Array, labels: Array) -> tuple[jax.Array, jax.Array]:
     """Both as JAX arrays of checked shape and dtype; images as constants to differentiation.
 
     Raises:

@@ -73,7 +73,10 @@ class Claim(SphinxDirective):
     def run(self):
         """Nodes of the section, without its heading."""
         path = FOLDER.parents[1] / 'results'
-        claim = json.loads((path / f'{self.arguments[0]}.json').read_text())
+        found = path / f'{self.arguments[0]}.json'
+        if not found.exists():
+            return self.parse_text_to_nodes('Not run yet.')
+        claim = json.loads(found.read_text())
         self.env.note_dependency(str(path / 'report.md'))
         text = section((path / 'report.md').read_text(), claim['title'])
         return self.parse_text_to_nodes(re.sub(r'\]\((?=[^)]*\.png)', '](../results/', text))
