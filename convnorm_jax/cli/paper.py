@@ -118,6 +118,7 @@ def _run_claim(claim, record, options, seeds):
 
 
 def _run_cells(claim, part, wanted, record, options):
+    from convnorm_jax.data.sources import check_available
     from convnorm_jax.runs.sweep import run_all
     from convnorm_jax.training.loop import NON_FINITE
 
@@ -134,6 +135,8 @@ def _run_cells(claim, part, wanted, record, options):
 
     if not runs:
         return 0
+    for name, place in {(run.config.data.name, run.config.data.data_dir) for run, _ in runs.values()}:
+        check_available(name, place or None)
     _say(f'{claim}, {part}: {len(runs)} of {len(wanted)} runs to do')
     failed = run_all([planned for planned, _ in runs.values()], options.jobs, _say, ended)
     return sum(record.find(runs[run.folder][1]) is None for run in failed)
@@ -159,6 +162,7 @@ def _try(claims, options, seed):
 def _as_run(cell, folder, data_dir, more=()):
     from convnorm_jax.runs.sweep import Run
 
+    folder = os.path.expanduser(folder)
     place = [f'--config.data.data_dir={data_dir}'] if data_dir and 'digits' not in cell.study.config else []
     arguments = (*cell.arguments, *place, *more)
     config = command_line.read_config(arguments)

@@ -81,12 +81,14 @@ def filled(study, path, seeds):
         (('--jobs=0',), 'jobs'),
         (('--config=digits_convnorm',), 'config'),
         (('--mode=report', '--claims=noise'), '--output=results: no finished run there'),
+        (('--claims=noise', '--data_dir=nowhere'), 'nowhere'),
     ],
 )
 def test_a_mistake_is_one_line(command, arguments, words):
     code, _, err = command(*arguments)
     assert code == 2 and err[-1].startswith('error: ') and words in err[-1]
-    assert not os.path.exists('results')
+    assert not os.path.exists('results') or not os.listdir('results')
+    assert not os.path.exists('runs')
 
 
 def test_the_plan_says_what_is_left(command, study, tmp_path):
