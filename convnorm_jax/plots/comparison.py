@@ -19,6 +19,7 @@ from convnorm_jax.plots.figure import BLUE, GREEN, ORANGE, PURPLE, SKY, STYLE, V
 _COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 _MARKERS = ('o', 's', '^', 'D', 'v', 'P')
 _DASHES = ('-', '--', ':')
+COLOURS = len(_COLOURS)
 MAX_COLUMNS = 3
 _DODGE, _MOST_DODGE = 3.5, 14  # points between the error bars of neighbouring lines, and of the outermost lines
 

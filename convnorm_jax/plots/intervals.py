@@ -11,6 +11,7 @@ from convnorm_jax.errors import UserError
 from convnorm_jax.plots.figure import BLUE, GREY, STYLE, VERMILLION, new_figure, write
 
 Interval = tuple[str, float, float, float]
+_MOST_COLUMNS = 3
 
 
 def interval_plot(
@@ -44,11 +45,12 @@ def interval_plot(
             raise UserError(f'panels[{name!r}]=[]: expected at least one row')
     if not panels:
         raise UserError('panels={}: expected at least one')
-    most = max(map(len, panels.values()))
+    most, columns = max(map(len, panels.values())), min(len(panels), _MOST_COLUMNS)
+    lines = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(max(3.6, 2.6 * len(panels)), 0.9 + 0.24 * most, title)
-        grid = figure.subplots(1, len(panels), squeeze=False, sharex=True).ravel()
-        for axes, (name, rows) in zip(grid, panels.items(), strict=True):
+        figure = new_figure(max(3.6, 2.6 * columns), 0.3 + lines * (0.6 + 0.24 * most), title)
+        grid = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
+        for axes, (name, rows) in zip(grid, panels.items(), strict=False):
             axes.axvline(0, color='black', linewidth=0.8)
             for place, (_, mean, low, high) in enumerate(rows):
                 colour = _colour(low, high, lower_is_better)
@@ -59,8 +61,12 @@ def interval_plot(
             axes.set_yticks(range(len(rows)), [setting for setting, *_ in rows])
             axes.set_ylim(len(rows) - 0.4, -0.6)
             axes.set_title(name)
-            axes.set_xlabel(x_name)
             axes.grid(axis='y', visible=False)
+        for axes in grid[len(panels) - columns : len(panels)]:  # the lowest of each column
+            axes.set_xlabel(x_name)
+            axes.xaxis.set_tick_params(labelbottom=True)
+        for axes in grid[len(panels) :]:
+            axes.remove()
         return write(figure, path)
 
 

@@ -3,11 +3,13 @@
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib
+from matplotlib.ticker import LogLocator, NullLocator
 
 from convnorm_jax.errors import UserError
-from convnorm_jax.plots.comparison import look
+from convnorm_jax.plots.comparison import COLOURS, look
 from convnorm_jax.plots.figure import STYLE, new_figure, write
 
 
@@ -44,10 +46,19 @@ def relation_plot(
         for axes, (name, points) in zip(grid, panels.items(), strict=True):
             for index, method in enumerate(methods):
                 if method in points:
-                    axes.plot(*points[method], **{**look(index), 'linestyle': 'none', 'markersize': 6}, label=method)
+                    axes.plot(*points[method], **_point(index), label=method)
             axes.set_xscale('log')
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(lambda value, _: f'{value:g}')
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel(name)
         grid[0].set_ylabel(y_name)
         handles, names = grid[0].get_legend_handles_labels()
         figure.legend(handles, names, loc='outside lower center', ncols=min(len(names), 4))
         return write(figure, path)
+
+
+def _point(index: int) -> dict[str, Any]:
+    """As a line's marker; filled for as many methods as there are colours, then empty."""
+    fill = 'full' if index < COLOURS else 'none'
+    return {**look(index), 'linestyle': 'none', 'markersize': 6, 'fillstyle': fill, 'markeredgewidth': 1.5}

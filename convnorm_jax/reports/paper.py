@@ -206,55 +206,66 @@ def _name(figure):
 
 
 def _draw(summary, stem):
-    """Draws a study's figures against its setting, and the differences; returns the paths."""
-    study = summary.study
-    figure, others = study.figures[0], list(study.arms)[1:]
-    title = f'{study.title}, seeds {", ".join(map(str, summary.seeds))}'
-    paths = []
-    numbers = _numbers(study)
-    if numbers and figure.endswith('_accuracy'):
-        lines: dict[str, list] = {arm: [] for arm in study.arms}
+    """Draws a study; returns the paths."""
+    title = f'{summary.study.title}, seeds {", ".join(map(str, summary.seeds))}'
+    drawn = (draw(summary, stem, title) for draw in (_draw_figures, _draw_norms, _draw_differences))
+    return [str(path) for path in drawn if path is not None]
+
+
+def _draw_figures(summary, stem, title):
+    """The first figure against the setting, if that is a number."""
+    study, figure, numbers = summary.study, summary.study.figures[0], _numbers(summary.study)
+    if not numbers or not figure.endswith('_accuracy'):
+        return None
+    lines: dict[str, list] = {}
+    for arm in study.arms:
+        for column, x in zip(summary.columns, numbers):  # the columns over all rates have no number
+            found = summary.mean(figure, arm, column)
+            if found is not None:
+                deviation = None if math.isnan(found.deviation) else found.deviation
+                lines.setdefault(arm, []).append((x, found.mean, deviation))
+    x_name = _SETTINGS[next(iter(study.settings))]
+    return accuracy_against({f'test {_name(figure)}': lines}, f'{stem}.png', x_name=x_name, title=title)
+
+
+def _draw_norms(summary, stem, title):
+    """The first figure against each measure, a point for each arm."""
+    study, column = summary.study, summary.columns[0]
+    accuracy = {arm: summary.mean(study.figures[0], arm, column) for arm in study.arms}
+    panels: dict[str, dict] = {}
+    for measure in study.measures:
         for arm in study.arms:
-            for column, x in zip(summary.columns, numbers):
-                found = summary.mean(figure, arm, column)
-                if found is not None:
-                    lines[arm].append((x, found.mean, None if math.isnan(found.deviation) else found.deviation))
-        panels = {f'test {_name(figure)}': {arm: points for arm, points in lines.items() if points}}
-        x_name = _SETTINGS[next(iter(study.settings))]
-        paths.append(str(accuracy_against(panels, f'{stem}.png', x_name=x_name, title=title)))
-    relations = {
-        _name(measure): {
-            arm: (x.mean, y.mean)
-            for arm in study.arms
-            if (x := summary.mean(measure, arm, summary.columns[0]))
-            and (y := summary.mean(figure, arm, summary.columns[0]))
-        }
-        for measure in study.measures
-    }
-    relations = {measure: points for measure, points in relations.items() if points}
-    if relations:
-        path = f'{stem}_norms.png'
-        paths.append(str(relation_plot(relations, path, y_name=f'{_name(figure)} accuracy (%)', title=title)))
-    rows: dict[str, list] = {}
-    for arm in others:
-        figures = study.figures if not study.settings else study.figures[:1]
-        for one in figures:
+            found = summary.mean(measure, arm, column)
+            if found is not None and accuracy[arm] is not None:
+                panels.setdefault(_name(measure), {})[arm] = found.mean, accuracy[arm].mean
+    if not panels:
+        return None
+    y_name = f'{_name(study.figures[0])} accuracy (%)'
+    return relation_plot(panels, f'{stem}_norms.png', y_name=y_name, title=title)
+
+
+def _draw_differences(summary, stem, title):
+    """The first arm minus each of the others, with intervals."""
+    study = summary.study
+    figures = study.figures if not study.settings else study.figures[:1]
+    panels: dict[str, list] = {}
+    for arm in list(study.arms)[1:]:
+        for figure in figures:
             for column in summary.columns:
-                found = summary.difference(one, arm, column)
+                found = summary.difference(figure, arm, column)
                 if found is not None:
-                    label = column.name or _name(one)
-                    rows.setdefault(f'minus {arm}', []).append((label, found.mean, found.low, found.high))
-    if rows:
-        unit = 'points' if figure.endswith('_accuracy') else _name(figure)
-        paths.append(
-            str(
-                interval_plot(
-                    rows, f'{stem}_differences.png', x_name=f'{summary.first}: difference ({unit})',
-                    lower_is_better=study.lower_is_better, title=title,
-                )
-            )
-        )  # fmt: skip
-    return paths
+                    row = column.name or _name(figure), found.mean, found.low, found.high
+                    panels.setdefault(f'{summary.first} - {arm}', []).append(row)
+    if not panels:
+        return None
+    unit = 'points' if study.figures[0].endswith('_accuracy') else _name(study.figures[0])
+    return interval_plot(
+        panels,
+        f'{stem}_differences.png',
+        x_name=f'difference ({unit})',
+        lower_is_better=study.lower_is_better,
+        title=title,
+    )
 
 
 def _numbers(study):

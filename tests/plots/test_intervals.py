@@ -9,6 +9,14 @@ from convnorm_jax.plots import intervals, relations
 from convnorm_jax.plots.figure import BLUE, GREY, VERMILLION
 
 
+@pytest.mark.parametrize('number', [1, 3, 5])
+def test_many_comparisons_are_in_rows_of_three(tmp_path, check_picture, number):
+    panels = {f'minus {name}': [('0', 1.0, -1.0, 3.0), ('0.4', 5.0, 4.0, 6.0)] for name in range(number)}
+    path = tmp_path / 'a.png'
+    picture = check_picture(path, intervals.interval_plot(panels, path, x_name='points'))
+    assert picture.shape[1] == 200 * max(3.6, 2.6 * min(number, 3))
+
+
 def test_interval_plot(tmp_path, check_picture):
     panels = {
         'minus BatchNorm': [('0', 1.0, -1.0, 3.0), ('0.4', 5.0, 4.0, 6.0)],
