@@ -200,6 +200,7 @@ def test_a_net_exported_in_32_bits_runs_with_64_switched_on(small):
         assert_equal(load_exported(small.path)(small.x), small.expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name,layer,classes',
     [

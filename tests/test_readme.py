@@ -67,6 +67,7 @@ def test_the_training_loop_learns(capsys):
     assert float(re.search(r'loss ([\d.]+)', capsys.readouterr().out)[1]) < 2.0  # chance is ln 10 = 2.30
 
 
+@pytest.mark.slow
 def test_the_training_loop_of_nnx_learns_and_its_net_is_restored(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     found = run('\n'.join(blocks('python', NET_PAGE)[4:6]), 'docs/your_net.md')

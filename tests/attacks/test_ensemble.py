@@ -86,7 +86,7 @@ def test_breaks_just_what_can_be_broken(problem, whole):
         assert any(line.startswith(f'{name}: broke') for line in lines)
 
 
-@pytest.mark.parametrize('norm', attacks.NORMS)
+@pytest.mark.parametrize('norm', few(attacks.NORMS, 'linf'))
 def test_minimal_perturbation_of_a_linear_classifier_to_one_percent(problem, norm):
     """Every example alone: safe at 99 % of its distance from the boundary, broken at 101 %."""
     images, labels, weights, radius = problem

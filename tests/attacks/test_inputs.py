@@ -320,6 +320,7 @@ def test_keys_of_other_generators_differ_in_every_word():
     assert inputs.typed_key(plain) is plain
 
 
+@pytest.mark.slow
 def test_the_ensemble_under_another_generator(batch):
     with jax.default_prng_impl('rbg'):
         key = jax.random.key(1)

@@ -60,6 +60,7 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_config_by_its_name_in_an_empty_folder(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     small = ['--config.train.steps=2', '--config.attack.names=()', '--noconfig.plots', '--config.model.width=4']

@@ -169,6 +169,7 @@ def test_circular_values_of_convnorm(name):
     np.testing.assert_allclose(found.layer_circular, values(whole), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_convnorms_convolution_is_a_part_of_the_circular_one():
     model, variables, measured = resnet('convnorm')
     for found, site in zip(measured[:-1], find_sites(model, variables, SHAPE)):

@@ -149,6 +149,7 @@ class ByHand(eqx.Module):
         return self.head(x.mean((1, 2))), state
 
 
+@pytest.mark.slow
 def test_the_numbers_of_a_net_by_hand():
     model, state = converted(nets.ResNet)[2:4]
     state = copied(state)

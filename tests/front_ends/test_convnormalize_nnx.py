@@ -70,6 +70,7 @@ def test_what_is_replaced(net):
     assert not any(isinstance(node, (ConvNorm, ConvNormTranspose)) for _, node in nnx.iter_graph(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('net', few(NETS, ResNet))
 def test_it_trains(net):
     model = nnx.clone(converted(net)[2])

@@ -22,7 +22,11 @@ def operator(name, size=1.0, linear=True):
     [
         ({'convnorm': [operator('conv1'), operator('linear', 0)]}, {'convnorm': 0.0}),
         ({'a': [operator('conv1', linear=False)], 'b': [operator('conv1', 1e6), operator('c', 1e-6)]}, {'b': 3e12}),
-        ({f'run {i}': [operator(f'block{j}/conv') for j in range(60)] for i in range(7)}, None),
+        pytest.param(
+            {f'run {i}': [operator(f'block{j}/conv') for j in range(60)] for i in range(7)},
+            None,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=['dead', 'not linear', 'many'],
 )

@@ -133,6 +133,7 @@ def fresh_states(tx):
 
 
 # The second keeps the parameters themselves in its state.
+@pytest.mark.slow
 @pytest.mark.parametrize('tx', [optax.adam(0.1), optax.contrib.schedule_free_sgd(0.1)], ids=['adam', 'schedule_free'])
 def test_a_fresh_state_can_be_donated(tx, quick_compilation):
     for state in fresh_states(tx):

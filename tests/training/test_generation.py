@@ -141,6 +141,7 @@ def test_the_settings_of_adam(tiny_gan):
     assert experiment.config.gan.n_dis == 1  # as it was given
 
 
+@pytest.mark.slow
 def test_the_regularizer_reaches_every_convolution_of_the_discriminator(tiny_gan):
     experiment = tiny_gan({'model.layer': 'none', 'train.ocnn.weight': 0.1})
     discriminator, shape = experiment.discriminator, experiment.input_shape
