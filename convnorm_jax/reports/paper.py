@@ -91,7 +91,7 @@ def _study(summary, record):
 def _facts(summary, record):
     study = summary.study
     named = [
-        f'{key.partition(".")[2]}={value_text(value)}'
+        f'{key}={value_text(value)}'
         for key, value in study.options.items()
         if key in ('model.name', 'model.width', 'train.steps', 'train.epochs', 'schedule.kind', RATE)
     ]

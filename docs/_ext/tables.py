@@ -74,9 +74,9 @@ class Claim(SphinxDirective):
         """Nodes of the section, without its heading."""
         path = FOLDER.parents[1] / 'results'
         found = path / f'{self.arguments[0]}.json'
-        if not found.exists():
+        claim = json.loads(found.read_text()) if found.exists() else {}
+        if 'title' not in claim:  # no run, or none but those that choose the learning rates
             return self.parse_text_to_nodes('Not run yet.')
-        claim = json.loads(found.read_text())
         self.env.note_dependency(str(path / 'report.md'))
         text = section((path / 'report.md').read_text(), claim['title'])
         return self.parse_text_to_nodes(re.sub(r'\]\((?=[^)]*\.png)', '](../results/', text))
