@@ -243,3 +243,15 @@ def quick_compilation(older_code_generator):
         patch.setattr(compiler, 'get_compile_options', quick)
         yield
     jax.config.update('jax_disable_most_optimizations', before)
+
+
+@pytest.fixture(scope='module')
+def short_programs():
+    """AutoAttack in chunks of few iterations: a second of compilation instead of ten."""
+    from convnorm_jax.attacks.auto_attack import members
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(members, '_CPU_CHUNK', {'apgd': 2, 'fab': 2, 'square': 10})
+        members.make_member.cache_clear()
+        yield
+    members.make_member.cache_clear()

@@ -75,7 +75,7 @@ def run(argv: Sequence[str]) -> int:
         attacks=tuple(options.attacks) or STANDARD,
         batch_size=options.batch_size,
         state_path=os.path.join(output, 'state.npz'),
-        log=_say,
+        log=command_line.say,
     )
     text = _report(found, options, argv)
     print(f'\n{text}\n')
@@ -192,10 +192,6 @@ def _content(found, options):
         'autoattack': {name: value for name, value in ensemble.items() if value is not None},
         'warnings': found.warnings,
     }
-
-
-def _say(line):
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> int:

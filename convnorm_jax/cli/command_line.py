@@ -66,6 +66,11 @@ def run_command(run: Callable[[], int], *texts: str | None) -> int:
         return report_error(error)
 
 
+def say(line: object) -> None:
+    """Prints a line to the standard error at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def report_error(error: BaseException) -> int:
     """Prints to the standard error what went wrong; returns the exit code: 2 for a user's mistake, else 1.
 

@@ -91,11 +91,11 @@ def run(argv: Sequence[str]) -> int:
             for claim in claims:
                 failed += _run_claim(claim, records[claim], options, seeds)
     except Stopped as stop:
-        _say(stop)
+        command_line.say(stop)
         return 128 + stop.signal  # what a shell says of a process that a signal ended
     _report(records, options, seeds, output, argv)
     if failed:
-        _say(f'{failed} runs failed; rerun the same command to try them again')
+        command_line.say(f'{failed} runs failed; rerun the same command to try them again')
     return 1 if failed else 0
 
 
@@ -137,8 +137,8 @@ def _run_cells(claim, part, wanted, record, options):
         return 0
     for name, place in {(run.config.data.name, run.config.data.data_dir) for run, _ in runs.values()}:
         check_available(name, place or None)
-    _say(f'{claim}, {part}: {len(runs)} of {len(wanted)} runs to do')
-    failed = run_all([planned for planned, _ in runs.values()], options.jobs, _say, ended)
+    command_line.say(f'{claim}, {part}: {len(runs)} of {len(wanted)} runs to do')
+    failed = run_all([planned for planned, _ in runs.values()], options.jobs, command_line.say, ended)
     return sum(record.find(runs[run.folder][1]) is None for run in failed)
 
 
@@ -154,8 +154,8 @@ def _try(claims, options, seed):
             cell = next(cells(study, {arm: study.rates[0] if study.rates else None}, [seed]))
             folder = os.path.join(options.workdir, 'trial', options.scale, claim, cell.folder)
             runs.append(_as_run(cell, folder, options.data_dir, _TRIAL))
-    failed = run_all(runs, options.jobs, _say)
-    _say(f'{len(runs) - len(failed)} of {len(runs)} trials ended well')
+    failed = run_all(runs, options.jobs, command_line.say)
+    command_line.say(f'{len(runs) - len(failed)} of {len(runs)} trials ended well')
     return 1 if failed else 0
 
 
@@ -195,7 +195,7 @@ def _report(records, options, seeds, output, argv):
     for claim, record in records.items():
         summaries = [summarize(study, record, seeds) for study in studies(claim, options.scale)]
         if not any(any(summary.figures.values()) for summary in summaries):
-            _say(f'{claim}: no run yet')
+            command_line.say(f'{claim}: no run yet')
             continue
         facts = {'scale': options.scale, 'command': _command(argv), 'hours': record.hours()}
         sections.append(report_claim(claim, title(claim), summaries, record, output, facts))
@@ -210,10 +210,6 @@ def _command(argv):
     """The command for someone else: without the places on this machine."""
     left_out = ('--mode=', '--data_dir=', '--workdir=', '--output=', '--jobs=')
     return shlex.join(['convnorm', 'paper', *(argument for argument in argv[1:] if not argument.startswith(left_out))])
-
-
-def _say(line):
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> int:

@@ -71,11 +71,13 @@ def run(argv: Sequence[str]) -> int:
     failed = []
     if options.mode == 'train':
         todo = [run for run in runs if sweep_lib.finished_result(run) is None]
-        _say(f'{len(runs)} runs in {workdir}, {len(runs) - len(todo)} of them done before; each has its log.txt')
+        command_line.say(
+            f'{len(runs)} runs in {workdir}, {len(runs) - len(todo)} of them done before; each has its log.txt'
+        )
         try:
-            failed = sweep_lib.run_all(todo, options.jobs, _say)
+            failed = sweep_lib.run_all(todo, options.jobs, command_line.say)
         except Stopped as stop:
-            _say(stop)
+            command_line.say(stop)
             return 128 + stop.signal  # what a shell says of a process that a signal ended
     results = [sweep_lib.finished_result(run) for run in runs]
     if any(results):
@@ -83,9 +85,9 @@ def run(argv: Sequence[str]) -> int:
     elif not failed:
         raise UserError(f'--workdir={workdir}: no finished run there of this config, grid and seeds')
     if failed:
-        _say(f'{len(failed)} of {len(runs)} runs failed; rerun the same command to try them again')
+        command_line.say(f'{len(failed)} of {len(runs)} runs failed; rerun the same command to try them again')
     elif None in results:
-        _say(f'{results.count(None)} of {len(runs)} runs are not finished')
+        command_line.say(f'{results.count(None)} of {len(runs)} runs are not finished')
     return 1 if failed else 0
 
 
@@ -183,10 +185,6 @@ def _file_text(text):
 def _command(argv):
     kept = [argument for argument in argv[1:] if argument not in ('--mode=report', '--mode=train')]
     return shlex.join(['convnorm', 'sweep', *kept])
-
-
-def _say(line):
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> int:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from convnorm_jax.attacks.projections import choose, clip_pixels, l2_norm, norm_of, unit
+
 _TINY = 1e-12
 
 
@@ -37,14 +39,13 @@ def lipschitz_lower_bound(
     Returns:
       float32 [B]; 0 where the logits are constant.
     """
-    shape = (-1, *[1] * (images.ndim - 1))
     clean, pull_back = jax.vjp(logits_fn, images)
 
     def power_step(direction: jax.Array, _: None) -> tuple[jax.Array, None]:
         _, pushed = jax.jvp(logits_fn, (images,), (direction,))
-        return _unit(pull_back(pushed)[0]), None
+        return unit(pull_back(pushed)[0], 'l2'), None
 
-    direction, _ = jax.lax.scan(power_step, _unit(jax.random.normal(rng, images.shape)), None, length=power_steps)
+    direction, _ = jax.lax.scan(power_step, unit(jax.random.normal(rng, images.shape), 'l2'), None, length=power_steps)
 
     def log_quotients(points: jax.Array) -> jax.Array:
         rise = jnp.sum((logits_fn(points) - clean) ** 2, axis=-1)
@@ -54,26 +55,15 @@ def lipschitz_lower_bound(
     def ascend(carry: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:
         points, best = carry
         quotients, vjp = jax.vjp(log_quotients, points)
-        best = jnp.maximum(best, jnp.where(_moved(points, images, radius), quotients, -jnp.inf))
-        moved = points + 0.1 * radius * _unit(vjp(jnp.ones_like(quotients))[0])
-        return (jnp.clip(moved, 0, 1), best), None
+        # Nearer points have a quotient of a few digits only.
+        moved = norm_of(points - images, 'linf') > 1e-4 * radius
+        best = jnp.maximum(best, jnp.where(moved, quotients, -jnp.inf))
+        ascent = 0.1 * radius * unit(vjp(jnp.ones_like(quotients))[0], 'l2')
+        return (clip_pixels(points + ascent), best), None
 
     # Of the two ends of the direction, the one that stays longer in the cube of pixels.
-    ends = [jnp.clip(images + sign * radius * direction, 0, 1) for sign in (1, -1)]
-    longer = jnp.linalg.norm((ends[0] - images).reshape(len(images), -1), axis=-1) >= jnp.linalg.norm(
-        (ends[1] - images).reshape(len(images), -1), axis=-1
-    )
-    start = jnp.where(longer.reshape(shape), ends[0], ends[1])
+    one, other = (clip_pixels(images + sign * radius * direction) for sign in (1, -1))
+    start = choose(l2_norm(one - images) >= l2_norm(other - images), one, other)
     first = start, jnp.full(len(images), -jnp.inf)
     (_, best), _ = jax.lax.scan(ascend, first, None, length=steps + 1)
     return jnp.where(jnp.isfinite(best), jnp.exp(best), 0)
-
-
-def _unit(vectors: jax.Array) -> jax.Array:
-    lengths = jnp.sqrt(jnp.sum(vectors**2, axis=range(1, vectors.ndim), keepdims=True))
-    return vectors / jnp.maximum(lengths, _TINY)
-
-
-def _moved(points: jax.Array, images: jax.Array, radius: float) -> jax.Array:
-    """Whether points are far enough from their images for the quotient to be exact to some digits."""
-    return jnp.max(jnp.abs(points - images), axis=range(1, images.ndim)) > 1e-4 * radius

@@ -265,6 +265,7 @@ def run_operators(subject: Subject, model: nn.Module) -> dict[str, Any]:
 def _operators(subject: Subject, model: nn.Module) -> dict[str, Any]:
     began = time.perf_counter()
     operators = layer_operators(model, subject.variables, subject.images.shape[1:])
+    convolutions = [o for o in operators if len(o.input_shape) > 1]
     layers = [
         {
             'name': o.name,
@@ -272,8 +273,7 @@ def _operators(subject: Subject, model: nn.Module) -> dict[str, Any]:
             'layer_norm': o.layer_norm,
             'condition': float(o.conv_circular[0] / max(o.conv_circular[-1], np.finfo(np.float32).tiny)),
         }
-        for o in operators
-        if len(o.input_shape) > 1
+        for o in convolutions
     ]
     search = jax.jit(functools.partial(lipschitz_lower_bound, subject.logits_fn))
     size, found = subject.evaluator.batch_size, []
@@ -282,7 +282,7 @@ def _operators(subject: Subject, model: nn.Module) -> dict[str, Any]:
         found.append(np.asarray(search(pixels, rng=jax.random.key(subject.seed))).max())
     return {
         'layers': layers,
-        'largest_conv_norm': max(o.conv_norm for o in operators if len(o.input_shape) > 1),
+        'largest_conv_norm': max(o.conv_norm for o in convolutions),
         'median_condition': float(np.median([layer['condition'] for layer in layers])),
         'product_bound': product_bound(model, operators),
         'lipschitz_lower_bound': float(max(found)),

@@ -20,11 +20,9 @@ class Column:
 
     Attributes:
       name: of the column; '' where the study has no settings.
-      key: of the config; '' likewise.
     """
 
     name: str
-    key: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +136,7 @@ def rates_of(study: Study, record: Record) -> dict[str, float | None]:
 def _columns(study):
     if not study.settings:
         return [Column('')]
-    key = next(iter(study.settings))
-    found = [Column(_column_name(settings), key) for settings in study.combinations()]
+    found = [Column(_column_name(settings)) for settings in study.combinations()]
     return [*found, Column(AT_CHOSEN), Column(OVER_RATES)] if RATE in study.settings else found
 
 

@@ -3,12 +3,14 @@
 import os
 import pathlib
 import textwrap
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import jax
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from convnorm_jax.errors import UserError
 from convnorm_jax.files import write_atomically, written
 
 # Okabe and Ito's colours, which are distinct under every kind of colour blindness.
@@ -59,6 +61,15 @@ def column_figure(height: float, title: str | None) -> Figure:
     """
     lines = textwrap.wrap(title or '', 38)
     return new_figure(_COLUMN_WIDTH, height + 0.19 * len(lines), '\n'.join(lines))
+
+
+def check_panels(panels: Mapping[str, Sized], word: str) -> None:
+    """Raises UserError for no panel, or for one that is empty; `word` says what it lacks."""
+    for name, panel in panels.items():
+        if not panel:
+            raise UserError(f'panels[{name!r}]={panel!r}: expected at least one {word}')
+    if not panels:
+        raise UserError('panels={}: expected at least one')
 
 
 def write(figure: Figure, path: str | os.PathLike) -> pathlib.Path:

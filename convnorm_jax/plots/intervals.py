@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 
-from convnorm_jax.errors import UserError
-from convnorm_jax.plots.figure import BLUE, GREY, STYLE, VERMILLION, new_figure, write
+from convnorm_jax.plots.figure import BLUE, GREY, STYLE, VERMILLION, check_panels, new_figure, write
 
 Interval = tuple[str, float, float, float]
 _MOST_COLUMNS = 3
@@ -40,11 +39,7 @@ def interval_plot(
     Raises:
       ValueError: no panel, or a panel without a row.
     """
-    for name, rows in panels.items():
-        if not rows:
-            raise UserError(f'panels[{name!r}]=[]: expected at least one row')
-    if not panels:
-        raise UserError('panels={}: expected at least one')
+    check_panels(panels, 'row')
     most, columns = max(map(len, panels.values())), min(len(panels), _MOST_COLUMNS)
     lines = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(STYLE):

@@ -8,9 +8,8 @@ from typing import Any
 import matplotlib
 from matplotlib.ticker import LogLocator, NullLocator
 
-from convnorm_jax.errors import UserError
 from convnorm_jax.plots.comparison import COLOURS, look
-from convnorm_jax.plots.figure import STYLE, new_figure, write
+from convnorm_jax.plots.figure import STYLE, check_panels, new_figure, write
 
 
 def relation_plot(
@@ -34,11 +33,7 @@ def relation_plot(
     Raises:
       ValueError: no panel, or a panel without a point.
     """
-    for name, points in panels.items():
-        if not points:
-            raise UserError(f'panels[{name!r}]={{}}: expected at least one point')
-    if not panels:
-        raise UserError('panels={}: expected at least one')
+    check_panels(panels, 'point')
     methods = list(dict.fromkeys(method for points in panels.values() for method in points))
     with matplotlib.rc_context(STYLE):
         figure = new_figure(max(3.6, 2.4 * len(panels)), 2.9, title)

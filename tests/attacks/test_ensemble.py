@@ -11,20 +11,10 @@ from convnorm_jax.attacks.auto_attack import checks, ensemble, members, saved
 from convnorm_jax.attacks.auto_attack.members import make_member
 from tests.selection import few
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'short_programs')
 
 SHAPE, CLASSES, N = (6, 6, 1), 5, 30
 SMALL = {'steps': 20, 'queries': 200, 'batch_size': 8}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def short_programs():
-    """Chunks of few iterations: a second of compilation instead of ten."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(members, '_CPU_CHUNK', {'apgd': 2, 'fab': 2, 'square': 10})
-        make_member.cache_clear()
-        yield
-    make_member.cache_clear()
 
 
 @pytest.fixture(scope='module')

@@ -7,23 +7,13 @@ import pytest
 from scipy import stats
 
 from convnorm_jax import attacks
-from convnorm_jax.attacks.auto_attack import checks, members
-from convnorm_jax.attacks.auto_attack.members import make_member
+from convnorm_jax.attacks.auto_attack import checks
 from convnorm_jax.errors import UserError
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'short_programs')
 
 N, SHAPE, CLASSES = 24, (4, 4, 1), 3
 SMALL = {'steps': 10, 'queries': 100, 'batch_size': 10, 'log': lambda line: None}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def short_programs():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(members, '_CPU_CHUNK', {'apgd': 2, 'fab': 2, 'square': 10})
-        make_member.cache_clear()
-        yield
-    make_member.cache_clear()
 
 
 @pytest.fixture(scope='module')

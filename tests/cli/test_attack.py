@@ -8,11 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from convnorm_jax.attacks.auto_attack import members
-from convnorm_jax.attacks.auto_attack.members import make_member
 from convnorm_jax.cli import attack
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'short_programs')
 
 NET = """
 import jax.numpy as jnp
@@ -32,15 +30,6 @@ TABLES = """
 import numpy as np
 WEIGHTS = np.random.default_rng(0).normal(size=(16, 3))
 """
-
-
-@pytest.fixture(scope='module', autouse=True)
-def short_programs():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(members, '_CPU_CHUNK', {'apgd': 2, 'fab': 2, 'square': 10})
-        make_member.cache_clear()
-        yield
-    make_member.cache_clear()
 
 
 @pytest.fixture
