@@ -1,9 +1,9 @@
 """`convnorm paper`: its options, its plan, its report; and a small grid that runs, diverges and goes on."""
 
+import functools
 import json
 import os
 import pathlib
-import sys
 
 import pytest
 
@@ -27,20 +27,10 @@ def small(**fields):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path, quick_environment):
+def command(monkeypatch, tmp_path, run_main):
     """Function of arguments -> (exit code, stdout, lines of stderr), in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    for name in ('JAX_DISABLE_MOST_OPTIMIZATIONS', 'XLA_FLAGS'):
-        monkeypatch.setenv(name, quick_environment.get(name, ''))
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['paper', *map(str, arguments)])
-        capsys.readouterr()
-        code = paper.main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err.splitlines()
-
-    return run
+    return functools.partial(run_main, paper.main)
 
 
 @pytest.fixture

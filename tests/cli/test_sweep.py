@@ -1,6 +1,7 @@
 """Sweeps: what a grid becomes, the tables against NumPy, and small sweeps that run, fail, stop and go on."""
 
 import csv
+import functools
 import json
 import os
 import pathlib
@@ -35,20 +36,10 @@ TINY = (
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, quick_environment):
+def command(monkeypatch, run_main):
     """Function of arguments -> (exit code, stdout, lines of stderr), in this process, in the repository's root."""
     monkeypatch.chdir(ROOT)
-    for name in ('JAX_DISABLE_MOST_OPTIMIZATIONS', 'XLA_FLAGS'):
-        monkeypatch.setenv(name, quick_environment.get(name, ''))
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['sweep', *map(str, arguments)])
-        capsys.readouterr()
-        code = sweep.main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err.splitlines()
-
-    return run
+    return functools.partial(run_main, sweep.main)
 
 
 def accuracy(layer, rate, seed, name='test'):
